@@ -1,0 +1,45 @@
+"""Prompts to pictures, and the deployed application."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from raymuse.config.base import Address, AddressMark, StageConfig, runtime
+
+
+class GenerateConfig(StageConfig):
+    """Draw every prompt of a file, exactly once, with a manifest and a contact sheet."""
+
+    stage: Literal["generate"] = "generate"
+    model: Address = Field(description="model folder")
+    prompts: Address = Field(description="txt (a prompt a line), jsonl or csv with a column `prompt`")
+    samples: int = Field(1, ge=1, description="pictures a prompt")
+    seed: int = Field(0, description="run seed; a picture's own seed follows from it and its index")
+    steps: int | None = Field(None, ge=1, description="None: the model's own default, as for all below")
+    guidance: float | None = Field(None, ge=0)
+    temperature: float | None = Field(None, ge=0)
+    negative: str = ""
+    keep_base: bool = Field(True, description="also write the base picture beside a cascade's")
+    pictures_per_part: int = Field(64, ge=1)
+    batch_size: int = Field(16, ge=1, description="one padded batch; part of the numerics, so it is fixed")
+    replicas: int = runtime(1, "Serve replicas", ge=1)
+    cpus_per_replica: float = runtime(1, "cores a replica", gt=0)
+    gpus_per_replica: float = runtime(0.0, "share of a GPU a replica", ge=0)
+    in_flight: int = runtime(4, "parts on their way at a time", ge=1)
+    max_reject_fraction: float = runtime(0.05, "more failures than this share: exit code 3", ge=0, le=1)
+
+
+class ServeConfig(StageConfig):
+    """Deploy a model folder behind HTTP."""
+
+    stage: Literal["serve"] = "serve"
+    output: Annotated[str, AddressMark()] = runtime("runs/serve", "folder for logs")
+    model: Address
+    host: str = runtime("127.0.0.1", "address to listen on")
+    port: int = runtime(8000, "port to listen on; 0: any free one", ge=0, le=65535)
+    api_key_file: str | None = runtime(None, "file with the API key; None: RAYMUSE_API_KEY, or no key on loopback")
+    batch_size: int = Field(16, ge=1)
+    max_queue: int = runtime(64, "requests waiting before 429", ge=1)
+    replicas: int = runtime(1, "Serve replicas", ge=1)
+    cpus_per_replica: float = runtime(1, "cores a replica", gt=0)
+    gpus_per_replica: float = runtime(0.0, "share of a GPU a replica", ge=0)

@@ -1,0 +1,24 @@
+"""Which model checks which recipe: the value of its `stage` key decides."""
+
+from raymuse.config.base import Config
+from raymuse.config.data import DataConfig
+from raymuse.config.export import ExportConfig
+from raymuse.config.flow import FlowConfig
+from raymuse.config.generate import GenerateConfig, ServeConfig
+from raymuse.config.pretokenize import PretokenizeConfig
+from raymuse.config.score import ScoreConfig
+from raymuse.config.training import BaseConfig, ClipConfig, SuperresConfig, VqganConfig
+
+STAGES: dict[str, type[Config]] = {
+    "data": DataConfig,
+    "train-vqgan": VqganConfig,
+    "train-clip": ClipConfig,
+    "pretokenize": PretokenizeConfig,
+    "train-base": BaseConfig,
+    "train-superres": SuperresConfig,
+    "export": ExportConfig,
+    "generate": GenerateConfig,
+    "serve": ServeConfig,
+    "score": ScoreConfig,
+    "flow": FlowConfig,
+}

@@ -1,0 +1,118 @@
+"""The four trainings: VQGAN and CLIP from pictures, base and super-resolution transformers from token shards."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from raymuse.config.base import Address, AddressMark, Config, StageConfig, runtime
+
+
+class OptimizerConfig(Config):
+    """AdamW (decoupled weight decay on matrices only) with warm-up and a schedule."""
+
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: Newton-Schulz momentum on hidden matrices, AdamW on the rest (ZeRO 1-2)"
+    )
+    lr: float = Field(1e-3, gt=0)
+    muon_lr: float = Field(0.02, gt=0, description="learning rate of the matrices under muon")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.96, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_steps: int = Field(50, ge=0)
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    final_lr: float = Field(0.05, ge=0, le=1, description="share of the learning rate that is left at the end")
+    clip_norm: float | None = Field(1.0, gt=0)
+
+
+class CheckpointConfig(Config):
+    """How often work is committed, and how much of it is kept."""
+
+    every: int = Field(200, ge=1, description="steps between checkpoints")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+
+
+class TrainConfig(StageConfig):
+    """What every training shares. `output` holds the checkpoints and, at the end, the trained model."""
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(64, ge=1, description="samples a step, over all workers")
+    micro_batch_size: int | None = runtime(None, "samples a worker holds at once; None: its whole share", ge=1)
+    seed: int = 0
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    checkpoint: CheckpointConfig = runtime(CheckpointConfig(), "checkpoints")
+    workers: int = runtime(2, "processes that train together; 0: this process, without Ray", ge=0)
+    cpus_per_worker: float = runtime(1, "cores reserved for a worker", gt=0)
+    use_gpu: bool = runtime(False, "one GPU a worker")
+    max_failures: int = runtime(2, "lost workers survived before the job fails", ge=0)
+    log_every: int = runtime(20, "steps between logged losses", ge=1)
+    sample_every: int = runtime(400, "steps between sample pictures in MLflow", ge=1)
+    model: dict[str, Any] = Field(default_factory=dict, description="shape of the network, by its own field names")
+
+
+class VqganConfig(TrainConfig):
+    """Train a VQGAN (diffusers `VQModel`) on random crops of pictures at several scales."""
+
+    stage: Literal["train-vqgan"] = "train-vqgan"
+    input: Address = Field(description="image shards")
+    resolutions: tuple[int, ...] = Field((32, 64), description="short sides that the pictures are resized to")
+    crop: int = Field(32, ge=8, description="side of the square training crops, pixels")
+    l1_weight: float = Field(1.0, ge=0)
+    l2_weight: float = Field(1.0, ge=0)
+    gradient_weight: float = Field(0.5, ge=0, description="L1 of horizontal and vertical differences (edges)")
+    commitment_weight: float = Field(0.25, ge=0)
+    warm_steps: int = Field(
+        50, ge=0, description="first steps without quantisation; the codebook then starts from data"
+    )
+    codebook_decay: float = Field(0.95, gt=0, lt=1, description="moving average that moves the codes")
+    revive_below: float = Field(0.1, ge=0, description="a code used less than this often a step restarts from data")
+    revive_until: float = Field(0.7, ge=0, le=1, description="share of the steps in which dead codes are revived")
+
+
+class ClipConfig(TrainConfig):
+    """Train a tokenizer on the captions and a CLIP (transformers `CLIPModel`) contrastively on the pairs."""
+
+    stage: Literal["train-clip"] = "train-clip"
+    input: Address = Field(description="image shards")
+    resolution: int = Field(32, ge=16)
+    vocabulary: int = Field(512, ge=300, description="size of the byte-level BPE vocabulary, at most")
+    text_length: int = Field(32, ge=4, le=256, description="tokens a caption is padded or cut to")
+
+
+class ZeroConfig(Config):
+    """DeepSpeed ZeRO. Changes memory and speed, never the loss."""
+
+    stage: Literal[0, 1, 2, 3] = Field(2, description="0: every rank holds all; 3: parameters are sharded too")
+
+
+class MaskedConfig(TrainConfig):
+    """Masked-image training from token shards (base and super-resolution)."""
+
+    input: Address = Field(description="token shards")
+    ids: Literal["image_ids", "low_ids"] = Field("image_ids", description="column of the ids to be learned")
+    zero: ZeroConfig = runtime(ZeroConfig(), "DeepSpeed ZeRO")
+    gradient_checkpointing: bool = runtime(False, "recompute activations in the backward pass")
+    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of samples whose caption becomes the empty one")
+    min_masking_ratio: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    masking: str = Field("cosine", description="schedule of the masking ratio")
+    text_encoder: Annotated[str, AddressMark()] | None = Field(
+        None, description="folder with text_encoder/; needed where the shards hold text ids, not states"
+    )
+    vqgan: Annotated[str, AddressMark()] | None = Field(None, description="VQGAN folder, to draw samples with")
+    sample_prompts: tuple[str, ...] = runtime((), "captions drawn at intervals")
+
+
+class BaseConfig(MaskedConfig):
+    """Train the base transformer (aMUSEd's U-ViT)."""
+
+    stage: Literal["train-base"] = "train-base"
+    start_from: Annotated[str, AddressMark()] | None = Field(None, description="model folder to start from")
+
+
+class SuperresConfig(MaskedConfig):
+    """Train Muse's super-resolution transformer: high-res ids from low-res ids and text."""
+
+    stage: Literal["train-superres"] = "train-superres"
+    low_noise: float = Field(0.1, ge=0, lt=1, description="largest share of the low-res ids replaced at random")

@@ -1,0 +1,294 @@
+"""Muse's super-resolution transformer: masked high-resolution ids, text and low-resolution ids to logits.
+
+Shape legend, used in names: B batch, H W high-res grid, h w low-res grid, T text tokens, E text width,
+D model width, S = T + h w context positions, K codebook size.
+
+Source: Muse (Chang et al., arXiv 2301.00704), section 2.4: self-attention layers over the low-res ids, their
+output concatenated to the text states along the sequence, and that cross-attended by the high-res ids. Where the
+paper is silent the blocks are aMUSEd's (RMSNorm, GEGLU, no biases). Self-attention over the high-res grid is
+full, not Muse's multi-axis: with a fused kernel 64x64 positions fit in memory.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from raymuse.models.layers import (
+    Attention,
+    Block,
+    FeedForward,
+    Prepared,
+    RMSNorm,
+    initialise_weights,
+    positive_fields,
+    run_blocks,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperResConfig:
+    """Shape of a SuperRes. The defaults are what Muse pairs with its 3B base, but for CLIP-L's text width.
+
+    Muse: hidden 1024, MLP 4096, 16 low-res layers over 16x16 ids, 32 layers over 64x64 ids, 8192 codes, text
+    width 4096 (T5-XXL). The small pair (632M base) has a 268M super-res model.
+    """
+
+    hidden_size: int = 1024
+    num_hidden_layers: int = 32  # over the high-res ids
+    num_attention_heads: int = 16
+    intermediate_size: int = 4096
+    low_res_layers: int = 16  # self-attention over the low-res ids, at the same hidden_size
+    encoder_hidden_size: int = 768  # width of the text states
+    vocab_size: int = 8256  # high-res codes, padding, and last the mask id
+    codebook_size: int = 8192
+    low_vocab_size: int = 8256  # ids the low-res grid may hold; its VQGAN may be another
+    low_grid: int = 16  # largest low-res side
+    high_grid: int = 64  # largest high-res side, a multiple of low_grid
+    qk_norm: bool = False  # RMSNorm on each head's queries and keys
+    layer_norm_eps: float = 1e-6
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if problems := self._problems():
+            raise ValueError("SuperResConfig: " + "; ".join(problems))
+
+    @property
+    def mask_id(self) -> int:
+        """The id of a hidden high-res position: the last of the vocabulary."""
+        return self.vocab_size - 1
+
+    @property
+    def scale(self) -> int:
+        """High-res cells per low-res cell, along one side."""
+        return self.high_grid // self.low_grid
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "SuperResConfig":
+        """From `to_dict`'s result. Unknown keys raise ValueError, but for those that start with "_"."""
+        given = {key: value for key, value in config.items() if not key.startswith("_")}
+        if unknown := sorted(given.keys() - {field.name for field in fields(cls)}):
+            raise ValueError(f"SuperResConfig: unknown keys {', '.join(unknown)}")
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of a `superres/config.json`."""
+        return {"_class_name": "SuperRes", **asdict(self)}
+
+    def _problems(self) -> list[str]:
+        problems = positive_fields(self, [field.name for field in fields(self) if field.type is int])
+        if problems:
+            return problems
+        if self.hidden_size % self.num_attention_heads:
+            problems.append(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.vocab_size <= self.codebook_size:
+            problems.append(
+                f"vocab_size {self.vocab_size} must be above codebook_size {self.codebook_size}: "
+                "the last id is the mask"
+            )
+        if self.high_grid % self.low_grid:
+            problems.append(f"high_grid {self.high_grid} is not a multiple of low_grid {self.low_grid}")
+        if self.layer_norm_eps <= 0:
+            problems.append(f"layer_norm_eps {self.layer_norm_eps} must be above 0")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout {self.dropout} must be in [0, 1)")
+        return problems
+
+
+class Condition(NamedTuple):
+    """What a SuperRes knows beside the high-res ids; constant over the sampling steps. First axes: batch.
+
+    Text and low-res stay apart, so that a caller can replace the one (dropped or negative text) and keep the
+    other.
+    """
+
+    text: Tensor  # (B, T, D), projected and normed text states
+    low: Tensor  # (B, h, w, D), normed output of the low-res encoder
+    prepared: tuple[Prepared, ...] = ()  # per block, filled by SuperRes.precompute; empty while training
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors in a fixed order, to copy rows of one condition into another's buffers."""
+        return [self.text, self.low, *(tensor for block in self.prepared for tensor in block)]
+
+    def rows(self, index: Tensor | slice) -> "Condition":
+        """The samples `index` of the batch (repeats allowed)."""
+        prepared = tuple(tuple(tensor[index] for tensor in block) for block in self.prepared)
+        return Condition(self.text[index], self.low[index], prepared)
+
+
+class SuperRes(nn.Module):
+    """See the module's docstring. `gradient_checkpointing` trades a second forward for activation memory."""
+
+    def __init__(self, config: SuperResConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.text_proj = nn.Linear(config.encoder_hidden_size, width, bias=False)
+        self.text_norm = RMSNorm(width, eps)
+        self.positions = GridPositions(config.high_grid, config.scale, width)
+        self.low_embed = nn.Embedding(config.low_vocab_size, width)
+        self.low_layers = nn.ModuleList(LowResLayer(config) for _ in range(config.low_res_layers))
+        self.low_norm = RMSNorm(width, eps)
+        self.embed = nn.Embedding(config.vocab_size, width)
+        self.layers = nn.ModuleList(HighResLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(width, eps)
+        self.mlm_head = MlmHead(width, config.codebook_size, eps)
+
+    def condition(self, text_states_BTE: Tensor, low_ids_Bhw: Tensor) -> Condition:
+        """From text states and the low-res ids. Raises ValueError for a grid larger than the config's."""
+        _check_side("low-res", low_ids_Bhw, self.config.low_grid)
+        text_BTD = self.text_norm(self.text_proj(text_states_BTE.to(self.text_proj.weight.dtype)))
+        embedded = self.low_embed(low_ids_Bhw) + self.positions(low_ids_Bhw, coarse=True)
+        low_BhwD = run_blocks(self.low_layers, embedded, (), recompute=self.gradient_checkpointing)
+        return Condition(text_BTD, self.low_norm(low_BhwD))
+
+    def precompute(self, condition: Condition) -> Condition:
+        """The same condition with every block's keys and values, for sampling many steps from it."""
+        context_BSD = _join(condition)
+        blocks = [cast(Block, layer) for layer in self.layers]
+        return condition._replace(prepared=tuple(block.prepare(context_BSD) for block in blocks))
+
+    def features(self, ids_BHW: Tensor, condition: Condition) -> Tensor:
+        """What the head reads, (B, H, W, D). Raises ValueError if the grid does not fit the condition's."""
+        self._check_grid(ids_BHW, condition)
+        context = () if condition.prepared else (_join(condition),)
+        embedded = self.embed(ids_BHW) + self.positions(ids_BHW, coarse=False)
+        x_BHWD = run_blocks(self.layers, embedded, context, condition.prepared, recompute=self.gradient_checkpointing)
+        out: Tensor = self.norm(x_BHWD)
+        return out
+
+    def head(self, features: Tensor) -> Tensor:
+        """Logits (..., K) of features (..., D) of any leading shape: training gathers masked positions first."""
+        logits: Tensor = self.mlm_head(features)
+        return logits
+
+    def forward(self, ids_BHW: Tensor, text_states_BTE: Tensor, low_ids_Bhw: Tensor) -> Tensor:
+        """Logits (B, H, W, K)."""
+        return self.head(self.features(ids_BHW, self.condition(text_states_BTE, low_ids_Bhw)))
+
+    def initialise(self, seed: int) -> None:
+        """Fresh weights, the same for one seed on every device; see `initialise_weights`."""
+        initialise_weights(
+            self,
+            seed,
+            embedding_std=0.3,  # a toy task took half as long again with 0.02, a quarter with 1
+            zero=(),
+            residual=("to_out.0", "ff.net.2"),
+            depth=self.config.num_hidden_layers,
+        )
+
+    def _check_grid(self, ids_BHW: Tensor, condition: Condition) -> None:
+        _check_side("high-res", ids_BHW, self.config.high_grid)
+        high, low, scale = tuple(ids_BHW.shape[1:]), tuple(condition.low.shape[1:3]), self.config.scale
+        if high != (low[0] * scale, low[1] * scale):
+            raise ValueError(f"high-res grid {high} must be {scale} times the low-res grid {low}")
+
+
+class GridPositions(nn.Module):
+    """Learned row and column embeddings of the high-res grid, which the low-res grid shares.
+
+    A low-res cell's position is the mean of those of the `scale x scale` high-res cells that it covers. So which cell
+    lies under which is in the embeddings from the first step, and only attention has to learn to use it.
+    """
+
+    def __init__(self, side: int, scale: int, width: int) -> None:
+        super().__init__()
+        self.scale = scale
+        self.rows = nn.Embedding(side, width)
+        self.columns = nn.Embedding(side, width)
+
+    def forward(self, ids_BHW: Tensor, *, coarse: bool) -> Tensor:
+        """(H, W, D) for a grid of ids' shape, at the low resolution if coarse."""
+        height, width = ids_BHW.shape[1:]
+        rows, columns = (self._side(self.rows, height, coarse), self._side(self.columns, width, coarse))
+        return rows[:, None] + columns[None, :]
+
+    def _side(self, table: nn.Embedding, cells: int, coarse: bool) -> Tensor:
+        # Called, not sliced: ZeRO-3 gathers a parameter when its module runs.
+        group = self.scale if coarse else 1
+        vectors: Tensor = table(torch.arange(cells * group, device=table.weight.device))
+        return vectors.reshape(cells, group, -1).mean(1)
+
+
+class LowResLayer(Block):
+    """Self-attention and GEGLU MLP, pre-norm."""
+
+    def __init__(self, config: SuperResConfig) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.norm1 = RMSNorm(width, eps)
+        self.attn1 = _attention(config)
+        self.norm2 = RMSNorm(width, eps)
+        self.ff = FeedForward(width, config.intermediate_size, False, config.dropout)
+
+    def prepare(self, *context: Tensor) -> Prepared:
+        return ()
+
+    def forward(self, x_BhwD: Tensor, *prepared: Tensor) -> Tensor:
+        normed = self.norm1(x_BhwD)
+        x_BhwD = x_BhwD + self.attn1(normed, *self.attn1.keys_values(normed))
+        out: Tensor = x_BhwD + self.ff(self.norm2(x_BhwD))
+        return out
+
+
+class HighResLayer(Block):
+    """Self-attention, attention over text and low-res cells, GEGLU MLP, pre-norm."""
+
+    def __init__(self, config: SuperResConfig) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.norm1 = RMSNorm(width, eps)
+        self.attn1 = _attention(config)
+        self.norm2 = RMSNorm(width, eps)
+        self.attn2 = _attention(config)
+        self.norm3 = RMSNorm(width, eps)
+        self.ff = FeedForward(width, config.intermediate_size, False, config.dropout)
+
+    def prepare(self, *context: Tensor) -> Prepared:
+        (context_BSD,) = context
+        return self.attn2.keys_values(context_BSD)
+
+    def forward(self, x_BhwD: Tensor, *prepared: Tensor) -> Tensor:
+        key, value = prepared
+        normed = self.norm1(x_BhwD)
+        x_BhwD = x_BhwD + self.attn1(normed, *self.attn1.keys_values(normed))
+        x_BhwD = x_BhwD + self.attn2(self.norm2(x_BhwD), key, value)
+        out: Tensor = x_BhwD + self.ff(self.norm3(x_BhwD))
+        return out
+
+
+class MlmHead(nn.Module):
+    """The paper's output MLP: (..., D) to logits (..., K)."""
+
+    def __init__(self, width: int, codes: int, eps: float) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width, bias=False)
+        self.norm = RMSNorm(width, eps)
+        self.logits = nn.Linear(width, codes, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        out: Tensor = self.logits(self.norm(F.gelu(self.dense(features))))
+        return out
+
+
+def _attention(config: SuperResConfig) -> Attention:
+    eps = config.layer_norm_eps if config.qk_norm else None
+    return Attention(
+        config.hidden_size, config.num_attention_heads, bias=False, dropout=config.dropout, qk_norm_eps=eps
+    )
+
+
+def _join(condition: Condition) -> Tensor:
+    """Text states, then the low-res cells row by row: (B, S, D)."""
+    return torch.cat([condition.text, condition.low.flatten(1, 2)], dim=1)
+
+
+def _check_side(name: str, ids_BHW: Tensor, largest: int) -> None:
+    if max(ids_BHW.shape[1:]) > largest:
+        raise ValueError(f"{name} grid {tuple(ids_BHW.shape[1:])} is larger than {largest} on a side")

@@ -1,0 +1,73 @@
+"""The VQGAN (diffusers `VQModel`): pictures to token ids and back.
+
+Pictures are uint8 (B, H, W, 3); ids are int64 (B, h, w), row-major, with h = H / factor. Pixels enter the network
+in [0, 1], not normalised (aMUSEd).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import VQModel
+from numpy.typing import NDArray
+from torch import Tensor
+
+from raymuse.models.weights import require_safetensors
+
+
+@dataclass(frozen=True)
+class Vqgan:
+    """A frozen VQGAN with its codebook."""
+
+    network: VQModel
+
+    @classmethod
+    def load(cls, folder_or_id: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "Vqgan":
+        """Load from a local folder (itself, or its `vqvae/`) or a Hugging Face id; safetensors only."""
+        root, subfolder = require_safetensors(folder_or_id, "vqvae")
+        network = VQModel.from_pretrained(root, subfolder=subfolder, use_safetensors=True, torch_dtype=dtype)
+        return cls(network.eval().requires_grad_(False).to(device))
+
+    @property
+    def codes(self) -> int:
+        return int(self.network.config.num_vq_embeddings)
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side of one id's cell."""
+        return int(2 ** (len(self.network.config.block_out_channels) - 1))
+
+    @torch.no_grad()
+    def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """Pictures uint8 (B, H, W, 3) to ids (B, h, w)."""
+        latents = self.network.encode(to_unit(pixels, self.network.device, self.network.dtype)).latents
+        ids = nearest_codes(latents, self.network.quantize.embedding.weight)
+        return ids.cpu().numpy()
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor | NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Ids (B, h, w) to pictures uint8 (B, H, W, 3)."""
+        grid = torch.as_tensor(ids, device=self.network.device)
+        codes = self.network.quantize.embedding(grid).permute(0, 3, 1, 2).contiguous()
+        pixels = self.network.decoder(self.network.post_quant_conv(codes))
+        return to_bytes(pixels)
+
+
+def nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the nearest code for latents (B, D, h, w): (B, h, w); distances in fp32."""
+    flat = latents.float().permute(0, 2, 3, 1)
+    return torch.cdist(flat.reshape(-1, flat.shape[-1]), codebook.float()).argmin(dim=1).view(flat.shape[:3])
+
+
+def to_unit(
+    pixels: NDArray[np.uint8], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """uint8 (B, H, W, 3) to floats in [0, 1] (B, 3, H, W)."""
+    tensor = torch.from_numpy(np.ascontiguousarray(pixels)).to(device)
+    return tensor.permute(0, 3, 1, 2).to(dtype) / 255
+
+
+def to_bytes(pixels: Tensor) -> NDArray[np.uint8]:
+    """Floats (B, 3, H, W), clipped to [0, 1], to uint8 (B, H, W, 3)."""
+    scaled = (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -1,0 +1,106 @@
+"""Checkpoints free of world size, ZeRO stage and pickle.
+
+    step-00001000/
+      rank-00000.safetensors   this rank's share: `weight/NAME`, `ema/NAME`, `STATE/NAME` (optimizer moments)
+      checkpoint.json          last: step, files with sha256, and the plain state (position, schedule)
+
+Only a folder with a valid checkpoint.json counts; a damaged newest one falls back to the one before.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from raymuse.storage.folder import Folder
+from raymuse.storage.manifest import FileRecord
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint: its folder, step and plain state."""
+
+    folder: Path
+    step: int
+    state: dict[str, Any]
+    files: tuple[FileRecord, ...]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All shares together, on the CPU."""
+        merged: dict[str, torch.Tensor] = {}
+        for file in self.files:
+            merged.update(load_file(self.folder / file.name))
+        return merged
+
+
+def folder_of(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def write_share(folder: Path, rank: int, tensors: Mapping[str, torch.Tensor]) -> FileRecord:
+    """Write one rank's tensors, whole or not at all."""
+    name = f"rank-{rank:05d}.safetensors"
+    share = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    path = Folder(str(folder)).write_local(name, lambda partial: save_file(share, partial))
+    return FileRecord(name, path.stat().st_size, _sha256(path))
+
+
+def commit(folder: Path, step: int, files: Sequence[FileRecord], state: Mapping[str, Any]) -> None:
+    """Make the checkpoint count. Called once, after every rank has written its share."""
+    record = {"step": step, "files": [asdict(file) for file in files], "state": dict(state)}
+    Folder(str(folder)).write("checkpoint.json", json.dumps(record, indent=1).encode())
+
+
+def newest(root: Path) -> Checkpoint | None:
+    """The newest whole checkpoint; damaged ones are passed over with a warning that names both."""
+    damaged: str | None = None
+    for folder in sorted(root.glob("step-*"), reverse=True):
+        if not (folder / "checkpoint.json").exists():
+            continue
+        checkpoint, problem = _open(folder)
+        if checkpoint is None:
+            damaged = damaged or f"{folder.name} is damaged ({problem})"
+            continue
+        if damaged:
+            print(f"warning: {root}: {damaged}; going on from {folder.name}.", file=sys.stderr)
+        return checkpoint
+    if damaged:
+        print(f"warning: {root}: {damaged}; no older checkpoint, starting again.", file=sys.stderr)
+    return None
+
+
+def prune(root: Path, keep: int) -> None:
+    """Delete all but the newest `keep` committed checkpoints, and what was never committed before them."""
+    committed = sorted(path.parent for path in root.glob("step-*/checkpoint.json"))
+    if len(committed) <= keep:
+        return
+    oldest_kept = committed[-keep]
+    for folder in sorted(root.glob("step-*")):
+        if folder < oldest_kept:
+            (folder / "checkpoint.json").unlink(missing_ok=True)
+            shutil.rmtree(folder)
+
+
+def _open(folder: Path) -> tuple[Checkpoint | None, str]:
+    try:
+        record = json.loads((folder / "checkpoint.json").read_text())
+        files = tuple(FileRecord(**file) for file in record["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return None, f"checkpoint.json: {error}"
+    for file in files:
+        path = folder / file.name
+        if not path.exists() or path.stat().st_size != file.bytes or _sha256(path) != file.sha256:
+            return None, f"{file.name} is missing or changed"
+    return Checkpoint(folder, record["step"], record["state"], files), ""
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

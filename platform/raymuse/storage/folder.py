@@ -1,0 +1,115 @@
+"""A folder, local or behind fsspec, whose files appear whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from raymuse.config.errors import UserError
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One address: a local path, or any fsspec address such as `s3://bucket/name`."""
+
+    address: str
+
+    def __truediv__(self, name: str) -> "Folder":
+        return Folder(f"{self.address.rstrip('/')}/{name}")
+
+    @property
+    def local(self) -> Path | None:
+        """The path, where the folder is on this machine's file system."""
+        if "://" not in self.address:
+            return Path(self.address)
+        return Path(self.address.removeprefix("file://")) if self.address.startswith("file://") else None
+
+    def create(self) -> None:
+        """Make the folder. Raises UserError where it cannot be written."""
+        if (path := self.local) is None:
+            self._filesystem().makedirs(self._path(""), exist_ok=True)
+            return
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / f".writable-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {path}: {error.strerror or error}. Choose an output folder that you may write to."
+            ) from error
+
+    def require_free(self, needed: int) -> None:
+        """Raise UserError where a local disk has fewer than `needed` bytes left."""
+        if (path := self.local) is None:
+            return
+        while not path.exists():
+            path = path.parent
+        free = shutil.disk_usage(path).free
+        if free < needed:
+            raise UserError(
+                f"{path} has {free / 2**30:.2f} GiB free and this needs about {needed / 2**30:.2f} GiB. "
+                "Make room, or choose another output."
+            )
+
+    def exists(self, name: str = "") -> bool:
+        return bool(self._filesystem().exists(self._path(name)))
+
+    def names(self, name: str = "") -> list[str]:
+        """Names of the files and folders directly inside, sorted; empty where there is no such folder."""
+        filesystem = self._filesystem()
+        path = self._path(name)
+        if not filesystem.exists(path):
+            return []
+        filesystem.invalidate_cache()
+        return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in filesystem.ls(path, detail=False))
+
+    def read(self, name: str) -> bytes:
+        return bytes(self._filesystem().cat_file(self._path(name)))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write the file whole: temporary name, fsync, rename locally; a single PUT elsewhere."""
+        if self.local is None:
+            self._filesystem().pipe_file(self._path(name), data)
+        else:
+            self.write_local(name, lambda path: path.write_bytes(data))
+
+    def write_local(self, name: str, fill: Callable[[Path], object]) -> Path:
+        """Let `fill` write a temporary file on the local disk, then move it into place."""
+        if self.local is None:
+            raise UserError(f"{self.address} is not on this machine's disk, which this stage needs.")
+        final = self.local / name
+        final.parent.mkdir(parents=True, exist_ok=True)
+        partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
+        try:
+            fill(partial)
+            _sync(partial)
+            partial.rename(final)
+        finally:
+            partial.unlink(missing_ok=True)
+        _sync(final.parent)
+        return final
+
+    def remove(self, name: str) -> None:
+        """Delete a file or folder inside; nothing happens where it is not there."""
+        if self.exists(name):
+            self._filesystem().rm(self._path(name), recursive=True)
+
+    def _filesystem(self) -> Any:
+        return fsspec.core.url_to_fs(self.address)[0]
+
+    def _path(self, name: str) -> str:
+        root = str(fsspec.core.url_to_fs(self.address)[1])
+        return f"{root.rstrip('/')}/{name}" if name else root
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,184 @@
+"""Exactly-once parts: what is done stands in a manifest, and running the same command again does the rest.
+
+    _manifest/config.json        what the parts were made with; another config on the same folder is refused
+    _manifest/part-000000.json   written only after the part's files are in place
+    _manifest/index.json         many records in one object, so that a resume reads a few objects
+    _manifest/lock.json          who writes, and until when; it warns and never blocks
+    _SUCCESS                     last, with the counts
+"""
+
+import hashlib
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import psutil
+
+from raymuse.config.errors import UserError
+from raymuse.storage.folder import Folder
+
+COMPACT_EVERY = 1000
+LOCK_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of a part: its name in the folder, its size in bytes and its sha256 (hex)."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, name: str, data: bytes) -> "FileRecord":
+        return cls(name, len(data), hashlib.sha256(data).hexdigest())
+
+
+@dataclass(frozen=True)
+class PartRecord:
+    """One committed part: its files, how many rows it holds and refused, and where they came from."""
+
+    name: str
+    rows: int
+    rejects: int
+    source: str
+    files: list[FileRecord]
+    counts: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, record: Mapping[str, Any]) -> "PartRecord":
+        return cls(**{**record, "files": [FileRecord(**file) for file in record["files"]]})
+
+
+class Manifest:
+    """The manifest of one output folder, opened by the one process that commits to it."""
+
+    def __init__(self, folder: Folder, identity: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.identity = dict(identity)
+        self.done: dict[str, PartRecord] = {}
+
+    @classmethod
+    def open(cls, address: str, identity: Mapping[str, Any]) -> "Manifest":
+        """Open or start the folder. Raises UserError where it was made with another config, naming the fields."""
+        folder = Folder(address)
+        folder.create()
+        manifest = cls(folder, json.loads(json.dumps(identity, sort_keys=True)))
+        manifest._claim_config()
+        manifest._lock()
+        manifest.done = read_records(folder)
+        return manifest
+
+    @property
+    def finished(self) -> bool:
+        return self.folder.exists("_SUCCESS")
+
+    def pending(self, plan: Iterable[str]) -> list[str]:
+        """The names of the plan that are not committed yet, in order."""
+        return [name for name in plan if name not in self.done]
+
+    def write_part(
+        self, name: str, files: Mapping[str, bytes], *, rows: int, rejects: int, source: str, **counts: float
+    ) -> PartRecord:
+        """Put the files in place, then record the part. Doing it twice writes the same bytes twice."""
+        for file, data in files.items():
+            self.folder.write(file, data)
+        records = [FileRecord.of(file, data) for file, data in files.items()]
+        return self.record(PartRecord(name, rows, rejects, source, records, counts))
+
+    def record(self, part: PartRecord) -> PartRecord:
+        """Record a part whose files are already in place."""
+        self.folder.write(f"_manifest/{part.name}.json", _json(asdict(part)))
+        self.done[part.name] = part
+        if len(self.done) % COMPACT_EVERY == 0:
+            self._compact()
+        self._lock()
+        return part
+
+    def finish(self, **summary: Any) -> None:
+        """Write `_SUCCESS` with the totals, and let go of the folder."""
+        parts = self.done.values()
+        totals = {"parts": len(parts), "rows": sum(p.rows for p in parts), "rejects": sum(p.rejects for p in parts)}
+        self.folder.write("_SUCCESS", _json({**totals, **summary}))
+        self.release()
+
+    def release(self) -> None:
+        self.folder.remove("_manifest/lock.json")
+
+    def _claim_config(self) -> None:
+        if not self.folder.exists("_manifest/config.json"):
+            self.folder.write("_manifest/config.json", _json(self.identity))
+            return
+        changed = differing(json.loads(self.folder.read("_manifest/config.json")), self.identity)
+        if changed:
+            raise UserError(
+                f"{self.folder.address} was made with another config: {'; '.join(changed)}. "
+                "Use the old values, or another output folder."
+            )
+
+    def _compact(self) -> None:
+        self.folder.write("_manifest/index.json", _json([asdict(part) for part in self.done.values()]))
+        for name in self.done:
+            self.folder.remove(f"_manifest/{name}.json")
+
+    def _lock(self) -> None:
+        me = {"host": socket.gethostname(), "pid": os.getpid()}
+        if self.folder.exists("_manifest/lock.json"):
+            holder = json.loads(self.folder.read("_manifest/lock.json"))
+            if _holds(holder, me):
+                print(
+                    f"warning: process {holder['pid']} on {holder['host']} also writes to {self.folder.address}; "
+                    "stop one of the two.",
+                    file=sys.stderr,
+                )
+        self.folder.write("_manifest/lock.json", _json({**me, "expires": time.time() + LOCK_SECONDS}))
+
+
+def read_records(folder: Folder) -> dict[str, PartRecord]:
+    """Every committed part by name, in the order of the names."""
+    records: dict[str, PartRecord] = {}
+    if folder.exists("_manifest/index.json"):
+        for record in json.loads(folder.read("_manifest/index.json")):
+            records[record["name"]] = PartRecord.parse(record)
+    for name in folder.names("_manifest"):
+        if name.endswith(".json") and name not in ("config.json", "index.json", "lock.json"):
+            part = PartRecord.parse(json.loads(folder.read(f"_manifest/{name}")))
+            records[part.name] = part
+    return dict(sorted(records.items()))
+
+
+def read_finished(address: str, made_by: str) -> dict[str, PartRecord]:
+    """The parts of a finished folder. Raises UserError where it is missing or not finished."""
+    folder = Folder(address)
+    if not folder.exists("_SUCCESS"):
+        state = "is not finished" if folder.exists("_manifest") else "does not exist"
+        raise UserError(f"{address} {state}. Run `raymuse {made_by}` to the end first.")
+    return read_records(folder)
+
+
+def differing(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`field: old -> new` for every field of two nested configs that differs."""
+    changed = []
+    for key in sorted({*before, *after}):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changed += differing(old, new, f"{prefix}{key}.")
+        elif old != new:
+            changed.append(f"{prefix}{key} was {old!r} and is now {new!r}")
+    return changed
+
+
+def _holds(holder: Mapping[str, Any], me: Mapping[str, Any]) -> bool:
+    """Whether another live process still claims the folder."""
+    if holder["host"] == me["host"]:
+        return holder["pid"] != me["pid"] and psutil.pid_exists(holder["pid"])
+    return bool(holder["expires"] > time.time())
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()

@@ -1,0 +1,46 @@
+"""From a config to what trains: task, engine, loop."""
+
+import torch
+
+from raymuse.config.training import BaseConfig, ClipConfig, SuperresConfig, TrainConfig, VqganConfig
+from raymuse.tracking.run import Run
+from raymuse.training.clip import ClipTask
+from raymuse.training.engine import Engine, PlainEngine, rank_and_world
+from raymuse.training.loop import Loop, Report, micro_batches
+from raymuse.training.masked import MaskedTask
+from raymuse.training.task import Task
+from raymuse.training.vqgan import VqganTask
+
+
+def build_task(config: TrainConfig, device: str = "cpu") -> Task:
+    """The training that the config describes, its data opened and its network fresh."""
+    if isinstance(config, VqganConfig):
+        return VqganTask(config, device)
+    if isinstance(config, ClipConfig):
+        return ClipTask(config, device)
+    assert isinstance(config, BaseConfig | SuperresConfig)
+    return MaskedTask(config, device)
+
+
+def build_engine(config: TrainConfig, task: Task, device: str = "cpu") -> Engine:
+    """DeepSpeed ZeRO for the transformers where workers train together; plain data parallelism otherwise."""
+    if isinstance(config, BaseConfig | SuperresConfig) and config.workers > 0:
+        from raymuse.training.zero import DeepSpeedEngine
+
+        micro, accumulation = micro_batches(config, rank_and_world()[1])
+        return DeepSpeedEngine(
+            task.module,
+            config.optimizer,
+            zero_stage=config.zero.stage,
+            micro_batch=micro,
+            accumulation=accumulation,
+        )
+    return PlainEngine(task.module, config.optimizer, device)
+
+
+def train_here(config: TrainConfig, run: Run, report: Report, fingerprint: str) -> None:
+    """Run this rank's part of the training, in whatever process group it finds."""
+    device = f"cuda:{torch.cuda.current_device()}" if config.use_gpu else "cpu"
+    task = build_task(config, device)
+    engine = build_engine(config, task, device)
+    Loop(config, task, engine, run, report, fingerprint).fit()

@@ -1,0 +1,158 @@
+"""One training engine, two makers: plain data parallelism, and DeepSpeed ZeRO.
+
+An engine owns the model's parameters and the optimizer, averages gradients over the ranks, and reads and sets *full*
+tensors by name, whatever is sharded how. Everything that says `collective` must be called by all ranks.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from raymuse.config.training import OptimizerConfig
+from raymuse.training.optimizers import build_optimizer
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Engine(Protocol):
+    """What the training loop needs of the thing that owns parameters and optimizer."""
+
+    module: nn.Module
+    rank: int
+    world: int
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The module's loss and metrics on a batch."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this micro batch's gradients; `loss` is this rank's share of the global loss (they are summed)."""
+
+    def step(self, lr_scale: float) -> float:
+        """Sum gradients over the ranks, clip, update, clear; the gradient's norm before clipping. Collective."""
+
+    def shards(self) -> list[Tensor]:
+        """The fp32 weights this rank updates, as the tensors themselves (an EMA follows them in place)."""
+
+    def read(self, name: str, state: str | None = None) -> Tensor:
+        """A full fp32 parameter, or one of its optimizer moments. Collective."""
+
+    def write(self, name: str, value: Tensor, state: str | None = None) -> None:
+        """Set a full fp32 parameter, or one of its optimizer moments. Collective."""
+
+    def publish(self) -> None:
+        """Let written parameters reach the module that computes. Collective; once after all writes."""
+
+    def updates(self) -> int:
+        """Optimizer steps taken (the bias correction's count)."""
+
+    def set_updates(self, count: int) -> None:
+        """Restore the bias correction's count."""
+
+
+def rank_and_world() -> tuple[int, int]:
+    """(rank, world size); (0, 1) where torch.distributed is not set up."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def global_sum(values: Tensor) -> Tensor:
+    """Sum over the ranks. Collective."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+class PlainEngine:
+    """Plain data parallelism (every rank holds all): also one process, without any process group."""
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig, device: str = "cpu") -> None:
+        self.rank, self.world = rank_and_world()
+        self.module = model.to(device)
+        self.optimizer = build_optimizer(model, config)
+        self.clip_norm = config.clip_norm
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for parameter in self.module.state_dict().values():
+            if self.world > 1:
+                dist.broadcast(parameter, 0)
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = self.module(batch)
+        return loss, metrics
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, lr_scale: float) -> float:
+        self._sum_gradients()
+        bound = self.clip_norm if self.clip_norm is not None else float("inf")
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), bound)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * lr_scale
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def shards(self) -> list[Tensor]:
+        return [parameter.data for parameter in self.parameters.values()]
+
+    def read(self, name: str, state: str | None = None) -> Tensor:
+        parameter = self.parameters[name]
+        return parameter.data if state is None else self._state(parameter)[state]
+
+    def write(self, name: str, value: Tensor, state: str | None = None) -> None:
+        self.read(name, state).copy_(value)
+
+    def publish(self) -> None:
+        """Parameters are the module's own: nothing to do."""
+
+    def updates(self) -> int:
+        first = self.optimizer.state.get(next(iter(self.parameters.values())), {})
+        return int(first.get("step", 0))
+
+    def set_updates(self, count: int) -> None:
+        for parameter in self.parameters.values():
+            self._state(parameter)["step"].fill_(count)
+
+    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state = self.optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())
+            for moment in MOMENTS:
+                state[moment] = torch.zeros_like(parameter)
+        return state
+
+    def _sum_gradients(self) -> None:
+        """One all-reduce for all gradients: they are small here, and one message beats hundreds."""
+        for parameter in self.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.world > 1:
+            gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+            flat = torch._utils._flatten_dense_tensors(gradients)
+            dist.all_reduce(flat)
+            for gradient, summed in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
+                gradient.copy_(summed)
+
+
+@contextmanager
+def swapped(engine: Engine, average: list[Tensor]) -> Iterator[None]:
+    """Inside, the engine's fp32 weights are the average's; its optimizer must not step meanwhile."""
+    shards = engine.shards()
+    kept = [shard.clone() for shard in shards]
+    for shard, value in zip(shards, average, strict=True):
+        shard.copy_(value)
+    try:
+        yield
+    finally:
+        for shard, value in zip(shards, kept, strict=True):
+            shard.copy_(value)
+
+
+def full_weights(engine: Engine) -> dict[str, Tensor]:
+    """Every trained parameter, full, fp32, on the CPU, on every rank. Collective."""
+    names = [name for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
+    return {name: engine.read(name).detach().float().cpu().clone() for name in names}

@@ -1,0 +1,241 @@
+"""Masked-image training of the base and the super-resolution transformer from token shards.
+
+B samples, h w grid, N masked positions, C codes, T text tokens, E text width, P pooled width.
+"""
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from raymuse.config.errors import ConfigError, UserError
+from raymuse.config.export import SamplingConfig
+from raymuse.config.training import BaseConfig, MaskedConfig, SuperresConfig
+from raymuse.masking import CAPTION, DROPOUT, LOW_NOISE, hide, uniforms
+from raymuse.models.superres import SuperRes, SuperResConfig
+from raymuse.models.text import TextEncoder
+from raymuse.models.uvit import UVit, UVitConfig
+from raymuse.models.vqgan import Vqgan
+from raymuse.pipeline import load_uvit, sample_ids, save_network
+from raymuse.storage.tokens import TokenStore
+from raymuse.training.engine import Engine
+from raymuse.training.order import SampleOrder
+from raymuse.training.task import Batch, network_weights, sheet
+
+SAMPLES = 16
+
+
+class MaskedLoss(nn.Module):
+    """Cross-entropy on the masked positions alone, summed; normalised by the global count elsewhere."""
+
+    def __init__(self, network: UVit | SuperRes, label_smoothing: float) -> None:
+        super().__init__()
+        self.network = network
+        self.label_smoothing = label_smoothing
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        features = self.network.features(batch["ids"], self.condition(batch))
+        logits_NC = self.network.head(features[batch["mask"]])
+        targets_N = batch["targets"][batch["mask"]]
+        loss = F.cross_entropy(logits_NC.float(), targets_N, reduction="sum", label_smoothing=self.label_smoothing)
+        right = (logits_NC.argmax(dim=-1) == targets_N).sum()
+        return loss, {"accuracy": right.detach()}
+
+    def condition(self, batch: Batch) -> Any:
+        if isinstance(self.network, SuperRes):
+            return self.network.condition(batch["states"], batch["low_ids"])
+        return self.network.condition(batch["states"], batch["pooled"], batch["micro"])
+
+
+class MaskedTask:
+    """Base or super-resolution training, by the config's type.
+
+    Raises:
+        UserError: where shards, text encoder and config do not fit together.
+    """
+
+    def __init__(self, config: BaseConfig | SuperresConfig, device: str = "cpu") -> None:
+        self.config = config
+        self.device = device
+        self.store = TokenStore(config.input)
+        self.order = SampleOrder(self.store.sizes, config.seed)
+        self.grid = self.store.grid(config.ids)
+        self.text = self._text_encoder()
+        self.codes = codes_of(self.store)
+        empty_ids = torch.from_numpy(self.store.empty.text_ids.astype(np.int64))
+        self.empty_states, self.empty_pooled = self._said(empty_ids, self.store.empty.text_states, self.store.empty.pooled)
+        self.network = self._build()
+        self.module = MaskedLoss(self.network, config.label_smoothing)
+
+    def batch(self, positions: NDArray[np.int64], weights: NDArray[np.float32]) -> Batch:
+        rows = self.store.rows(
+            self.order.rows(positions), uniforms(self.config.seed, CAPTION, positions, 1)[:, 0]
+        )
+        ids = torch.from_numpy(rows.image_ids if self.config.ids == "image_ids" else _low(rows.low_ids))
+        hidden = hide(
+            ids.flatten(1),
+            positions,
+            seed=self.config.seed,
+            mask_id=self.network.config.mask_id,
+            schedule=self.config.masking,
+            min_ratio=self.config.min_masking_ratio,
+        )
+        states, pooled = self._said(torch.from_numpy(rows.text_ids), rows.text_states, rows.pooled)
+        states, pooled = self._drop_captions(states, pooled, positions)
+        batch = {
+            "ids": hidden.ids.view_as(ids),
+            "targets": ids,
+            "mask": hidden.mask.view_as(ids) & (torch.from_numpy(weights) > 0)[:, None, None],
+            "states": states,
+            "pooled": pooled,
+            "micro": torch.from_numpy(rows.micro),
+        }
+        if isinstance(self.config, SuperresConfig):
+            batch["low_ids"] = add_low_noise(
+                torch.from_numpy(_low(rows.low_ids)), positions, self.config.seed, self.config.low_noise, self.codes
+            )
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def count(self, batch: Batch) -> float:
+        return float(batch["mask"].sum())
+
+    def after_step(self, step: int, engine: Engine) -> dict[str, float]:
+        return {}
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        """There is none."""
+
+    def sample(self, weights: dict[str, Tensor]) -> Image.Image:
+        """The first rows of the store drawn anew from their captions, under the truth as the VQGAN decodes it."""
+        assert self.config.vqgan is not None, "the loop asks for samples only where the config names a VQGAN"
+        network = copy.deepcopy(self.network).eval()
+        network.load_state_dict(network_weights(weights), strict=True)
+        rows = self.store.rows(range(min(SAMPLES, len(self.store))), np.zeros(min(SAMPLES, len(self.store))))
+        states, pooled = self._said(torch.from_numpy(rows.text_ids), rows.text_states, rows.pooled)
+        truth = rows.image_ids if self.config.ids == "image_ids" else _low(rows.low_ids)
+        batch = {"states": states, "pooled": pooled, "micro": torch.from_numpy(rows.micro)}
+        if rows.low_ids is not None:
+            batch["low_ids"] = torch.from_numpy(rows.low_ids)
+        loss = MaskedLoss(network, 0.0)
+        with torch.no_grad():
+            ids = sample_ids(
+                network, loss.condition(batch), None,
+                grid=self.grid, seeds=list(range(len(truth))), sampling=SamplingConfig(temperature=0.5),
+            )
+        vqgan = Vqgan.load(self.config.vqgan)
+        return sheet([vqgan.decode(truth), vqgan.decode(ids.cpu())])
+
+    def save(self, weights: dict[str, Tensor], folder: Path) -> dict[str, Any]:
+        config = self.network.config
+        record = config.to_diffusers() if isinstance(config, UVitConfig) else config.to_dict()
+        save_network(copy.deepcopy(self.network), record, folder, network_weights(weights))
+        return {"parameters": sum(value.numel() for value in weights.values()), "grid": list(self.grid)}
+
+    def _build(self) -> UVit | SuperRes:
+        config = self.config
+        if isinstance(config, BaseConfig) and config.start_from is not None:
+            network: UVit | SuperRes = load_uvit(Path(config.start_from) / "transformer").requires_grad_(True).train()
+        elif isinstance(config, BaseConfig):
+            network = UVit(shape_of(UVitConfig, config, self._uvit_shape()))
+            network.initialise(config.seed)
+        else:
+            network = SuperRes(shape_of(SuperResConfig, config, self._superres_shape()))
+            network.initialise(config.seed)
+        network.gradient_checkpointing = config.gradient_checkpointing
+        return network
+
+    def _uvit_shape(self) -> dict[str, Any]:
+        """What the data decides: widths of the text, codes, and the mask's id after them."""
+        return {
+            "encoder_hidden_size": self.empty_states.shape[-1],
+            "cond_embed_dim": self.empty_pooled.shape[-1],
+            "codebook_size": self.codes,
+            "vocab_size": self.codes + 64,
+            "sample_size": self.grid[0],
+        }
+
+    def _superres_shape(self) -> dict[str, Any]:
+        low = self.store.grid("low_ids")
+        return {
+            "encoder_hidden_size": self.empty_states.shape[-1],
+            "codebook_size": self.codes,
+            "vocab_size": self.codes + 64,
+            "low_vocab_size": self.codes,
+            "low_grid": max(low),
+            "high_grid": max(self.grid),
+        }
+
+    def _text_encoder(self) -> TextEncoder | None:
+        if self.store.has_states:
+            return None
+        if self.config.text_encoder is None:
+            raise UserError(f"{self.config.input} holds text ids, not states: set text_encoder to the encoder's folder.")
+        return TextEncoder.load(self.config.text_encoder, self.device)
+
+    def _said(
+        self, text_ids: Tensor, states: NDArray[Any] | None, pooled: NDArray[Any] | None
+    ) -> tuple[Tensor, Tensor]:
+        """States (B, T, E) and pooled (B, P): as stored, or from the frozen encoder now."""
+        if states is not None and pooled is not None:
+            return torch.from_numpy(states).float(), torch.from_numpy(pooled).float()
+        assert self.text is not None
+        return self.text.encode(text_ids)
+
+    def _drop_captions(self, states: Tensor, pooled: Tensor, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """With probability `caption_dropout` a sample's states and pooled vector become the empty caption's."""
+        draws = uniforms(self.config.seed, DROPOUT, positions, 1)[:, 0]
+        dropped = torch.from_numpy(draws < self.config.caption_dropout).to(states.device)
+        kept_states = torch.where(dropped[:, None, None], self.empty_states, states)
+        return kept_states, torch.where(dropped[:, None], self.empty_pooled, pooled)
+
+
+def add_low_noise(low_ids: Tensor, positions: NDArray[np.int64], seed: int, most: float, codes: int) -> Tensor:
+    """Replace a share of each sample's low-res ids (B, h, w), drawn from U(0, most), by random codes.
+
+    In sampling the low-res ids are generated, so training must not trust them wholly (Muse, section 2.4).
+    """
+    length = low_ids[0].numel()
+    draws = torch.from_numpy(uniforms(seed, LOW_NOISE, positions, 1 + 2 * length))
+    replaced = draws[:, 1 : 1 + length] < draws[:, :1] * most
+    random_ids = (draws[:, 1 + length :] * codes).long()
+    return torch.where(replaced, random_ids, low_ids.flatten(1)).view_as(low_ids)
+
+
+def codes_of(store: TokenStore) -> int:
+    """Codebook size that the shards were made with."""
+    return int(json.loads(store.folder.read("_manifest/config.json"))["codebook_size"])
+
+
+def shape_of(kind: Callable[..., Any], config: MaskedConfig, known: dict[str, Any]) -> Any:
+    """The network's own config from the recipe's `model` and what the data decides.
+
+    Raises:
+        ConfigError: naming fields that the network does not have, and sizes that do not fit.
+    """
+    allowed = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    unknown = [name for name in config.model if name not in allowed]
+    if unknown:
+        problems = [f"model.{name}: no such field; it has {', '.join(sorted(allowed))}" for name in unknown]
+        raise ConfigError(config.stage, problems)  # type: ignore[attr-defined]
+    try:
+        return kind(**{**known, **config.model})
+    except (ValueError, TypeError) as error:
+        raise ConfigError(config.stage, [f"model: {error}"]) from error  # type: ignore[attr-defined]
+
+
+def _low(ids: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    if ids is None:
+        raise UserError("these token shards hold no low_ids: pretokenize with low_resolution=...")
+    return ids

@@ -1,0 +1,179 @@
+"""Training the VQGAN: reconstruction, edges, commitment, and care of the codebook.
+
+B pictures, H W pixels, h w grid, D latent channels.
+"""
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import VQModel
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from raymuse.config.errors import ConfigError
+from raymuse.config.training import VqganConfig
+from raymuse.masking import CHOICE, uniforms
+from raymuse.models.vqgan import Vqgan, nearest_codes, to_unit
+from raymuse.training.codebook import Codebook
+from raymuse.training.engine import Engine
+from raymuse.training.pictures import PictureStream
+from raymuse.training.task import Batch, network_weights, sheet
+
+SAMPLES = 16
+
+
+class VqganLoss(nn.Module):
+    """Reconstruction (L1 and L2), L1 of the edges, and commitment of the latents to their codes; summed over rows.
+
+    Codes are moved by the codebook's averages, not by gradients; before `quantise` is set the latents pass unrounded.
+    """
+
+    def __init__(self, network: VQModel, config: VqganConfig) -> None:
+        super().__init__()
+        self.network = network
+        self.config = config
+        self.quantise = False
+        self.latents: list[Tensor] = []
+        self.ids: list[Tensor] = []
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        pictures, weights = batch["pixels"], batch["weights"]
+        latents = self.network.encode(pictures).latents
+        codes, commitment = self._quantised(latents) if self.quantise else (latents, latents.new_zeros(len(latents)))
+        self._remember(latents)
+        drawn = self.network.decoder(self.network.post_quant_conv(codes))
+        error = drawn - pictures
+        squared = error.square().flatten(1).mean(dim=1)
+        loss = (
+            self.config.l1_weight * error.abs().flatten(1).mean(dim=1)
+            + self.config.l2_weight * squared
+            + self.config.gradient_weight * _edges(error)
+            + self.config.commitment_weight * commitment
+        )
+        return (loss * weights).sum(), {"mse": (squared * weights).sum().detach()}
+
+    def _quantised(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest codes (B, D, h, w) with straight-through gradients, and each row's commitment loss (B,)."""
+        ids = nearest_codes(latents.detach(), self.network.quantize.embedding.weight)
+        codes = self.network.quantize.embedding(ids).permute(0, 3, 1, 2)
+        self.ids.append(ids.flatten())
+        commitment = (latents - codes.detach()).square().flatten(1).mean(dim=1)
+        return latents + (codes - latents).detach(), commitment
+
+    def _remember(self, latents: Tensor) -> None:
+        self.latents.append(latents.detach().permute(0, 2, 3, 1).reshape(-1, latents.shape[1]))
+
+
+class VqganTask:
+    """VQGAN training on random square crops at several scales."""
+
+    def __init__(self, config: VqganConfig, device: str = "cpu") -> None:
+        self.config = config
+        self.device = device
+        self.pictures = PictureStream(config.input, config.seed)
+        self.network = build_vqgan(config)
+        codes = self.network.quantize.embedding.weight
+        codes.requires_grad_(False)
+        self.codebook = Codebook(
+            codes, decay=config.codebook_decay, revive_below=config.revive_below, seed=config.seed
+        )
+        self.module = VqganLoss(self.network, config)
+
+    def batch(self, positions: NDArray[np.int64], weights: NDArray[np.float32]) -> Batch:
+        draws = uniforms(self.config.seed, CHOICE, positions, 1)[:, 0]
+        sides = np.array(self.config.resolutions)[(draws * len(self.config.resolutions)).astype(np.int64)]
+        pixels, _ = self.pictures.crops(positions, sides, self.config.crop)
+        return {"pixels": to_unit(pixels, self.device), "weights": torch.from_numpy(weights)}
+
+    def count(self, batch: Batch) -> float:
+        return float(batch["weights"].sum())
+
+    def after_step(self, step: int, engine: Engine) -> dict[str, float]:
+        latents = torch.cat(self.module.latents)
+        ids = torch.cat(self.module.ids) if self.module.ids else None
+        self.module.latents.clear()
+        self.module.ids.clear()
+        if not self.codebook.started:
+            if step + 1 >= self.config.warm_steps:
+                self.codebook.start(latents, step)
+                self.module.quantise = True
+            return {}
+        assert ids is not None
+        return self.codebook.update(latents, ids, step, revive=step < self.config.revive_until * self.config.steps)
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return self.codebook.state()
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        self.codebook.load(state)
+        self.module.quantise = self.codebook.started
+
+    def sample(self, weights: dict[str, Tensor]) -> Image.Image:
+        """Pictures over their round trips, at the largest resolution."""
+        vqgan = Vqgan(self._network_with(weights))
+        pixels = self._examples()
+        return sheet([pixels, vqgan.decode(vqgan.encode(pixels))])
+
+    def save(self, weights: dict[str, Tensor], folder: Path) -> dict[str, Any]:
+        network = self._network_with(weights)
+        network.save_pretrained(folder, safe_serialization=True)
+        vqgan = Vqgan(network)
+        pixels = self._examples(256)
+        ids = vqgan.encode(pixels)
+        error = (vqgan.decode(ids).astype(np.float64) - pixels) / 255
+        return {
+            "psnr": -10 * math.log10(float((error**2).mean())),
+            "codebook_used": float(len(np.unique(ids)) / vqgan.codes),
+        }
+
+    def _examples(self, count: int = SAMPLES) -> NDArray[np.uint8]:
+        side = max(self.config.resolutions)
+        positions = np.arange(min(count, len(self.pictures.index)))
+        return self.pictures.crops(positions, np.full(len(positions), side), side)[0]
+
+    def _network_with(self, weights: dict[str, Tensor]) -> VQModel:
+        network = copy.deepcopy(self.network).eval()
+        state = {**network.state_dict(), **network_weights(weights)}
+        network.load_state_dict(state, strict=True)
+        return network
+
+
+def build_vqgan(config: VqganConfig) -> VQModel:
+    """A fresh `VQModel` of the recipe's shape, without attention, codes looked up by id.
+
+    Raises:
+        ConfigError: for fields that VQModel does not know, or sizes that do not fit.
+    """
+    shape = dict(config.model)
+    channels = shape.get("block_out_channels", [128, 256, 256, 512, 768])
+    torch.manual_seed(config.seed)
+    try:
+        network = VQModel(
+            **{
+                "down_block_types": ["DownEncoderBlock2D"] * len(channels),
+                "up_block_types": ["UpDecoderBlock2D"] * len(channels),
+                "mid_block_add_attention": False,
+                "lookup_from_codebook": True,
+                "sample_size": config.crop,
+                **shape,
+                "block_out_channels": list(channels),
+            }
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(config.stage, [f"model: {error}"]) from error
+    factor = 2 ** (len(channels) - 1)
+    if config.crop % factor:
+        raise ConfigError(config.stage, [f"crop={config.crop} is no multiple of the VQGAN's factor {factor}"])
+    return network.train()
+
+
+def _edges(error: Tensor) -> Tensor:
+    """Mean L1 of horizontal and vertical differences of the error, a row (B,): blurred edges cost what they lose."""
+    across = (error[..., 1:] - error[..., :-1]).abs().flatten(1).mean(dim=1)
+    down = (error[..., 1:, :] - error[..., :-1, :]).abs().flatten(1).mean(dim=1)
+    return across + down

@@ -1,0 +1,156 @@
+"""DeepSpeed ZeRO behind the engine's interface."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raymuse.config.training import OptimizerConfig
+from raymuse.training.engine import MOMENTS, rank_and_world
+from raymuse.training.optimizers import build_optimizer
+
+
+class DeepSpeedEngine:
+    """DeepSpeed with ZeRO 0 to 3; the model code knows nothing of it."""
+
+    def __init__(
+        self, model: nn.Module, config: OptimizerConfig, *, zero_stage: int, micro_batch: int, accumulation: int
+    ) -> None:
+        import deepspeed
+
+        # Its shared-memory collectives are built with a C++ compiler at start; gloo and NCCL need none.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.rank, self.world = rank_and_world()
+        self.names = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.zero_stage = zero_stage
+        self.accumulation = accumulation
+        optimizer = build_optimizer(model, config)
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0  # ZeRO-3 takes a step while it is set up, which must not decay any weight
+        self.engine, self.optimizer, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=_deepspeed_config(config, zero_stage, micro_batch, accumulation),
+        )
+        self.module: nn.Module = self.engine.module
+        self.parameters = dict(self.module.named_parameters())
+        self._start_moments()
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = self.engine(batch)
+        return loss, metrics
+
+    def backward(self, loss: Tensor) -> None:
+        # DeepSpeed averages over ranks and micro batches; ours is a sum, normalised by the global count already.
+        self.engine.backward(loss * (self.world * self.accumulation))
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()
+
+    def step(self, lr_scale: float) -> float:
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * lr_scale
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        unsharded = nn.utils.get_total_norm(gradients) if self.zero_stage == 0 else None
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm() if unsharded is None else unsharded)
+
+    def shards(self) -> list[Tensor]:
+        if self.zero_stage > 0:
+            return [flat.data for flat in self._flat_shards()]
+        return [self.parameters[name].data for name in self.names]
+
+    def read(self, name: str, state: str | None = None) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        parameter = self.parameters[name]
+        if self.zero_stage == 0:
+            return parameter.data if state is None else self._inner().state[parameter][state]
+        if state is None:
+            return _present(safe_get_full_fp32_param(parameter), name)
+        return _present(safe_get_full_optimizer_state(parameter, state), f"{name} {state}")
+
+    def write(self, name: str, value: Tensor, state: str | None = None) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        parameter = self.parameters[name]
+        if self.zero_stage == 0:
+            self.read(name, state).copy_(value)
+        elif self.zero_stage == 3:
+            self._write_partition(parameter, value, state)
+        elif state is None:
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, state)
+
+    def publish(self) -> None:
+        if self.zero_stage in (1, 2):
+            self.optimizer.update_lp_params()
+        elif self.zero_stage == 3:
+            for group in range(len(self.optimizer.fp32_partitioned_groups_flat)):
+                self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            self._refresh_persistent()
+
+    def updates(self) -> int:
+        return int(next(iter(self._inner().state.values()))["step"])
+
+    def set_updates(self, count: int) -> None:
+        for state in self._inner().state.values():
+            state["step"] = torch.tensor(float(count))
+
+    def _inner(self) -> Any:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _write_partition(self, parameter: nn.Parameter, value: Tensor, state: str | None) -> None:
+        """This rank's slice under ZeRO-3. DeepSpeed's own safe_set_full_* fails where the ranks do not divide it."""
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        size = parameter.ds_tensor.numel()
+        padded = torch.zeros(size * self.world)
+        padded[: value.numel()] = value.flatten()
+        local = padded[self.rank * size : (self.rank + 1) * size]
+        if state is None:
+            safe_set_local_fp32_param(parameter, local)
+        else:
+            safe_set_local_optimizer_state(parameter, local, state)
+
+    def _refresh_persistent(self) -> None:
+        """Small parameters stay gathered under ZeRO-3: gather them anew."""
+        kept = self.optimizer.persistent_parameters
+        if kept:
+            kept[0].partition(kept)
+            kept[0].all_gather(kept)
+
+    def _start_moments(self) -> None:
+        """Zero moments and count, at once and at every stage: a checkpoint can then be written into them."""
+        parameters = [self.parameters[name] for name in self.names]
+        for tensor in parameters if self.zero_stage == 0 else self._flat_shards():
+            zeros = {moment: torch.zeros_like(tensor, dtype=torch.float32) for moment in MOMENTS}
+            self._inner().state[tensor] = {"step": torch.tensor(0.0), **zeros}
+        if self.zero_stage in (1, 2):
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _flat_shards(self) -> list[Tensor]:
+        """The flat fp32 tensors that this rank's optimizer updates."""
+        if self.zero_stage == 3:
+            return list(self.optimizer.fp32_partitioned_groups_flat)
+        return list(self.optimizer.single_partition_of_fp32_groups)
+
+
+def _deepspeed_config(config: OptimizerConfig, stage: int, micro_batch: int, accumulation: int) -> Mapping[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.clip_norm or 0.0,
+        "zero_optimization": {"stage": stage, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _present(value: Tensor | None, what: str) -> Tensor:
+    assert value is not None, f"DeepSpeed holds no {what}"
+    return value
