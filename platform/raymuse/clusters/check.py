@@ -5,6 +5,7 @@ import difflib
 import functools
 import gzip
 import json
+import logging
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -53,15 +54,23 @@ def _launcher_problems(config: dict[str, Any]) -> list[str]:
     import ray.autoscaler
     from ray.autoscaler._private.util import prepare_config, validate_config
 
+    logging.getLogger("ray.autoscaler").setLevel(logging.WARNING)  # it tells of each default that it fills in
     schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text("utf-8"))
-    found = list(_schema_problems(config, schema))
+    filled = copy.deepcopy(config)
+    for node_type in _mappings(filled.get("available_node_types")):
+        node_type.setdefault("resources", {})  # the launcher asks the cloud for them before it validates
+    found = list(_schema_problems(filled, schema))
     if found:
         return found
     try:
-        validate_config(prepare_config(copy.deepcopy(config)))
+        validate_config(prepare_config(filled))
     except Exception as error:  # Ray raises whatever a broken file leads it into: every kind is the file's fault
         return [f"{type(error).__name__}: {error}"]
     return []
+
+
+def _mappings(value: Any) -> list[dict[str, Any]]:
+    return [item for item in value.values() if isinstance(item, dict)] if isinstance(value, dict) else []
 
 
 def _kubernetes_problems(document: dict[str, Any]) -> Iterator[str]:

@@ -27,22 +27,21 @@ class ConfigError(UserError):
 
 
 class TooManyRejects(Exception):  # noqa: N818 - the work is done: this is a verdict on it, not a failure
-    """A stage finished its work, but more of its inputs were rejected than its config allows; exit code 3.
+    """A stage finished, but more of its inputs were rejected than its config allows; exit code 3.
 
     Args:
         rejected: inputs that were rejected.
         total: inputs in all.
-        allowed: the largest share of rejects that the config allows, 0 to 1.
-        address: what the stage wrote; `rejects` within says which inputs and why.
+        address: the rejects: which inputs, and why.
     """
 
-    def __init__(self, rejected: int, total: int, allowed: float, address: str) -> None:
-        self.rejected, self.total, self.allowed, self.address = rejected, total, allowed, address
+    def __init__(self, rejected: int, total: int, address: str) -> None:
+        self.rejected, self.total, self.address = rejected, total, address
         share = rejected / max(total, 1)
         super().__init__(
-            f"{rejected} of {total} inputs were rejected ({share:.1%}), more than max_reject_fraction={allowed:.1%}. "
-            f"All the others are in {address}; {address}/rejects says which failed and why."
+            f"{rejected} of {total} inputs were rejected ({share:.1%}), more than max_reject_fraction allows; "
+            f"{address} says which and why. All the others are done."
         )
 
-    def __reduce__(self) -> tuple[type["TooManyRejects"], tuple[int, int, float, str]]:
-        return TooManyRejects, (self.rejected, self.total, self.allowed, self.address)
+    def __reduce__(self) -> tuple[type["TooManyRejects"], tuple[int, int, str]]:
+        return TooManyRejects, (self.rejected, self.total, self.address)

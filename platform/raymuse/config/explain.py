@@ -60,7 +60,8 @@ def _sentence(model: type[Config], path: KeyPath, error: ErrorDetails) -> str:
     if kind == "extra_forbidden":
         return f"{name}: no such key{_suggestion(model, path)}"
     if kind == "missing":
-        return f"{name}: missing; give {_meaning(model, path) or 'it a value'}"
+        meaning = _meaning(model, path)
+        return f"{name}: missing ({meaning})" if meaning else f"{name}: missing"
     if kind in _BOUNDS:
         word, key = _BOUNDS[kind]
         return f"{name}: must be {word} {context[key]}, was {given}"

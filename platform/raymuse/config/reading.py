@@ -92,15 +92,14 @@ def parse_value(text: str) -> Any:
 
 
 def _walk(node: yaml.MappingNode, path: KeyPath, document: Document) -> None:
+    seen: dict[str, int] = {}
     for key_node, value_node in node.value:
-        here = (*path, str(key_node.value))
-        line = key_node.start_mark.line + 1
-        if here in document.lines and key_node.tag != "tag:yaml.org,2002:merge":
-            first = document.lines[here]
-            document.problems.append(
-                f"{'.'.join(here)}: given twice ({document.name} lines {first} and {line}): keep one"
-            )
-        document.lines[here] = line
+        name, line = str(key_node.value), key_node.start_mark.line + 1
+        here = (*path, name)
+        if name in seen:
+            where = f"{document.name} lines {seen[name]} and {line}"
+            document.problems.append(f"{'.'.join(here)}: given twice ({where}): keep one")
+        seen[name] = document.lines[here] = line
         if isinstance(value_node, yaml.MappingNode):
             _walk(value_node, here, document)
 

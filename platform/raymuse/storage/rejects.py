@@ -24,6 +24,8 @@ class Reason(StrEnum):
     UNREADABLE = "unreadable"  # one file that cannot be opened
     SHARD_DAMAGED = "shard_damaged"  # a stretch of a tar that holds no readable member
     SHARD_UNREADABLE = "shard_unreadable"  # nothing of the tar can be read
+    EMPTY_PROMPT = "empty_prompt"
+    GENERATION_FAILED = "generation_failed"  # the model could not draw it, also when tried again
 
 
 class Unreadable(Exception):  # noqa: N818 - a verdict on the data, not a failure of the program

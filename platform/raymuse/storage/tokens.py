@@ -8,6 +8,7 @@
 
 import hashlib
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -128,11 +129,23 @@ class TokenStore:
         if not self.names:
             raise UserError(f"{address} holds no rows: every picture was rejected. See its rejects folder.")
         self.starts = [0, *accumulate(self.sizes)]
+        sums = [file.sha256 for record in records.values() for file in record.files]
+        self._fingerprint = hashlib.sha256(json.dumps([self.config, sums], sort_keys=True).encode()).hexdigest()
         self.part = lru_cache(maxsize=cached_parts)(self._read_part)
         self.empty = self._read_captions(EMPTY)
 
     def __len__(self) -> int:
         return self.starts[-1]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the shards were made with, fingerprints of the encoders among it."""
+        return dict(json.loads(self.folder.read("_manifest/config.json")))
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the config and the parts' own sums."""
+        return self._fingerprint
 
     @property
     def has_states(self) -> bool:

@@ -4,7 +4,6 @@ B samples, h w grid, N masked positions, C codes, T text tokens, E text width, P
 """
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -70,7 +69,7 @@ class MaskedTask:
         self.order = SampleOrder(self.store.sizes, config.seed)
         self.grid = self.store.grid(config.ids)
         self.text = self._text_encoder()
-        self.codes = codes_of(self.store)
+        self.codes = int(self.store.config["codebook_size"])
         empty_ids = torch.from_numpy(self.store.empty.text_ids.astype(np.int64))
         self.empty_states, self.empty_pooled = self._said(empty_ids, self.store.empty.text_states, self.store.empty.pooled)
         self.network = self._build()
@@ -211,11 +210,6 @@ def add_low_noise(low_ids: Tensor, positions: NDArray[np.int64], seed: int, most
     replaced = draws[:, 1 : 1 + length] < draws[:, :1] * most
     random_ids = (draws[:, 1 + length :] * codes).long()
     return torch.where(replaced, random_ids, low_ids.flatten(1)).view_as(low_ids)
-
-
-def codes_of(store: TokenStore) -> int:
-    """Codebook size that the shards were made with."""
-    return int(json.loads(store.folder.read("_manifest/config.json"))["codebook_size"])
 
 
 def shape_of(kind: Callable[..., Any], config: MaskedConfig, known: dict[str, Any]) -> Any:

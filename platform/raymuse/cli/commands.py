@@ -1,0 +1,197 @@
+"""All commands, in the order of the flow. What a command needs is imported when it runs: `--help` must be quick."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from raymuse.cli import cluster, config
+from raymuse.cli.words import config_for, is_folder, split
+
+app = typer.Typer(
+    help="Captioned images to a trained MUSE/aMUSEd text-to-image model, and prompts to pictures, on Ray.",
+    epilog="Every stage takes a RECIPE (a shipped one, one of its sections like demo:base, or your YAML file) and "
+    "KEY=VALUE changes; running the same command again resumes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _words(metavar: str) -> Any:
+    return typer.Argument(metavar=metavar, show_default=False, hidden=True)
+
+
+Words = Annotated[list[str] | None, _words("RECIPE KEY=VALUE")]
+Mlflow = Annotated[
+    str | None, typer.Option(metavar="URI", help="MLflow server to report to [default: $MLFLOW_TRACKING_URI, or none].")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")]
+
+_TRAININGS = ("train-vqgan", "train-clip", "train-base", "train-superres")
+
+
+@app.command()
+def demo(
+    changes: Annotated[list[str] | None, _words("KEY=VALUE")] = None,
+    recipe: Annotated[str, typer.Option(metavar="RECIPE", help="demo, smoke, emoji, or your YAML file.")] = "demo",
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the closing table as data too.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Run the whole flow on this machine: data to scores."""
+    from raymuse.config.errors import UserError
+    from raymuse.config.flow import FlowConfig
+    from raymuse.config.load import load
+
+    flow_config = load(recipe, changes or [], "flow")
+    assert isinstance(flow_config, FlowConfig)
+    if json is not None and not json.absolute().parent.is_dir():
+        raise UserError(f"--json {json}: there is no folder {json.absolute().parent}; make it first.")
+    if dry_run:
+        from raymuse.cli.plans import flow_plan
+
+        typer.echo(flow_plan(flow_config), nl=False)
+        return
+    from raymuse import flow
+    from raymuse.cli.launch import resumable
+
+    with resumable():
+        flow.demo(flow_config, json)
+
+
+@app.command()
+def data(
+    words: Annotated[list[str] | None, _words("SOURCE|RECIPE KEY=VALUE")] = None,
+    mlflow: Mlflow = None,
+) -> None:
+    """Draw or gather captioned pictures as shards.
+
+    SOURCE is `shapes` (drawn here), `emoji` (of Debian's font), or a folder of images with captions; the rest is as in
+    the recipe demo:data, or emoji:data for `emoji`.
+    """
+    from raymuse.config.data import DataConfig
+    from raymuse.config.load import load
+
+    word, changes = split(words)
+    if word is None or word == "shapes":
+        loaded = load("demo:data", changes, "data")
+    elif word == "emoji":
+        loaded = load("emoji:data", changes, "data")
+    elif is_folder(word):
+        loaded = load("demo:data", changes, "data").model_copy(update={"source": word})
+    else:
+        loaded = load(word, changes, "data")
+    assert isinstance(loaded, DataConfig)
+    from raymuse.cli.launch import run_stage
+    from raymuse.stages.data import make_data
+
+    run_stage(make_data, loaded, mlflow)
+
+
+@app.command()
+def train(words: Words = None, mlflow: Mlflow = None, dry_run: DryRun = False) -> None:
+    """Train a VQGAN, a CLIP, a base or a super-res model."""
+    from raymuse.config.training import TrainConfig
+
+    loaded = config_for(TrainConfig, "train", words, _TRAININGS)
+    if dry_run:
+        from raymuse.cli.plans import train_plan
+
+        typer.echo(train_plan(loaded), nl=False)
+        return
+    from raymuse.cli.launch import run_stage
+    from raymuse.stages import train as stage
+
+    run_stage(stage.train, loaded, mlflow, ray=loaded.workers > 0)
+
+
+@app.command()
+def pretokenize(words: Words = None, mlflow: Mlflow = None, dry_run: DryRun = False) -> None:
+    """Encode image shards to token shards, once."""
+    from raymuse.config.pretokenize import PretokenizeConfig
+
+    loaded = config_for(PretokenizeConfig, "pretokenize", words, ("pretokenize",))
+    from raymuse.stages import pretokenize as stage
+
+    if dry_run:
+        typer.echo(stage.plan_text(loaded))
+        return
+    from raymuse.cli.launch import run_stage
+
+    run_stage(stage.pretokenize, loaded, mlflow)
+
+
+@app.command()
+def export(words: Words = None, mlflow: Mlflow = None) -> None:
+    """Assemble trained parts to a model folder."""
+    from raymuse.config.export import ExportConfig
+
+    loaded = config_for(ExportConfig, "export", words, ("export",))
+    from raymuse.cli.launch import run_stage
+    from raymuse.stages import export as stage
+
+    run_stage(stage.export, loaded, mlflow, ray=False)
+
+
+@app.command()
+def generate(words: Words = None, mlflow: Mlflow = None) -> None:
+    """Draw every prompt of a file, exactly once."""
+    from raymuse.config.generate import GenerateConfig
+
+    loaded = config_for(GenerateConfig, "generate", words, ("generate",))
+    from raymuse.cli.launch import run_stage
+    from raymuse.stages import generate as stage
+
+    run_stage(stage.generate, loaded, mlflow)
+
+
+@app.command()
+def serve(
+    words: Annotated[list[str] | None, _words("MODEL|RECIPE KEY=VALUE")] = None,
+) -> None:
+    """Serve a model folder over HTTP until Ctrl-C."""
+    from raymuse.config.errors import UserError
+    from raymuse.config.generate import ServeConfig
+    from raymuse.config.load import from_values, load
+
+    word, changes = split(words)
+    if word is None and not any(change.startswith("model=") for change in changes):
+        raise UserError("raymuse serve needs a model folder: raymuse serve runs/demo/model port=8000")
+    if word is None or is_folder(word):
+        loaded = from_values("serve", {} if word is None else {"model": word}, changes)
+    else:
+        loaded = load(word, changes, "serve")
+    assert isinstance(loaded, ServeConfig)
+    from raymuse.cli.launch import local_ray
+    from raymuse.serving import deploy
+
+    with local_ray():
+        deploy.serve(loaded)
+
+
+@app.command()
+def score(words: Words = None, mlflow: Mlflow = None) -> None:
+    """Judge generated pictures beside the truth."""
+    from raymuse.config.score import ScoreConfig
+
+    loaded = config_for(ScoreConfig, "score", words, ("score",))
+    from raymuse.cli.launch import run_stage
+    from raymuse.stages import score as stage
+
+    run_stage(stage.score, loaded, mlflow)
+
+
+@app.command()
+def ui(
+    workdir: Annotated[str, typer.Option(metavar="FOLDER", help="The workdir of a flow.")] = "runs/demo",
+) -> None:
+    """Open MLflow on what a flow has recorded."""
+    from raymuse.cli.launch import show_tracking
+
+    show_tracking(workdir)
+
+
+app.add_typer(config.app, name="config")
+app.add_typer(cluster.app, name="cluster")

@@ -1,0 +1,78 @@
+"""One stage from the command line: its Ray, its MLflow run, and its address on the last line of stdout."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from raymuse.clusters.local import session
+from raymuse.config.base import StageConfig
+from raymuse.config.errors import TooManyRejects, UserError
+from raymuse.tracking.run import Run, open_run
+from raymuse.tracking.server import Server
+
+_FEWEST_CPUS = 4  # logical: a pipeline of actors needs a few even where the machine has only two cores
+
+
+def run_stage(stage: Callable[[Any, Run], str], config: StageConfig, mlflow: str | None, ray: bool = True) -> None:
+    """Run a stage and print its address.
+
+    Args:
+        stage: typed config and MLflow run in, address out.
+        config: what to run it with.
+        mlflow: address of an MLflow server; None: MLFLOW_TRACKING_URI, and without that nothing is tracked.
+        ray: whether the stage needs Ray.
+    """
+    with resumable(), _tracked(config, mlflow) as run, local_ray() if ray else contextlib.nullcontext():
+        address = stage(config, run)
+    print(address, flush=True)
+
+
+@contextlib.contextmanager
+def resumable() -> Iterator[None]:
+    """Tell whoever stops the work that it is not lost."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        print("\nwhat is finished is kept: the same command goes on from there", file=sys.stderr)
+        raise
+
+
+def local_ray() -> contextlib.AbstractContextManager[object]:
+    """The Ray of one command: the one it was submitted to, or a private one with all the machine's cores."""
+    return session(num_cpus=max(_FEWEST_CPUS, os.cpu_count() or 1))
+
+
+@contextlib.contextmanager
+def _tracked(config: StageConfig, mlflow: str | None) -> Iterator[Run]:
+    uri = mlflow or os.environ.get("MLFLOW_TRACKING_URI")
+    name = str(type(config).model_fields["stage"].default)
+    run = open_run(uri, os.environ.get("MLFLOW_EXPERIMENT_NAME", "raymuse"), name) if uri else Run.off()
+    status = "FAILED"
+    try:
+        yield run
+        status = "FINISHED"
+    except TooManyRejects:
+        status = "FINISHED"
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        run.finish(status)
+
+
+def show_tracking(workdir: str) -> None:
+    """Serve what a flow recorded, until Ctrl-C.
+
+    Raises:
+        UserError: nothing was recorded there.
+    """
+    folder = Path(workdir) / "mlflow"
+    if not folder.is_dir():
+        raise UserError(f"there are no MLflow records in {folder}: name a flow's workdir with --workdir.")
+    with Server.start(folder) as server:
+        print(f"MLflow of {workdir}: {server.uri}   (Ctrl-C ends it)", flush=True)
+        server.serve_forever()

@@ -1,0 +1,26 @@
+"""What a command would do, for `--dry-run`."""
+
+from raymuse.config.describe import describe
+from raymuse.config.flow import FlowConfig
+from raymuse.config.recipe import SECTIONS, stage_of
+from raymuse.config.training import TrainConfig
+
+
+def flow_plan(config: FlowConfig) -> str:
+    """The stages of a flow, what each writes, and how much each trains."""
+    lines = [f"flow {config.name} in {config.workdir}:"]
+    for number, (name, model) in enumerate(SECTIONS.items(), start=1):
+        section = getattr(config, name).within(config.workdir)
+        amount = _amount(section) if isinstance(section, TrainConfig) else ""
+        lines.append(f"  {number}. {stage_of(model):<15} -> {section.output}{amount}")
+    return "\n".join(lines) + "\n"
+
+
+def train_plan(config: TrainConfig) -> str:
+    """A training in full, with the number of samples it will see."""
+    workers = f"on {config.workers} workers" if config.workers else "in this process"
+    return f"{describe(config)}# would train{_amount(config)} {workers}, into {config.output}\n"
+
+
+def _amount(config: TrainConfig) -> str:
+    return f"  {config.steps:,} steps x {config.batch_size:,} = {config.steps * config.batch_size:,} samples"

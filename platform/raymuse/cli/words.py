@@ -1,0 +1,58 @@
+"""What the words after a command mean: a recipe, or what stands for one, and KEY=VALUE overrides."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from raymuse.config.errors import UserError
+
+if TYPE_CHECKING:
+    from raymuse.config.base import Config
+
+    C = TypeVar("C", bound=Config)
+
+
+def split(words: Sequence[str] | None) -> tuple[str | None, list[str]]:
+    """The first word, where it is no override, and all overrides."""
+    rest = list(words or [])
+    if rest and "=" not in rest[0]:
+        return rest[0], rest[1:]
+    return None, rest
+
+
+def is_folder(word: str) -> bool:
+    """Whether a word is meant as a folder or address, and not as a recipe's name or file."""
+    if word.endswith((".yaml", ".yml")):
+        return False
+    return "://" in word or "/" in word.partition(":")[0] or Path(word).is_dir()
+
+
+def config_for(model: "type[C]", command: str, words: Sequence[str] | None, stages: Collection[str]) -> "C":
+    """The checked config that a command's words ask for.
+
+    Args:
+        model: what the config must be.
+        command: the command, for messages.
+        words: recipe and overrides.
+        stages: the stages that the command runs.
+
+    Raises:
+        UserError: no recipe is given, or it is wrong.
+    """
+    from raymuse.config.load import load
+
+    word, changes = split(words)
+    config = load(word or _no_recipe(command, stages), changes, stages)
+    assert isinstance(config, model)
+    return config
+
+
+def _no_recipe(command: str, stages: Collection[str]) -> str:
+    from raymuse.config.load import sections_for
+    from raymuse.config.recipe import recipes
+
+    shipped = [f"{name}:{section}" for section in sections_for(stages) for name, _ in recipes()]
+    raise UserError(
+        f"raymuse {command} needs a recipe: {', '.join(shipped)}, or a YAML file of your own "
+        f"(`raymuse config copy {shipped[0]} my.yaml` starts one)."
+    )

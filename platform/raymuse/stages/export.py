@@ -1,0 +1,139 @@
+"""Trained parts to one model folder in diffusers' layout.
+
+    model_index.json  transformer/  vqvae/  text_encoder/  tokenizer/  scheduler/     diffusers' AmusedPipeline opens it
+    superres/         generation_config.json  README.md                              ours, beside it
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from raymuse.config.errors import UserError
+from raymuse.config.export import ExportConfig
+from raymuse.models.vqgan import Vqgan
+from raymuse.models.weights import weights_sha256
+from raymuse.pipeline import Pipeline, Settings
+from raymuse.storage.manifest import Manifest
+from raymuse.tracking.run import Run
+
+COMPONENTS = {
+    "scheduler": ("diffusers", "AmusedScheduler"),
+    "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "transformer": ("diffusers", "UVit2DModel"),
+    "vqvae": ("diffusers", "VQModel"),
+}
+
+
+def export(config: ExportConfig, run: Run) -> str:
+    """Assemble the model folder, open it once to see that it works, and return it.
+
+    Raises:
+        UserError: for parts that are missing or not trained to the end.
+    """
+    parts = _parts(config)
+    sums = {name: weights_sha256(str(folder), name) for name, folder in parts.items() if name != "tokenizer"}
+    manifest = Manifest.open(config.output, {**config.identity(), "weights": sums})
+    folder = Path(config.output)
+    if not manifest.finished:
+        run.params({**config.model_dump(mode="json"), **sums})
+        for name, source in parts.items():
+            shutil.copytree(source, folder / name, dirs_exist_ok=True)
+        settings = _settings(config, folder)
+        settings.save(folder)
+        _write_diffusers(folder)
+        (folder / "README.md").write_text(model_card(config, settings, sums))
+        pipeline = Pipeline.load(config.output)
+        run.metrics(_sizes(pipeline), 0)
+        manifest.finish(**sums)
+    manifest.release()
+    return config.output
+
+
+def _parts(config: ExportConfig) -> dict[str, Path]:
+    """Where each part comes from; a training's output stands for its `model/` (or `model_raw/`)."""
+    chosen = "model" if config.weights == "ema" else "model_raw"
+    parts = {
+        "transformer": _trained(config.base, chosen),
+        "vqvae": Path(config.vqgan),
+        "text_encoder": Path(config.text_encoder) / "text_encoder",
+        "tokenizer": Path(config.text_encoder) / "tokenizer",
+    }
+    if config.superres is not None:
+        parts["superres"] = _trained(config.superres, chosen)
+    missing = [str(path) for path in parts.values() if not path.exists()]
+    if missing:
+        raise UserError(f"cannot export: {', '.join(missing)} missing. Train these parts to the end first.")
+    return parts
+
+
+def _trained(output: str, chosen: str) -> Path:
+    """The folder of the wanted weights; a training without an average has only `model/`."""
+    if not (Path(output) / "_SUCCESS").exists():
+        raise UserError(f"{output} is not trained to the end. Run `raymuse train` again to go on.")
+    wanted = Path(output) / chosen
+    return wanted if wanted.exists() else Path(output) / "model"
+
+
+def _settings(config: ExportConfig, folder: Path) -> Settings:
+    """Sizes follow from the grids that the transformers were trained on."""
+    factor = Vqgan.load(str(folder)).factor
+    base_size = _read(folder / "transformer")["sample_size"] * factor
+    high = _read(folder / "superres")["high_grid"] * factor if (folder / "superres").exists() else None
+    micro = config.micro_conditioning or (base_size, base_size, 0, 0, 6)
+    return Settings(
+        base_size=base_size,
+        size=high or base_size,
+        micro_conditioning=micro,
+        base=config.base_sampling,
+        superres=config.superres_sampling if high else None,
+    )
+
+
+def _write_diffusers(folder: Path) -> None:
+    """model_index.json and the scheduler: what makes the folder an AmusedPipeline."""
+    import diffusers
+
+    vocabulary = _read(folder / "transformer")["vocab_size"]
+    diffusers.AmusedScheduler(mask_token_id=vocabulary - 1).save_pretrained(folder / "scheduler")
+    index: dict[str, Any] = {"_class_name": "AmusedPipeline", "_diffusers_version": diffusers.__version__}
+    index.update({name: list(kind) for name, kind in COMPONENTS.items()})
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def model_card(config: ExportConfig, settings: Settings, sums: dict[str, str]) -> str:
+    """README.md of the model folder."""
+    rows = "".join(f"| {name} | `{value[:16]}` |\n" for name, value in sums.items())
+    cascade = f"\nA super-resolution transformer draws the final {settings.size} px.\n" if settings.superres else ""
+    return f"""---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [muse, amused, masked-image-modeling, raymuse]
+---
+# {config.name}
+
+A masked-image text-to-image model, {settings.base_size} px, trained with raymuse.
+{cascade}
+Draw with raymuse: `raymuse generate model={config.name} prompts=prompts.txt output=images`, or open the base in
+diffusers: `AmusedPipeline.from_pretrained(FOLDER)`.
+
+Defaults: {settings.base.steps} steps, guidance {settings.base.guidance}, temperature {settings.base.temperature}.
+Weights: {config.weights}.
+
+| part | sha256 of its weights |
+|---|---|
+{rows}"""
+
+
+def _sizes(pipeline: Pipeline) -> dict[str, float]:
+    networks = {"base": pipeline.base, "superres": pipeline.superres, "vqgan": pipeline.vqgan.network}
+    return {
+        f"{name}_parameters": float(sum(p.numel() for p in network.parameters()))
+        for name, network in networks.items()
+        if network is not None
+    }
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "config.json").read_text()))

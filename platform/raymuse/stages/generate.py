@@ -1,0 +1,318 @@
+"""Prompts to pictures through the deployed generator, exactly once.
+
+    plan: parts of consecutive pictures -> Serve draws them -> a CPU task writes PNG, tar and rows -> the manifest
+
+A picture's seed follows from the run's seed and its place, so a resume draws what an undisturbed run would have.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.config import DeploymentMode, HTTPOptions
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+
+from raymuse.config.errors import TooManyRejects, UserError
+from raymuse.config.generate import GenerateConfig
+from raymuse.models.weights import weights_sha256
+from raymuse.pipeline import Pipeline, image_seed
+from raymuse.serving.generator import Drawing, DrawRequest, deployed
+from raymuse.storage.contact_sheet import Entry, sheet_html, sheet_png
+from raymuse.storage.folder import Folder
+from raymuse.storage.generated import Generated, PictureRow, read_part, rows_table
+from raymuse.storage.manifest import FileRecord, Manifest, PartRecord
+from raymuse.storage.pictures import png_bytes
+from raymuse.storage.rejects import Reason, Reject, to_table
+from raymuse.storage.tokens import parquet_bytes
+from raymuse.storage.webdataset_writer import write_tar
+from raymuse.tracking.run import Run
+
+APPLICATION = "raymuse-generate"
+TRIES = 5
+SHEET_PICTURES = 36
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A row of the prompt file."""
+
+    index: int
+    prompt: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One picture of the plan: its prompt, which sample of it, and its seed."""
+
+    prompt: Prompt
+    sample: int
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.prompt.index:09d}-{self.sample}"
+
+
+def generate(config: GenerateConfig, run: Run) -> str:
+    """Draw all prompts and return the folder of the pictures. Needs Ray.
+
+    Raises:
+        UserError: for prompts or a model that cannot be read, and an output that is another's.
+        TooManyRejects: after the end, where more pictures failed than the config allows.
+    """
+    prompts = read_prompts(config.prompts)
+    sums = {part: weights_sha256(config.model, part) for part in ("transformer", "vqvae", "text_encoder")}
+    facts = {"model_sha256": hashlib.sha256(json.dumps(sums).encode()).hexdigest(), "prompts": _digest(prompts)}
+    manifest = Manifest.open(config.output, {**config.identity(), **facts})
+    plan = plan_parts(prompts, config)
+    if not manifest.finished:
+        run.params({**config.model_dump(mode="json"), **facts})
+        sampling = Pipeline.load(config.model).settings.base
+        defaults = {"steps": sampling.steps, "guidance": sampling.guidance, "temperature": sampling.temperature}
+        chosen = {name: value if (value := getattr(config, name)) is not None else defaults[name] for name in defaults}
+        _draw_pending(manifest, plan, config, {**chosen, "model": facts["model_sha256"][:16]}, run)
+        _write_tables(manifest)
+        _write_sheets(manifest, run)
+        manifest.finish(**facts)
+    manifest.release()
+    rejects = sum(part.rejects for part in manifest.done.values())
+    total = sum(len(part) for part in plan.values())
+    if rejects > config.max_reject_fraction * total:
+        raise TooManyRejects(rejects, total, config.max_reject_fraction, config.output)
+    return config.output
+
+
+def read_prompts(address: str) -> list[Prompt]:
+    """Prompts from a txt file (one a line), or the column `prompt` of a jsonl or csv file.
+
+    Raises:
+        UserError: for a file that is missing, empty, of another kind, or without the column.
+    """
+    folder = Folder(str(Path(address).parent) if "://" not in address else address.rpartition("/")[0])
+    name = address.rpartition("/")[2]
+    if not folder.exists(name):
+        raise UserError(f"the prompt file {address} does not exist.")
+    text = folder.read(name).decode("utf-8", errors="replace")
+    if address.endswith(".jsonl"):
+        rows: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines() if line.strip()]
+    elif address.endswith(".csv"):
+        rows = list(csv.DictReader(io.StringIO(text)))
+    elif address.endswith(".txt"):
+        rows = [{"prompt": line} for line in text.splitlines()]
+    else:
+        raise UserError(f"{address}: prompts come as .txt (one a line), .jsonl or .csv with a column `prompt`.")
+    if rows and "prompt" not in rows[0]:
+        raise UserError(f"{address} has no column `prompt`; it has {', '.join(rows[0])}.")
+    if not rows:
+        raise UserError(f"{address} holds no prompts.")
+    return [Prompt(index, str(row.get("prompt") or ""), str(row.get("key", ""))) for index, row in enumerate(rows)]
+
+
+def plan_parts(prompts: list[Prompt], config: GenerateConfig) -> dict[str, list[Wanted]]:
+    """Which picture is in which part: a function of prompts and config alone."""
+    wanted = [
+        Wanted(prompt, sample, image_seed(config.seed, prompt.index, sample))
+        for prompt in prompts
+        for sample in range(config.samples)
+    ]
+    size = config.pictures_per_part
+    return {f"part-{start // size:06d}": wanted[start : start + size] for start in range(0, len(wanted), size)}
+
+
+def _draw_pending(
+    manifest: Manifest, plan: dict[str, list[Wanted]], config: GenerateConfig, facts: dict[str, Any], run: Run
+) -> None:
+    """Draw the missing parts, a few on their way at a time, recording each as it is written."""
+    pending = manifest.pending(plan)
+    if not pending:
+        return
+    handle = _deploy(config)
+    began, drawn = time.perf_counter(), 0
+    try:
+        for record in _parts(handle, {name: plan[name] for name in pending}, config, manifest.folder.address, facts):
+            manifest.record(record)
+            drawn += record.rows
+            rate = drawn / (time.perf_counter() - began)
+            run.metrics({"pictures": drawn, "pictures_per_second": rate}, len(manifest.done))
+            left = sum(len(plan[name]) for name in manifest.pending(plan)) / max(rate, 1e-9)
+            print(f"{drawn} pictures  {record.rejects} failed  {rate:.1f} pictures/s  {left:.0f} s left", flush=True)
+    finally:
+        serve.delete(APPLICATION)
+
+
+def _deploy(config: GenerateConfig) -> DeploymentHandle:
+    """The generator without an HTTP port: this job reaches it through its handle."""
+    serve.start(http_options=HTTPOptions(location=DeploymentMode.NoServer))
+    application = deployed(
+        config.model,
+        batch_size=config.batch_size,
+        replicas=config.replicas,
+        cpus=config.cpus_per_replica,
+        gpus=config.gpus_per_replica,
+    )
+    return serve.run(application, name=APPLICATION, route_prefix=None)
+
+
+def _parts(
+    handle: DeploymentHandle,
+    pending: dict[str, list[Wanted]],
+    config: GenerateConfig,
+    address: str,
+    facts: dict[str, Any],
+) -> Iterator[PartRecord]:
+    """Records of the parts as they are written, with at most `in_flight` parts on their way."""
+    todo = iter(pending.items())
+    running: set[Future[PartRecord]] = set()
+    with ThreadPoolExecutor(config.in_flight) as pool:
+        for part, wanted in todo:
+            running.add(pool.submit(_make_part, handle, part, wanted, config, address, facts))
+            if len(running) >= config.in_flight:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
+
+
+def _make_part(
+    handle: DeploymentHandle,
+    part: str,
+    wanted: list[Wanted],
+    config: GenerateConfig,
+    address: str,
+    facts: dict[str, Any],
+) -> PartRecord:
+    """Draw a part's pictures and have them written."""
+    good = [one for one in wanted if one.prompt.prompt.strip()]
+    rejects = [
+        Reject(config.prompts, one.key, Reason.EMPTY_PROMPT, "the prompt is empty")
+        for one in wanted
+        if not one.prompt.prompt.strip()
+    ]
+    requests = [
+        DrawRequest(one.prompt.prompt, one.seed, config.negative, config.steps, config.guidance, config.temperature)
+        for one in good
+    ]
+    rows, drawings = [], []
+    for one, drawing in zip(good, _draw_all(handle, requests), strict=True):
+        if isinstance(drawing, Exception):
+            rejects.append(Reject(config.prompts, one.key, Reason.GENERATION_FAILED, str(drawing)[:500]))
+            continue
+        rows.append(_row(one, drawing, config, part, facts))
+        drawings.append(drawing)
+    return _ask(_write_part.remote(address, part, rows, drawings, rejects, config.keep_base))
+
+
+def _draw_all(handle: DeploymentHandle, requests: list[DrawRequest]) -> list[Drawing | Exception]:
+    """Send requests together, and again those that met a full queue or a dying replica."""
+    answers: dict[int, Drawing | Exception] = {}
+    todo = list(range(len(requests)))
+    for attempt in range(TRIES):
+        responses = [(place, handle.draw.remote(requests[place])) for place in todo]
+        todo = []
+        for place, response in responses:
+            try:
+                answers[place] = response.result()
+            except (BackPressureError, RayActorError) as error:
+                answers[place] = error
+                todo.append(place)
+            except Exception as error:
+                answers[place] = error
+        if not todo:
+            break
+        time.sleep(0.5 * 2**attempt)
+    return [answers[place] for place in range(len(requests))]
+
+
+def _row(one: Wanted, drawing: Drawing, config: GenerateConfig, part: str, facts: dict[str, Any]) -> PictureRow:
+    height, width = drawing.pixels.shape[:2]
+    return PictureRow(
+        index=one.prompt.index,
+        sample=one.sample,
+        key=one.key,
+        source_key=one.prompt.key,
+        prompt=one.prompt.prompt,
+        negative=config.negative,
+        seed=one.seed,
+        width=width,
+        height=height,
+        part=part,
+        **facts,
+    )
+
+
+@ray.remote(num_cpus=0.5)
+def _write_part(
+    address: str, part: str, rows: list[PictureRow], drawings: list[Drawing], rejects: list[Reject], keep_base: bool
+) -> PartRecord:
+    """Encode and put in place one part's tar, rows and rejects."""
+    folder = Folder(address)
+    members: list[tuple[str, bytes]] = []
+    for row, drawing in zip(rows, drawings, strict=True):
+        facts = asdict(row)
+        members.append((f"{row.key}.png", png_bytes(drawing.pixels, facts)))
+        if keep_base and drawing.base_pixels.shape != drawing.pixels.shape:
+            members.append((f"{row.key}.base.png", png_bytes(drawing.base_pixels, facts)))
+        members.append((f"{row.key}.json", json.dumps(facts, sort_keys=True).encode()))
+    (folder / "parts").create()
+    write_tar((folder / "parts" / f"{part}.tar").address, members)
+    tables = {f"rows/{part}.parquet": rows_table(rows)}
+    if rejects:
+        tables[f"rejects/{part}.parquet"] = to_table(rejects)
+    for name, table in tables.items():
+        folder.write(name, parquet_bytes(table, {}))
+    files = [FileRecord.of(name, folder.read(name)) for name in (f"parts/{part}.tar", *tables)]
+    return PartRecord(part, len(rows), len(rejects), "", files)
+
+
+def _write_tables(manifest: Manifest) -> None:
+    """manifest.parquet: every picture's row, in the order of the prompts."""
+    tables = [pq.read_table(io.BytesIO(manifest.folder.read(f"rows/{part}.parquet"))) for part in sorted(manifest.done)]
+    manifest.folder.write("manifest.parquet", parquet_bytes(pa.concat_tables(tables).sort_by("key"), {}))
+
+
+def _write_sheets(manifest: Manifest, run: Run) -> None:
+    """contact_sheet.png and .html of the first pictures: prompt, base, and the super-resolved picture."""
+    first: list[Generated] = []
+    for part in sorted(manifest.done):
+        first += list(read_part(manifest.folder, part))
+        if len(first) >= 10 * SHEET_PICTURES:
+            break
+    if not first:
+        return
+    cascade = first[0].base_pixels is not None
+    labels = ("base", "super-resolution") if cascade else ("picture",)
+    entries = [
+        Entry(one.row.prompt, (one.pixels,) if one.base_pixels is None else (one.base_pixels, one.pixels))
+        for one in first
+    ]
+    title = f"{len(entries)} of {sum(part.rows for part in manifest.done.values())} pictures"
+    sheet = sheet_png(entries[:SHEET_PICTURES], labels, title)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG", optimize=True)
+    manifest.folder.write("contact_sheet.png", buffer.getvalue())
+    manifest.folder.write("contact_sheet.html", sheet_html(entries, labels, title).encode())
+    run.picture("contact_sheet", sheet, 0)
+
+
+def _ask(reference: ray.ObjectRef) -> PartRecord:
+    record: PartRecord = ray.get(reference)
+    return record
+
+
+def _digest(prompts: list[Prompt]) -> str:
+    return hashlib.sha256("\n".join(prompt.prompt for prompt in prompts).encode()).hexdigest()

@@ -1,0 +1,207 @@
+"""How good the pictures are: the judge and CLIP, for base and cascade beside the truth and the VQGAN's round trip.
+
+    rows.parquet   one row a picture and kind: the judge's word on every attribute, and the CLIP score
+    scores.json    means over the rows: whole captions, one and two objects, each attribute
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+from numpy.typing import NDArray
+from ray.data import ActorPoolStrategy
+
+from raymuse.config.errors import UserError
+from raymuse.config.score import ScoreConfig
+from raymuse.datasets.judge import judge
+from raymuse.encoding.pictures import crop, decode, downscale
+from raymuse.models.clip import Clip
+from raymuse.models.vqgan import Vqgan
+from raymuse.models.weights import weights_sha256
+from raymuse.storage.folder import Folder
+from raymuse.storage.generated import Generated, read_part
+from raymuse.storage.images import list_shards
+from raymuse.storage.manifest import Manifest, read_finished
+from raymuse.storage.picture_index import PictureIndex
+from raymuse.storage.tokens import parquet_bytes
+from raymuse.tracking.run import Run
+
+KINDS = ("truth", "vqgan", "vqgan_low", "base", "cascade")
+Row = dict[str, Any]
+
+
+def score(config: ScoreConfig, run: Run) -> str:
+    """Score every picture and return the folder of the scores. Needs Ray.
+
+    Raises:
+        UserError: for pictures that are not generated to the end, or models that cannot be read.
+    """
+    parts = read_finished(config.images, "generate")
+    sums = {"vqgan": weights_sha256(config.model, "vqvae"), "clip": weights_sha256(config.clip, "clip")}
+    inputs = [file.sha256 for part in parts.values() for file in part.files]
+    manifest = Manifest.open(config.output, {**config.identity(), **sums, "images": inputs})
+    if not manifest.finished:
+        run.params(config.model_dump(mode="json"))
+        rows = _rows(config, list(parts))
+        summary = summarise(rows)
+        manifest.folder.write("rows.parquet", parquet_bytes(_table(rows), {}))
+        manifest.folder.write("scores.json", json.dumps(summary, indent=1, sort_keys=True).encode())
+        run.metrics(flat(summary), 0)
+        run.text(markdown(summary), "scores.md")
+        manifest.finish()
+    manifest.release()
+    return config.output
+
+
+def read_scores(address: str) -> dict[str, Any]:
+    """scores.json of a finished score stage: `accuracy` and `clip_score` by kind."""
+    read_finished(address, "score")
+    return dict(json.loads(Folder(address).read("scores.json")))
+
+
+def summarise(rows: Iterable[Row]) -> dict[str, Any]:
+    """Means by kind: `accuracy.KIND.{whole, one_object, two_objects, attributes}` and `clip_score.KIND`."""
+    by_kind: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_kind[row["kind"]].append(row)
+    kinds = [kind for kind in KINDS if kind in by_kind]
+    summary: dict[str, Any] = {
+        "pictures": {kind: len(by_kind[kind]) for kind in kinds},
+        "clip_score": {kind: _mean([row["clip_score"] for row in by_kind[kind]]) for kind in kinds},
+    }
+    if any(row["attributes"] is not None for row in by_kind[kinds[0]]):
+        summary["accuracy"] = {kind: _accuracy(by_kind[kind]) for kind in kinds}
+    return summary
+
+
+def flat(summary: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested numbers under dotted names."""
+    numbers: dict[str, float] = {}
+    for name, value in summary.items():
+        if isinstance(value, dict):
+            numbers.update(flat(value, f"{prefix}{name}."))
+        elif value is not None:
+            numbers[prefix + name] = float(value)
+    return numbers
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """The scores as a table, a kind a column."""
+    kinds = list(summary["pictures"])
+    table = {kind: flat({"clip_score": summary["clip_score"][kind], **_of(summary, kind)}) for kind in kinds}
+    names = list(dict.fromkeys(name for kind in kinds for name in table[kind]))
+    lines = [f"| | {' | '.join(kinds)} |", "|---|" + "---|" * len(kinds)]
+    for name in names:
+        cells = (f"{table[kind][name]:.3f}" if name in table[kind] else "" for kind in kinds)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _rows(config: ScoreConfig, parts: list[str]) -> list[Row]:
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    scored = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts)).map_batches(
+        _Scorer, batch_size=1, compute=ActorPoolStrategy(size=config.workers), fn_constructor_kwargs={"config": config}
+    )
+    rows = [row for batch in scored.iter_rows() for row in json.loads(batch["rows"])]
+    return sorted(rows, key=lambda row: (row["key"], KINDS.index(row["kind"])))
+
+
+class _Scorer:
+    """Scores one part of pictures."""
+
+    def __init__(self, config: ScoreConfig) -> None:
+        self.config = config
+        self.folder = Folder(config.images)
+        self.clip = Clip.load(config.clip)
+        self.vqgan = Vqgan.load(config.model)
+        self.truth = _Truth(config.truth) if config.truth is not None else None
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        generated = list(read_part(self.folder, batch["part"][0]))
+        rows: list[Row] = []
+        for start in range(0, len(generated), self.config.batch_size):
+            rows += self._score(generated[start : start + self.config.batch_size])
+        return {"rows": [json.dumps(rows)]}
+
+    def _score(self, generated: list[Generated]) -> list[Row]:
+        if not generated:
+            return []
+        captions = [one.row.prompt for one in generated]
+        rows: list[Row] = []
+        for kind, pictures in self._kinds(generated).items():
+            scores = self.clip.score(pictures, captions)
+            for one, pixels, fit in zip(generated, pictures, scores, strict=True):
+                verdict = judge(pixels, one.row.prompt) if self.config.judge == "shapes" else None
+                rows.append(
+                    {
+                        "key": one.row.key,
+                        "prompt": one.row.prompt,
+                        "kind": kind,
+                        "clip_score": float(fit),
+                        "attributes": None if verdict is None else dict(verdict.attributes),
+                        "correct": None if verdict is None else verdict.correct,
+                    }
+                )
+        return rows
+
+    def _kinds(self, generated: list[Generated]) -> dict[str, NDArray[np.uint8]]:
+        """The pictures to be scored, by kind, each uint8 (B, H, W, 3)."""
+        pixels = np.stack([one.pixels for one in generated])
+        bases = [one.base_pixels for one in generated if one.base_pixels is not None]
+        kinds = {"cascade": pixels, "base": np.stack(bases)} if bases else {"base": pixels}
+        if self.truth is None:
+            return kinds
+        truth = np.stack([self.truth.picture(one.row.source_key, pixels.shape[1]) for one in generated])
+        low = np.stack([downscale(picture, kinds["base"].shape[1]) for picture in truth])
+        round_trips = {"vqgan": self._round_trip(truth), "vqgan_low": self._round_trip(low)}
+        return {"truth": truth, **round_trips, **kinds}
+
+    def _round_trip(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return self.vqgan.decode(self.vqgan.encode(pixels))
+
+
+class _Truth:
+    """The true pictures of the prompts, by key."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.index = PictureIndex(list_shards(address))
+        self.numbers = {self.index.key(number): number for number in range(len(self.index))}
+
+    def picture(self, key: str, side: int) -> NDArray[np.uint8]:
+        if key not in self.numbers:
+            raise UserError(f"{self.address} has no picture with the key {key!r}: leave `truth` out for other prompts.")
+        return crop(decode(self.index[self.numbers[key]].data), side).pixels
+
+
+def _accuracy(rows: list[Row]) -> dict[str, Any]:
+    judged = [row for row in rows if row["attributes"] is not None]
+    attributes = list(dict.fromkeys(name for row in judged for name in row["attributes"]))
+    pairs = [row for row in judged if "relation" in row["attributes"]]
+    singles = [row for row in judged if "relation" not in row["attributes"]]
+    return {
+        "whole": _mean([row["correct"] for row in judged]),
+        "one_object": _mean([row["correct"] for row in singles]),
+        "two_objects": _mean([row["correct"] for row in pairs]),
+        "attributes": {
+            name: _mean([row["attributes"][name] for row in judged if name in row["attributes"]])
+            for name in attributes
+        },
+    }
+
+
+def _mean(values: list[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def _of(summary: dict[str, Any], kind: str) -> dict[str, Any]:
+    return dict(summary.get("accuracy", {}).get(kind, {}))
+
+
+def _table(rows: list[Row]) -> pa.Table:
+    plain = [{**row, "attributes": json.dumps(row["attributes"])} for row in rows]
+    return pa.Table.from_pylist(plain)

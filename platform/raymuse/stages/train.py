@@ -1,0 +1,128 @@
+"""Placing a training: the same loop in this process, or in Ray Train's workers.
+
+    output/step-00000200/   checkpoints; the newest whole one is where a restart goes on
+    output/model/           the trained model (the moving average, where there is one)
+    output/_SUCCESS         last
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from raymuse.config.errors import UserError
+from raymuse.config.stages import STAGES
+from raymuse.config.training import BaseConfig, MaskedConfig, SuperresConfig, TrainConfig
+from raymuse.storage.folder import Folder
+from raymuse.storage.images import list_shards
+from raymuse.storage.manifest import Manifest
+from raymuse.storage.tokens import TokenStore
+from raymuse.tracking.run import Run
+from raymuse.training.build import build_task, train_here
+
+
+def train(config: TrainConfig, run: Run) -> str:
+    """Train one model to the end and return its `model` folder. Needs Ray where `workers` > 0.
+
+    Raises:
+        UserError: for input that is missing or unfinished, a recipe that does not fit it, or another run's output.
+    """
+    manifest = Manifest.open(config.output, {**config.identity(), "data": data_fingerprint(config)})
+    model = f"{config.output}/model"
+    if manifest.finished:
+        manifest.release()
+        return model
+    build_task(config)  # every mistake of the recipe shows here, before any worker starts
+    run.params(config.model_dump(mode="json"))
+    fingerprint = config.fingerprint()
+    if config.workers == 0:
+        train_here(config, run, lambda metrics, folder: None, fingerprint)
+    else:
+        _train_on_ray(config, run, fingerprint)
+    manifest.finish(model=model)
+    return model
+
+
+def data_fingerprint(config: TrainConfig) -> str:
+    """What the training reads, by content where the input says it, else by the names of its shards."""
+    if isinstance(config, MaskedConfig):
+        return str(TokenStore(config.input).fingerprint)
+    address = str(getattr(config, "input", ""))
+    return " ".join(shard.name for shard in list_shards(address))
+
+
+def describe(config: TrainConfig) -> str:
+    """The plan as text: parameters, memory, steps (`--dry-run`)."""
+    task = build_task(config)
+    parameters = sum(p.numel() for p in task.module.parameters() if p.requires_grad)
+    state = 16 + (4 if config.ema_decay else 0)
+    shards = max(1, config.workers)
+    zero = config.zero.stage if isinstance(config, BaseConfig | SuperresConfig) else 0
+    weights, gradients, moments = 4, 4, state - 8
+    held = (
+        weights / (shards if zero == 3 else 1)
+        + gradients / (shards if zero >= 2 else 1)
+        + moments / (shards if zero >= 1 else 1)
+    )
+    return (
+        f"{config.stage}: {parameters:,} parameters, {config.steps} steps of {config.batch_size} "  # type: ignore[attr-defined]
+        f"on {config.workers} workers\n"
+        f"weights, gradients, moments and average: {parameters * held / 2**30:.2f} GiB a worker at ZeRO {zero}\n"
+        f"checkpoints every {config.checkpoint.every} steps, {config.checkpoint.keep} kept: "
+        f"{parameters * state * config.checkpoint.keep / 2**30:.2f} GiB of disk"
+    )
+
+
+def _train_on_ray(config: TrainConfig, run: Run, fingerprint: str) -> None:
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"config": config.model_dump(mode="json"), "run": run, "fingerprint": fingerprint},
+        scaling_config=ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=config.use_gpu,
+            resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": 1} if config.use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            # A name of its own for every attempt: what a restart goes on from is our checkpoint, not Ray's state.
+            name=f"attempt-{int(time.time())}",
+            storage_path=str((Path(config.output) / "ray").resolve()),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        for failure in _user_errors(error):
+            raise UserError(str(failure)) from error
+        raise
+
+
+def _worker(payload: dict[str, Any]) -> None:
+    """One rank, inside Ray Train's process group."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(max(1, int(payload["config"]["cpus_per_worker"])))
+    config = STAGES[payload["config"]["stage"]].model_validate(payload["config"])
+    assert isinstance(config, TrainConfig)
+    train_here(config, payload["run"], _report, payload["fingerprint"])
+
+
+def _report(metrics: dict[str, float], folder: Path | None) -> None:
+    """Hand Ray Train a pointer to the committed checkpoint; it copies nothing. Collective."""
+    if folder is None:
+        ray.train.report(metrics)
+        return
+    ray.train.report(
+        metrics,
+        checkpoint=Checkpoint(str(folder.resolve())),
+        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+    )
+
+
+def _user_errors(error: Exception) -> list[UserError]:
+    failures = getattr(error, "worker_failures", {}).values()
+    return [failure for failure in failures if isinstance(failure, UserError)]

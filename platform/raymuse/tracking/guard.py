@@ -1,0 +1,37 @@
+"""The server's own process: `python -P guard.py PARENT FOLDER -- MLFLOW-ARGUMENTS`, started by server.py.
+
+It runs `mlflow server` and ends its whole process group once PARENT is gone, however that ended. Asking for the parent's id
+twice a second is deliberate: PR_SET_PDEATHSIG fires when the *thread* that started the process ends, and a pipe that closes
+with the parent is kept open by every child that the parent forked.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 5.0
+
+
+def end_with(parent: int) -> None:
+    """Waits for the parent process to go, then ends this process group: first by asking, then by force."""
+    while os.getppid() == parent:
+        time.sleep(POLL_SECONDS)
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(GRACE_SECONDS)
+    os.killpg(0, signal.SIGKILL)
+
+
+def main() -> None:
+    """Watches the parent from a thread and runs MLflow's command line in this one."""
+    parent, cut = int(sys.argv[1]), sys.argv.index("--")
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    from mlflow.cli import cli
+
+    cli.main(args=sys.argv[cut + 1 :], prog_name="mlflow")
+
+
+if __name__ == "__main__":
+    main()
