@@ -46,11 +46,11 @@ def copy(
     """Copy a recipe, or a section of it, to a file."""
     from raymuse.config.describe import plain_yaml
     from raymuse.config.errors import UserError
-    from raymuse.config.recipe import read, recipe_text
+    from raymuse.config.recipe import read, recipe_text, split_section
 
     if file.suffix not in (".yaml", ".yml"):
         raise UserError(f"{file}: name it something.yaml, so that commands know it for a recipe.")
-    if ":" in recipe:
+    if split_section(recipe)[1]:
         lines = [f"{key}: {plain_yaml(value)}\n" for key, value in read(recipe).values.items()]
         text = f"# From the recipe {recipe}; all keys: raymuse config show {recipe}\n" + "".join(lines)
     else:

@@ -22,9 +22,9 @@ def split(words: Sequence[str] | None) -> tuple[str | None, list[str]]:
 
 def is_folder(word: str) -> bool:
     """Whether a word is meant as a folder or address, and not as a recipe's name or file."""
-    if word.endswith((".yaml", ".yml")):
+    if word.partition(":")[0].endswith((".yaml", ".yml")):
         return False
-    return "://" in word or "/" in word.partition(":")[0] or Path(word).is_dir()
+    return "/" in word or Path(word).is_dir()
 
 
 def config_for(model: "type[C]", command: str, words: Sequence[str] | None, stages: Collection[str]) -> "C":

@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -21,6 +22,7 @@ from raymuse.config.errors import UserError
 
 _LONGEST_ROOT = 24  # Ray's socket paths add about 75 characters to the folder; the kernel allows 107 in all
 _SERVE_CONTROLLER = "SERVE_CONTROLLER_ACTOR"
+_MARK = "RAYMUSE_LOCAL_CLUSTER"  # in the environment of every process of a private cluster: its folder
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,10 @@ def _joined(address: str) -> Iterator[Cluster]:
             f"RAY_ADDRESS={address} is the address of a job server. To run there: `ray job submit ...` (the scripts "
             "in jobs/ say how); to run on this machine: unset RAY_ADDRESS."
         )
+    _check_answers(address)
     try:
-        context = ray.init(address=address, logging_level="WARNING")
+        with _our_sigterm():
+            context = ray.init(address=address, logging_level="WARNING")
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"no Ray cluster answers at RAY_ADDRESS={address} (unset it to run here): {error}") from error
     try:
@@ -80,26 +84,36 @@ def _joined(address: str) -> Iterator[Cluster]:
         ray.shutdown()
 
 
+def _check_answers(address: str) -> None:
+    """Ask the port first: Ray itself tries a dead one for a minute."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return  # `auto`, or the name of a cluster
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise UserError(f"no Ray cluster answers at RAY_ADDRESS={address} (unset it to run here): {error}") from None
+
+
 def _private(num_cpus: int | None, object_store_gib: float | None, dashboard: bool) -> Iterator[Cluster]:
     folder = _private_folder()
     token = _write_token(folder)
     outside = dict(os.environ)
-    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         os.environ.update(_environment(token))
         _reread_authentication()
-        context = ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            object_store_memory=None if object_store_gib is None else int(object_store_gib * 2**30),
-            include_dashboard=dashboard,
-            dashboard_host="127.0.0.1",
-            logging_level="WARNING",
-            _temp_dir=str(folder),
-        )
-        _restore("OMP_NUM_THREADS", outside)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm)  # ray.init put its own there, which exits with 15
+        with _our_sigterm():
+            context = ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                object_store_memory=None if object_store_gib is None else int(object_store_gib * 2**30),
+                include_dashboard=dashboard,
+                dashboard_host="127.0.0.1",
+                logging_level="WARNING",
+                _temp_dir=str(folder),
+            )
+        for name in ("OMP_NUM_THREADS", _MARK):  # for Ray's processes alone, not for this one and what it starts
+            _restore(name, outside)
         yield Cluster(ours=True, dashboard=context.dashboard_url or None, token=token)
     finally:
         with _finishing():
@@ -108,6 +122,17 @@ def _private(num_cpus: int | None, object_store_gib: float | None, dashboard: bo
                 _restore(name, outside)
             _reread_authentication()
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _our_sigterm() -> Iterator[None]:
+    """Keep the handler of SIGTERM: `ray.init` puts its own there, which exits with 15."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _private_folder() -> Path:
@@ -128,6 +153,7 @@ def _write_token(folder: Path) -> Path:
 def _environment(token: Path) -> dict[str, str]:
     """What Ray's processes, and through them all workers, inherit."""
     ours = {
+        _MARK: str(token.parent),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -162,7 +188,7 @@ def _restore(name: str, outside: dict[str, str]) -> None:
 
 
 def _end(folder: Path) -> None:
-    """End Serve, Ray, and whatever an interrupted start left; in silence, as Ray reports its own end as failures."""
+    """End Serve and Ray, in silence: Ray reports its own end as failures. Then end what an interrupted start left."""
     processes = _processes(folder)
     with contextlib.redirect_stdout(io.StringIO()):
         if ray.is_initialized() and _serve_runs():
@@ -170,10 +196,13 @@ def _end(folder: Path) -> None:
 
             serve.shutdown()
         ray.shutdown()
-    _, left = psutil.wait_procs(processes, timeout=5)
-    for process in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    processes |= _processes(folder)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(number)
+        _, left = psutil.wait_procs(processes, timeout=3)
+        processes = {*left} | _processes(folder)
 
 
 def _serve_runs() -> bool:
@@ -181,13 +210,16 @@ def _serve_runs() -> bool:
     return any(actor["name"] == _SERVE_CONTROLLER for actor in actors)
 
 
-def _processes(folder: Path) -> list[psutil.Process]:
-    """The cluster's daemons (children that name its folder) and all that descends from them."""
-    found = []
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if any(str(folder) in word for word in child.cmdline()):
-                found += [child, *child.children(recursive=True)]
+def _processes(folder: Path) -> set[psutil.Process]:
+    """A private cluster's processes: those that carry its mark, and their descendants.
+
+    Agents and workers lose the mark when Ray retitles them, but not their parents while these live.
+    """
+    found = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(_MARK) == str(folder):
+                found |= {process, *process.children(recursive=True)}
     return found
 
 

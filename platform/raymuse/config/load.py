@@ -17,7 +17,7 @@ from raymuse.config.errors import ConfigError, UserError
 from raymuse.config.explain import sentences
 from raymuse.config.flow import FlowConfig
 from raymuse.config.reading import KeyPath, parse_value
-from raymuse.config.recipe import SECTIONS, Raw, read, stage_of
+from raymuse.config.recipe import SECTIONS, Raw, read, split_section, stage_of
 from raymuse.config.stages import STAGES
 
 
@@ -38,7 +38,7 @@ def load(recipe: str, overrides: Sequence[str] = (), stage: str | Collection[str
     """
     changes, problems = _parse(overrides)
     workdir = None
-    if ":" in recipe:
+    if split_section(recipe)[1]:
         workdir = next((str(change.value) for change in reversed(changes) if change.path == ("workdir",)), None)
         changes = [change for change in changes if change.path != ("workdir",)]
     raw = read(recipe, workdir)

@@ -67,6 +67,12 @@ def recipe_text(name: str) -> str:
     return _text(name, Path())[0]
 
 
+def split_section(recipe: str) -> tuple[str, str]:
+    """Name (or path) and section of a recipe; "" where it names no section."""
+    name, colon, section = recipe.rpartition(":")
+    return (name, section) if colon and "/" not in section else (recipe, "")
+
+
 def stage_of(model: type[Config]) -> str:
     """The stage that a config model belongs to."""
     return str(model.model_fields["stage"].default)
@@ -74,7 +80,7 @@ def stage_of(model: type[Config]) -> str:
 
 def _read(recipe: str, folder: Path, workdir: str | None, chain: tuple[str, ...]) -> Raw:
     """As `read`; relative paths are looked for in `folder`, and `chain` holds the recipes that led here."""
-    name, _, section = recipe.partition(":")
+    name, section = split_section(recipe)
     text, path = _text(name, folder)
     label, identity = (f"{name}.yaml", name) if path is None else (str(path), str(path.resolve()))
     if identity in chain:

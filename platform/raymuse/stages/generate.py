@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import ray
 from ray import serve
 from ray.exceptions import RayActorError
-from ray.serve.config import DeploymentMode, HTTPOptions
+from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
@@ -156,7 +156,7 @@ def _draw_pending(
 
 def _deploy(config: GenerateConfig) -> DeploymentHandle:
     """The generator without an HTTP port: this job reaches it through its handle."""
-    serve.start(http_options=HTTPOptions(location=DeploymentMode.NoServer))
+    serve.start(http_options=HTTPOptions(location="NoServer"))
     application = deployed(
         config.model,
         batch_size=config.batch_size,

@@ -5,14 +5,20 @@
     output/_SUCCESS         last
 """
 
+import json
 import os
+import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from raymuse.config.errors import UserError
@@ -41,7 +47,7 @@ def train(config: TrainConfig, run: Run) -> str:
     run.params(config.model_dump(mode="json"))
     fingerprint = config.fingerprint()
     if config.workers == 0:
-        train_here(config, run, lambda metrics, folder: None, fingerprint)
+        train_here(config, run, lambda metrics, folder: None, fingerprint, print)
     else:
         _train_on_ray(config, run, fingerprint)
     manifest.finish(model=model)
@@ -79,9 +85,15 @@ def describe(config: TrainConfig) -> str:
 
 
 def _train_on_ray(config: TrainConfig, run: Run, fingerprint: str) -> None:
+    progress = Path(config.output) / "progress.log"
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "run": run, "fingerprint": fingerprint},
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "run": run,
+            "fingerprint": fingerprint,
+            "progress": str(progress.resolve()),
+        },
         scaling_config=ScalingConfig(
             num_workers=config.workers,
             use_gpu=config.use_gpu,
@@ -92,14 +104,16 @@ def _train_on_ray(config: TrainConfig, run: Run, fingerprint: str) -> None:
             name=f"attempt-{int(time.time())}",
             storage_path=str((Path(config.output) / "ray").resolve()),
             failure_config=FailureConfig(max_failures=config.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        for failure in _user_errors(error):
-            raise UserError(str(failure)) from error
-        raise
+    with _following(progress):
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            for failure in _user_errors(error):
+                raise UserError(str(failure)) from error
+            raise
 
 
 def _worker(payload: dict[str, Any]) -> None:
@@ -108,19 +122,46 @@ def _worker(payload: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(payload["config"]["cpus_per_worker"])))
     config = STAGES[payload["config"]["stage"]].model_validate(payload["config"])
     assert isinstance(config, TrainConfig)
-    train_here(config, payload["run"], _report, payload["fingerprint"])
+    with Path(payload["progress"]).open("a", buffering=1) as lines:
+        train_here(config, payload["run"], _report, payload["fingerprint"], partial(print, file=lines))
+
+
+@contextmanager
+def _following(progress: Path) -> Iterator[None]:
+    """Inside, print here what rank 0 writes to its progress file."""
+    seen = progress.stat().st_size if progress.exists() else 0
+    done = threading.Event()
+
+    def follow() -> None:
+        place = seen
+        while True:
+            last = done.wait(0.5)
+            if progress.exists():
+                with progress.open() as lines:
+                    lines.seek(place)
+                    text = lines.read()
+                    place = lines.tell()
+                print(text, end="", flush=True)
+            if last:
+                return
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(5)
 
 
 def _report(metrics: dict[str, float], folder: Path | None) -> None:
-    """Hand Ray Train a pointer to the committed checkpoint; it copies nothing. Collective."""
-    if folder is None:
+    """Hand Ray Train a pointer to the committed checkpoint, which stays where it is. Collective."""
+    if folder is None or ray.train.get_context().get_world_rank() != 0:
         ray.train.report(metrics)
         return
-    ray.train.report(
-        metrics,
-        checkpoint=Checkpoint(str(folder.resolve())),
-        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "pointer.json").write_text(json.dumps({"checkpoint": str(folder.resolve())}))
+        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(scratch))
 
 
 def _user_errors(error: Exception) -> list[UserError]:

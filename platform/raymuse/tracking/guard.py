@@ -1,8 +1,8 @@
 """The server's own process: `python -P guard.py PARENT FOLDER -- MLFLOW-ARGUMENTS`, started by server.py.
 
-It runs `mlflow server` and ends its whole process group once PARENT is gone, however that ended. Asking for the parent's id
-twice a second is deliberate: PR_SET_PDEATHSIG fires when the *thread* that started the process ends, and a pipe that closes
-with the parent is kept open by every child that the parent forked.
+It runs `mlflow server` and ends its whole process group once PARENT is gone, however that ended. Asking for the
+parent's id twice a second is deliberate: PR_SET_PDEATHSIG fires when the *thread* that started the process ends, and a
+pipe that closes with the parent is kept open by every child that the parent forked.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""A local MLflow server: one process on the loopback interface, its records in one folder, gone with whoever started it."""
+"""A local MLflow server: on the loopback interface, its records in one folder, gone with whoever started it."""
 
 import contextlib
 import fcntl

@@ -1,8 +1,8 @@
 """What was logged and not yet sent: a folder of segments, each written by one process about one run.
 
-A segment is `run.json` (which run, and how to make it), `records.jsonl` (one record a line, in order), `sent` (the bytes of
-it that the server has acknowledged), `files/` (copies of what is to be uploaded) and `lock`, which the writing process holds.
-Whoever finds a segment whose lock is free may send the rest: its writer is gone.
+A segment is `run.json` (which run, and how to make it), `records.jsonl` (one record a line, in order), `sent` (how many
+bytes of that the server has acknowledged), `files/` (copies of what is to be uploaded) and `lock`, which the writing
+process holds. Whoever finds a segment whose lock is free may send the rest: its writer is gone.
 """
 
 import contextlib
@@ -13,13 +13,14 @@ import shutil
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
 
-READ_BYTES = 1 << 20
+READ_BYTES = 128 << 10
 COMPACT_BYTES = 4 << 20
 
 
@@ -47,6 +48,11 @@ class Identity:
     resumes: bool = False
     born: int = 0
 
+    @property
+    def names(self) -> set[str]:
+        """The key and the id: two identities that share one are the same run."""
+        return {self.key} if self.run_id is None else {self.key, self.run_id}
+
     @staticmethod
     def read(values: dict[str, Any]) -> "Identity":
         """The inverse of `dataclasses.asdict`."""
@@ -62,6 +68,8 @@ class Segment:
         self._lock = lock
         self._guard = threading.Lock()  # append and compact exclude each other
         self._records = os.open(folder / "records.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        if adopted:
+            self._drop_torn_line()
         self._sent = _read_offset(folder, self._size())
 
     @staticmethod
@@ -86,23 +94,41 @@ class Segment:
             return None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            identity = Identity.read(json.loads((folder / "run.json").read_text()))
-        except (OSError, ValueError, TypeError, KeyError):
+        except OSError:
+            os.close(lock)
+            return None
+        identity = Segment.peek(folder)  # under the lock: its writer may have got to know more since
+        if identity is None:
             os.close(lock)
             return None
         return Segment(folder, identity, lock, adopted=True)
+
+    @staticmethod
+    def peek(folder: Path) -> Identity | None:
+        """Whose records a segment holds, or `None` where it is gone or unreadable."""
+        try:
+            return Identity.read(json.loads((folder / "run.json").read_text()))
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
 
     def append(self, record: Record) -> None:
         """Adds a record; once this returns, a killed process does not lose it."""
         line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
         with self._guard:
-            os.write(self._records, line)
+            size = self._size()
+            try:
+                if os.write(self._records, line) != len(line):
+                    raise OSError(f"the disk of {self.folder} is full")
+            except OSError:
+                os.truncate(self._records, size)  # half a line would spoil the next
+                raise
 
-    def place(self, name: str) -> Path:
-        """Where to write a file that a record will name by `path.relative_to(segment.folder)`."""
+    def stash(self, record: Record, name: str, write: Callable[[Path], object]) -> None:
+        """Adds a record with a file, which `write` makes; the record's `copy` is its path within the segment."""
         folder = self.folder / "files" / uuid.uuid4().hex
         folder.mkdir(parents=True)
-        return folder / name
+        write(folder / name)
+        self.append(record | {"copy": (folder / name).relative_to(self.folder).as_posix()})
 
     def pending(self) -> list[tuple[Record, int]]:
         """The next unsent records, each with the offset behind it; a line that was cut off by a kill is not one."""
@@ -116,7 +142,7 @@ class Segment:
             if not line.endswith(b"\n"):
                 break
             offset += len(line)
-            records.append((json.loads(line), offset))
+            records.append((_parse(line), offset))
         return records
 
     def acknowledge(self, records: list[Record], offset: int) -> None:
@@ -162,10 +188,15 @@ class Segment:
     def _size(self) -> int:
         return os.fstat(self._records).st_size
 
+    def _drop_torn_line(self) -> None:
+        """A line without its end was never said to be kept: its writer was killed in the middle of it."""
+        whole = (self.folder / "records.jsonl").read_bytes()
+        os.truncate(self._records, whole.rfind(b"\n") + 1)
+
     def _compact(self) -> None:
         with self._guard:
             if self._sent == self._size():
-                # In this order: a kill between the two sends records again, which does no harm; the other way loses some.
+                # In this order: a kill between the two sends records again, which does no harm.
                 self._sent = 0
                 _write(self.folder / "sent", "0")
                 os.truncate(self._records, 0)
@@ -174,6 +205,14 @@ class Segment:
 def segments(spool: Path) -> list[Path]:
     """The segments of a spool, oldest first."""
     return sorted(path for path in spool.glob("[0-9]*") if path.is_dir())
+
+
+def _parse(line: bytes) -> Record:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    return record if isinstance(record, dict) else {"do": "damaged", "line": line.decode(errors="replace")}
 
 
 def _read_offset(folder: Path, size: int) -> int:

@@ -1,5 +1,7 @@
 """From a config to what trains: task, engine, loop."""
 
+from collections.abc import Callable
+
 import torch
 
 from raymuse.config.training import BaseConfig, ClipConfig, SuperresConfig, TrainConfig, VqganConfig
@@ -38,9 +40,9 @@ def build_engine(config: TrainConfig, task: Task, device: str = "cpu") -> Engine
     return PlainEngine(task.module, config.optimizer, device)
 
 
-def train_here(config: TrainConfig, run: Run, report: Report, fingerprint: str) -> None:
+def train_here(config: TrainConfig, run: Run, report: Report, fingerprint: str, say: Callable[[str], None]) -> None:
     """Run this rank's part of the training, in whatever process group it finds."""
     device = f"cuda:{torch.cuda.current_device()}" if config.use_gpu else "cpu"
     task = build_task(config, device)
     engine = build_engine(config, task, device)
-    Loop(config, task, engine, run, report, fingerprint).fit()
+    Loop(config, task, engine, run, report, fingerprint, say).fit()

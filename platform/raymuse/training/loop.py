@@ -32,9 +32,10 @@ class Loop:
         config: the recipe.
         task: what is trained.
         engine: owns parameters and optimizer.
-        forward: calls the module with a batch (DeepSpeed wants the call to go through its engine).
         run: where rank 0 logs.
         report: called on all ranks with metrics and, after a commit, the checkpoint's folder.
+        fingerprint: of the config; stands in every checkpoint.
+        say: rank 0's progress, a line at a time.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Loop:
         run: Run,
         report: Report,
         fingerprint: str,
+        say: Callable[[str], None],
     ) -> None:
         self.config = config
         self.task = task
@@ -52,6 +54,7 @@ class Loop:
         self.run = run
         self.report = report
         self.fingerprint = fingerprint
+        self.say = say
         self.root = Path(config.output)
         self.ema = Ema(engine, config.ema_decay) if config.ema_decay is not None else None
         self.clock = Clock(config.batch_size)
@@ -110,10 +113,9 @@ class Loop:
         if self.engine.rank == 0:
             self.run.metrics(values, done)
             left = (self.config.steps - done) * self.clock.seconds_per_step
-            print(
+            self.say(
                 f"step {done}/{self.config.steps}  loss {values['loss']:.4f}  "
-                f"{values['samples_per_second']:.0f} samples/s  {left:.0f} s left",
-                flush=True,
+                f"{values['samples_per_second']:.0f} samples/s  {left:.0f} s left"
             )
 
     def _global(self, metrics: dict[str, Tensor | float]) -> dict[str, float]:
@@ -185,7 +187,7 @@ class Loop:
         extra = {name.removeprefix("extra/"): value for name, value in tensors.items() if name.startswith("extra/")}
         self.task.load_extra_state(extra)
         if self.engine.rank == 0:
-            print(f"going on from step {found.step} ({found.folder})", flush=True)
+            self.say(f"going on from step {found.step} ({found.folder})")
         return found.step
 
     def _names(self) -> list[str]:

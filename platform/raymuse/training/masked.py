@@ -188,7 +188,7 @@ class MaskedTask:
     ) -> tuple[Tensor, Tensor]:
         """States (B, T, E) and pooled (B, P): as stored, or from the frozen encoder now."""
         if states is not None and pooled is not None:
-            return torch.from_numpy(states).float(), torch.from_numpy(pooled).float()
+            return torch.tensor(states, dtype=torch.float32), torch.tensor(pooled, dtype=torch.float32)
         assert self.text is not None
         return self.text.encode(text_ids)
 

@@ -1,0 +1,232 @@
+"""The whole flow on one machine, stage after stage: what `raymuse demo` runs.
+
+Every stage knows what it has finished, so running the flow again goes on where it stopped.
+"""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from raymuse.clusters.local import session
+from raymuse.config.base import StageConfig
+from raymuse.config.errors import TooManyRejects
+from raymuse.config.flow import FlowConfig
+from raymuse.stages.data import make_data
+from raymuse.stages.export import export
+from raymuse.stages.generate import generate
+from raymuse.stages.pretokenize import pretokenize
+from raymuse.stages.score import markdown, read_scores, score
+from raymuse.stages.train import train
+from raymuse.storage.folder import Folder
+from raymuse.tracking.run import Run, open_run, register
+from raymuse.tracking.server import Server
+
+STAGES: dict[str, Callable[[Any, Run], str]] = {
+    "data": make_data,
+    "vqgan": train,
+    "clip": train,
+    "pretokenize": pretokenize,
+    "base": train,
+    "superres": train,
+    "export": export,
+    "generate": generate,
+    "score": score,
+}
+ALIAS = "champion"
+NEEDED_BYTES = 2 * 2**30
+
+
+@dataclass
+class Record:
+    """What the flow remembers between attempts: seconds and MLflow run of every stage, peak memory."""
+
+    path: Path
+    seconds: dict[str, float] = field(default_factory=dict)
+    runs: dict[str, str] = field(default_factory=dict)
+    peak_gib: float = 0.0
+
+    @classmethod
+    def load(cls, path: Path) -> "Record":
+        return cls(path, **json.loads(path.read_text())) if path.exists() else cls(path)
+
+    def save(self) -> None:
+        kept = {"seconds": self.seconds, "runs": self.runs, "peak_gib": self.peak_gib}
+        Folder(str(self.path.parent)).write(self.path.name, json.dumps(kept, indent=1).encode())
+
+
+def demo(config: FlowConfig, json_path: Path | None) -> None:
+    """Run every stage that is not finished, and print what came out and where it lies.
+
+    Args:
+        config: sections are the stages' own configs; their relative addresses lie in `workdir`.
+        json_path: also write the closing table as data.
+
+    Raises:
+        UserError: for whatever a stage finds wrong, before that stage writes anything.
+    """
+    root = Path(config.workdir).resolve()
+    Folder(str(root)).create()
+    Folder(str(root)).require_free(NEEDED_BYTES)
+    record = Record.load(root / "flow.json")
+    with Server.start(root / "mlflow", wait=False) as server, _memory(record), _ray(config):
+        server.wait()
+        with _tracked(server.uri, config, record) as parent:
+            _run_stages(config, root, record, server.uri, parent)
+            summary = _summary(config, root, record, server.uri, parent)
+            _publish(config, root, parent, summary)
+    print(_closing(summary, record), flush=True)
+    if json_path is not None:
+        Folder(str(json_path.resolve().parent)).write(json_path.name, json.dumps(summary, indent=1).encode())
+
+
+def _run_stages(config: FlowConfig, root: Path, record: Record, uri: str, parent: Run) -> None:
+    for name, stage in STAGES.items():
+        section: StageConfig = getattr(config, name).within(str(root))
+        print(f"[{name}] -> {section.output}", flush=True)
+        run = open_run(
+            uri, config.name, name, parent=parent, resume=record.runs.get(name), spool=root / "mlflow" / "spool"
+        )
+        began = time.perf_counter()
+        with _finishing(run):
+            stage(section, run)
+        if (seconds := time.perf_counter() - began) > 1 or name not in record.seconds:
+            record.seconds[name] = record.seconds.get(name, 0.0) + seconds
+        record.runs[name] = run.id or ""
+        record.save()
+
+
+@contextlib.contextmanager
+def _tracked(uri: str, config: FlowConfig, record: Record) -> Iterator[Run]:
+    """The parent run: the same one however often the flow is started again."""
+    spool = Path(record.path).parent / "mlflow" / "spool"
+    run = open_run(uri, config.name, "flow", resume=record.runs.get("flow"), spool=spool)
+    run.params(config.model_dump(mode="json"))
+    record.runs["flow"] = run.id or ""
+    record.save()
+    with _finishing(run):
+        yield run
+
+
+@contextlib.contextmanager
+def _finishing(run: Run) -> Iterator[None]:
+    """Close a run with the status that its work ended with."""
+    status = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    except TooManyRejects:
+        status = "FINISHED"
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        run.finish(status)  # type: ignore[arg-type]
+
+
+def _ray(config: FlowConfig) -> contextlib.AbstractContextManager[object]:
+    ray = config.ray
+    return session(num_cpus=ray.num_cpus, object_store_gib=ray.object_store_gib, dashboard=ray.dashboard)
+
+
+@contextlib.contextmanager
+def _memory(record: Record, interval: float = 2.0) -> Iterator[None]:
+    """Inside, keep the highest sum of the process tree's proportional set sizes (GiB)."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(interval):
+            record.peak_gib = max(record.peak_gib, tree_gib(psutil.Process()))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def tree_gib(root: psutil.Process) -> float:
+    """Proportional set size of a process and all that descend from it, GiB; shared pages count once."""
+    total = 0
+    for process in (root, *root.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):
+            total += process.memory_full_info().pss
+    return total / 2**30
+
+
+def _summary(config: FlowConfig, root: Path, record: Record, uri: str, parent: Run) -> dict[str, Any]:
+    """The closing table as data."""
+    scores = read_scores(config.score.within(str(root)).output)
+    images = config.generate.within(str(root)).output
+    return {
+        "name": config.name,
+        "minutes": sum(record.seconds.values()) / 60,
+        "stage_minutes": {name: seconds / 60 for name, seconds in record.seconds.items()},
+        "peak_rss_gib": record.peak_gib,
+        "accuracy": scores.get("accuracy", {}),
+        "clip_score": scores["clip_score"],
+        "addresses": {
+            "contact_sheet": f"{images}/contact_sheet.html",
+            "mlflow": f"raymuse ui --workdir {config.workdir}",
+            "serve": f"raymuse serve {config.workdir}/{config.export.output}",
+        },
+    }
+
+
+def _publish(config: FlowConfig, root: Path, parent: Run, summary: dict[str, Any]) -> None:
+    """Scores to the parent run, and the model to the registry under its alias, once a model."""
+    scores = read_scores(config.score.within(str(root)).output)
+    numbers = {f"accuracy.{kind}": values["whole"] for kind, values in summary["accuracy"].items()}
+    clip = {f"clip_score.{kind}": value for kind, value in summary["clip_score"].items()}
+    parent.metrics({**numbers, **clip, "minutes": summary["minutes"], "peak_rss_gib": summary["peak_rss_gib"]}, 0)
+    note = f"# {config.name}\n\n{markdown(scores)}"
+    parent.note(note)
+    images = Path(config.generate.within(str(root)).output)
+    parent.picture("contact_sheet", images / "contact_sheet.png", 0)
+    marker = root / "registered.json"
+    model = config.export.within(str(root)).output
+    if not marker.exists():
+        version = register(
+            parent, config.export.name, model, note, alias=ALIAS, picture=images / "contact_sheet.png"
+        )
+        marker.write_text(json.dumps({"version": version}))
+
+
+def _closing(summary: dict[str, Any], record: Record) -> str:
+    """The table that a person sees at the end."""
+    headlines = _headlines(summary)
+    lines = ["", f"{'stage':<12} {'minutes':>8}   result"]
+    for name, seconds in record.seconds.items():
+        lines.append(f"{name:<12} {seconds / 60:>8.1f}   {headlines.get(name, '')}")
+    lines.append(f"{'total':<12} {summary['minutes']:>8.1f}   peak memory {summary['peak_rss_gib']:.1f} GiB")
+    lines += ["", *(f"{name.replace('_', ' '):<14} {address}" for name, address in summary["addresses"].items())]
+    return "\n".join(lines)
+
+
+def _headlines(summary: dict[str, Any]) -> dict[str, str]:
+    """One number a stage that a person would ask for."""
+    accuracy, clip = summary["accuracy"], summary["clip_score"]
+
+    def whole(kind: str) -> str:
+        if kind in accuracy:
+            one, two = (accuracy[kind][name] for name in ("one_object", "two_objects"))
+            parts = [f"{label} {value:.0%}" for label, value in (("one object", one), ("two", two)) if value is not None]
+            return f"captions right: {', '.join(parts)}"
+        return f"CLIP score {clip[kind]:.3f}" if kind in clip else ""
+
+    return {
+        "vqgan": f"round trip {whole('vqgan')} (the ceiling)",
+        "base": whole("base"),
+        "superres": whole("cascade"),
+        "score": f"CLIP score truth {clip.get('truth', 0):.3f}, base {clip['base']:.3f}"
+        + (f", cascade {clip['cascade']:.3f}" if "cascade" in clip else ""),
+    }

@@ -1,0 +1,351 @@
+"""Tracking against a real MLflow server: what is logged arrives once and in order, whatever ends in between."""
+
+import json
+import math
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from PIL import Image
+
+from raymuse.config.errors import UserError
+from raymuse.tracking import sender
+from raymuse.tracking.run import Run, clean, open_run, register
+from raymuse.tracking.server import Server, answers
+
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("mlflow")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
+    with Server.start(folder) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: Server) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=server.uri, registry_uri=server.uri)
+
+
+def session(leader: int) -> list[int]:
+    """The living processes of a server's session."""
+    return [p.pid for p in psutil.process_iter() if _in_session(p, leader)]
+
+
+def _in_session(process: psutil.Process, leader: int) -> bool:
+    try:
+        return os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE
+    except (OSError, psutil.Error):
+        return False
+
+
+def gone_within(seconds: float, leader: int) -> bool:
+    limit = time.monotonic() + seconds
+    while session(leader) and time.monotonic() < limit:
+        time.sleep(0.2)
+    return not session(leader)
+
+
+def leader_of(folder: Path) -> int:
+    return int(json.loads((folder / "server.json").read_text())["pid"])
+
+
+def run_python(code: str, *arguments: object) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_everything_of_a_run_arrives(server: Server, client: Any, tmp_path: Path) -> None:
+    spool = tmp_path / "spool"
+    parent = open_run(server.uri, "all", "parent", spool=spool)
+    run = open_run(server.uri, "all", "child", parent=parent, tags={"stage": "train"}, spool=spool)
+    run.params({"optimizer": {"lr": 1e-4, "betas": [0.9, 0.99]}, "seed": 7, "long": "x" * 9000})
+    run.params({f"many.{i}": i for i in range(230)})
+    run.metrics({"train/loss": 2.0, "odd name?": 1.0, "bad": math.nan}, step=3)
+    run.picture("samples/a cat", Image.new("RGB", (640, 320), "red"), step=3)
+    (tmp_path / "recipe.yaml").write_text("seed: 7\n")
+    run.file(tmp_path / "recipe.yaml", "config")
+    run.text("hello", "notes/hello.txt")
+    run.table([{"prompt": "a cat", "score": 0.5}, {"prompt": "a dog"}], "scores.json")
+    run.dataset("shapes", "0123456789abcdef" * 4, "s3://bucket/shapes", "training")
+    run.note("**what** this is")
+    assert run.finish()
+    assert parent.finish("KILLED")
+
+    assert run.id is not None
+    found = client.get_run(run.id)
+    assert found.data.tags["mlflow.parentRunId"] == parent.id
+    assert found.data.tags["mlflow.note.content"] == "**what** this is"
+    assert found.data.tags["stage"] == "train"
+    assert found.data.params["optimizer.betas"] == "[0.9, 0.99]"
+    assert len(found.data.params["long"]) == 6000
+    assert len(found.data.params) == 4 + 230
+    assert found.data.metrics["train/loss"] == 2.0
+    assert found.data.metrics["odd name_"] == 1.0
+    assert math.isnan(found.data.metrics["bad"])
+    assert found.info.status == "FINISHED"
+    assert found.inputs.dataset_inputs[0].dataset.name == "shapes"
+    assert found.inputs.dataset_inputs[0].tags[0].value == "training"
+    pictures = [item.path for item in client.list_artifacts(run.id, "images")]
+    assert len(pictures) == 2
+    assert all(path.startswith("images/samples~a cat+step+3+timestamp+") for path in pictures)
+    assert {Path(path).suffix for path in pictures} == {".png", ".webp"}
+    assert {item.path for item in client.list_artifacts(run.id)} == {"images", "config", "notes", "scores.json"}
+    assert json.loads(found.data.tags["mlflow.loggedArtifacts"]) == [{"path": "scores.json", "type": "table"}]
+    table = json.loads(Path(client.download_artifacts(run.id, "scores.json", str(tmp_path))).read_text())
+    assert table == {"columns": ["prompt", "score"], "data": [["a cat", 0.5], ["a dog", None]]}
+    assert client.get_run(parent.id).info.status == "KILLED"
+    assert list(spool.iterdir()) == [], "what has arrived leaves nothing behind"
+
+
+def test_off_does_nothing() -> None:
+    run = open_run(None, "off", "off")
+    assert run == Run.off()
+    run.metrics({"loss": 1.0}, step=1)
+    run.picture("p", Image.new("RGB", (8, 8)), step=1)
+    assert run.finish()
+    assert (run.id, run.link, register(run, "model", "nowhere")) == (None, None, None)
+
+
+def test_names_are_made_acceptable() -> None:
+    assert clean("loss") == "loss"
+    assert clean("a=b, c#d") == "a_b_ c_d"
+    assert clean("/../a//b/") == "a/b"
+    assert clean("../") == "_"
+    assert len(clean("x" * 999)) == 250
+
+
+def test_a_worker_goes_on_with_the_drivers_run(server: Server, client: Any, tmp_path: Path) -> None:
+    run = open_run(server.uri, "worker", "one", spool=tmp_path / "driver")
+    code = "import pickle, sys; run = pickle.loads(bytes.fromhex(sys.argv[1])); run.metrics({'m': 4}, 9); run.flush()"
+    assert run_python(code, pickle.dumps(run).hex()).wait(60) == 0
+    assert client.get_metric_history(run.id, "m")[0].step == 9
+
+
+def test_a_resumed_run_goes_on_and_keeps_changed_params(
+    server: Server, client: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = open_run(server.uri, "resume", "r", spool=tmp_path)
+    first.params({"steps": 10})
+    first.finish("FAILED")
+    again = open_run(server.uri, "resume", "r", resume=first.id, spool=tmp_path)
+    assert client.get_run(first.id).info.status == "RUNNING"
+    again.params({"steps": 20, "new": 1})
+    again.metrics({"loss": 1}, step=11)
+    assert again.finish()
+    assert again.id == first.id
+    data = client.get_run(first.id).data
+    assert (data.params, data.tags["changed.steps"]) == ({"steps": "10", "new": "1"}, "20")
+    with pytest.raises(UserError, match="no run 0123abc to resume"):
+        open_run(server.uri, "resume", "r", resume="0123abc", spool=tmp_path)
+    assert capsys.readouterr().err == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_bad_record_holds_nothing_up(
+    server: Server, client: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = open_run(server.uri, "bad", "b", spool=tmp_path)
+    run.dataset("x" * 501, "0", "s3://x", "training")
+    run.metrics({"loss": 1}, step=1)
+    assert run.flush()
+    assert client.get_run(run.id).data.metrics == {"loss": 1.0}
+    assert len(list(tmp_path.glob("*/refused.jsonl"))) == 1
+    assert "did not take dataset" in capsys.readouterr().err
+
+
+def test_a_deleted_run_is_told_once_and_kept(
+    server: Server, client: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "REFUSED_SECONDS", 0.0)
+    run = open_run(server.uri, "refused", "r", spool=tmp_path)
+    gone = Run(
+        run.identity and type(run.identity)(**vars(run.identity) | {"key": "k", "run_id": uuid.uuid4().hex}), tmp_path
+    )
+    gone.metrics({"loss": 1}, step=1)
+    assert not gone.flush(5)
+    assert not gone.flush(5)
+    run.metrics({"loss": 2}, step=1)
+    assert run.flush(), "another run is not held up"
+    err = capsys.readouterr().err
+    assert err.count("refuses run r") == 1
+    assert "was not deleted" in err
+    assert len([path for path in tmp_path.glob("*/records.jsonl") if '"loss":1.0' in path.read_text()]) == 1
+
+
+def test_registered_models(server: Server, client: Any, tmp_path: Path) -> None:
+    import mlflow.artifacts
+
+    model = tmp_path / "model"
+    (model / "transformer").mkdir(parents=True)
+    (model / "model_index.json").write_text("{}")
+    (model / "transformer" / "weights.safetensors").write_bytes(b"w" * 1000)
+    run = open_run(server.uri, "registry", "export", spool=tmp_path / "spool")
+    picture = Image.new("RGB", (32, 32), "blue")
+    assert register(run, "shapes/base", model, "# A card", alias="champion", picture=picture) == "1"
+    assert register(run, "shapes/base", "s3://bucket/model", alias="champion") == "2"
+    first = client.get_model_version("shapes-base", "1")
+    assert first.source.startswith(f"runs:/{run.id}/model/")
+    assert first.description.startswith("# A card")
+    address = first.description.split("](")[1].removesuffix(")")
+    with urllib.request.urlopen(server.uri + address) as answer:
+        assert answer.read(8) == b"\x89PNG\r\n\x1a\n"
+    assert client.get_model_version_by_alias("shapes-base", "champion").version in (2, "2")
+    there = mlflow.artifacts.download_artifacts(first.source, tracking_uri=server.uri, dst_path=str(tmp_path / "there"))
+    assert (Path(there) / "transformer" / "weights.safetensors").read_bytes() == b"w" * 1000
+    with pytest.raises(UserError, match="alias"):
+        register(run, "shapes", model, alias="v1")
+
+
+LOG_AND_DIE = """
+import os, pathlib, signal, sys
+from raymuse.tracking.run import open_run
+run = open_run(sys.argv[1], "killed", "victim", spool=pathlib.Path(sys.argv[2]), resume=sys.argv[3] or None)
+print(run.id, flush=True)
+for step in range(500):
+    run.metrics({"loss": step}, step)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_writers_rest_is_sent_by_the_next_process(server: Server, client: Any, tmp_path: Path) -> None:
+    victim = run_python(LOG_AND_DIE, server.uri, tmp_path, "")
+    assert victim.stdout is not None
+    name = victim.stdout.readline().strip()
+    assert victim.wait(60) == -signal.SIGKILL
+    (segment,) = tmp_path.iterdir()
+    with open(segment / "records.jsonl", "a") as torn:
+        torn.write('{"do":"metrics","val')
+    run = open_run(server.uri, "killed", "victim", resume=name, spool=tmp_path)
+    run.metrics({"loss": 500}, step=500)
+    (segment / "sent").unlink(missing_ok=True)  # as if it had been killed between a send and noting it
+    assert run.finish()
+    rows = client.get_metric_history(name, "loss")
+    assert sorted(row.step for row in rows) == list(range(501))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_start_joins(folder: Path, server: Server) -> None:
+    with Server.start(folder) as joined:
+        assert (joined.uri, joined.owned, server.owned) == (server.uri, False, True)
+    assert answers(server.port), "leaving a joined server leaves it running"
+    with pytest.raises(UserError, match=f"already runs on port {server.port}"):
+        Server.start(folder, port=server.port + 1)
+
+
+def test_an_outage_loses_nothing(folder: Path, server: Server, tmp_path: Path) -> None:
+    """The last to use the module's server: it is stopped in the middle, and another takes its place."""
+    run = open_run(server.uri, "outage", "early", spool=tmp_path / "spool")
+    run.metrics({"loss": 0}, step=0)
+    assert run.flush()
+    server.stop()
+    slowest, spent = 0.0, 0.0
+    late = open_run(server.uri, "outage", "late", parent=run, spool=tmp_path / "spool")
+    assert late.id is not None
+    assert late.id.startswith("pending-")
+    for step in range(1, 301):
+        began = time.perf_counter()
+        run.metrics({"loss": step, "lr": 1 / step}, step=step)
+        late.metrics({"loss": -step}, step=step)
+        if step % 100 == 0:
+            run.picture("grid", Image.effect_noise((512, 512), 50), step=step)
+        took = time.perf_counter() - began
+        slowest, spent = max(slowest, took), spent + took
+    print(f"300 steps in {spent:.3f} s while the server is away, the slowest {slowest * 1e3:.1f} ms")
+    assert spent / 300 < 0.02
+    assert not run.flush(1)
+    with Server.start(folder) as second:
+        assert second.port == server.port
+        began = time.perf_counter()
+        assert run.finish()
+        print(f"all sent {time.perf_counter() - began:.1f} s after the server was back")
+        assert late.finish()
+        from mlflow import MlflowClient
+
+        there = MlflowClient(tracking_uri=second.uri)
+        for name, sign, count in (("early", 1, 301), ("late", -1, 300)):
+            one = run if name == "early" else late
+            rows = there.get_metric_history(one.id, "loss")
+            assert [(row.step, row.value * sign) for row in rows] == [(i, i) for i in range(301 - count, 301)]
+            assert [row.timestamp for row in rows] == sorted(row.timestamp for row in rows)
+        assert len(there.list_artifacts(run.id, "images")) == 6
+        assert late.id is not None
+        assert there.get_run(late.id).data.tags["mlflow.parentRunId"] == run.id
+        assert len(there.search_runs([there.get_run(run.id).info.experiment_id])) == 2
+    assert list((tmp_path / "spool").iterdir()) == []
+
+
+def test_a_taken_port_is_said(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UserError, match=r"Port \d+ on 127.0.0.1 is taken"):
+            Server.start(tmp_path, port=taken.getsockname()[1])
+
+
+def test_a_start_that_fails_shows_the_log(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("not a data base " * 100)
+    with pytest.raises(UserError, match=r"ended before it answered(.|\n)*not a database"):
+        Server.start(tmp_path)
+    assert session(leader_of(tmp_path)) == []
+
+
+START_AND_SLEEP = """
+import pathlib, sys, time
+from raymuse.tracking.server import Server
+Server.start(pathlib.Path(sys.argv[1]), wait=sys.argv[2] == "wait")
+print("up", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("moment", ["wait", "starting"])
+def test_nothing_outlives_a_killed_parent(tmp_path: Path, moment: str) -> None:
+    parent = run_python(START_AND_SLEEP, tmp_path, moment)
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "up\n"
+    leader = leader_of(tmp_path)
+    assert session(leader)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    assert gone_within(15, leader)
+
+
+def test_stop_ends_all_and_a_killed_guards_child_is_cleared(tmp_path: Path) -> None:
+    with Server.start(tmp_path) as server:
+        leader = leader_of(tmp_path)
+        assert len(session(leader)) == 2
+        os.kill(leader, signal.SIGKILL)
+        time.sleep(0.3)
+        assert len(session(leader)) == 1
+        with Server.start(tmp_path, wait=False) as second:
+            assert second.owned
+            assert session(leader) == []
+            fresh = leader_of(tmp_path)
+        assert session(fresh) == []
+        server.stop()
+        server.stop()
+
+
+def test_importing_is_cheap() -> None:
+    code = "import sys, raymuse.tracking.run, raymuse.tracking.server; print({'mlflow', 'PIL'} & set(sys.modules))"
+    assert run_python(code).communicate(timeout=30)[0] == "set()\n"
