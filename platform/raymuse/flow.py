@@ -195,9 +195,7 @@ def _publish(config: FlowConfig, root: Path, parent: Run, summary: dict[str, Any
     marker = root / "registered.json"
     model = config.export.within(str(root)).output
     if not marker.exists():
-        version = register(
-            parent, config.export.name, model, note, alias=ALIAS, picture=images / "contact_sheet.png"
-        )
+        version = register(parent, config.export.name, model, note, alias=ALIAS, picture=images / "contact_sheet.png")
         marker.write_text(json.dumps({"version": version}))
 
 
@@ -219,7 +217,9 @@ def _headlines(summary: dict[str, Any]) -> dict[str, str]:
     def whole(kind: str) -> str:
         if kind in accuracy:
             one, two = (accuracy[kind][name] for name in ("one_object", "two_objects"))
-            parts = [f"{label} {value:.0%}" for label, value in (("one object", one), ("two", two)) if value is not None]
+            parts = [
+                f"{label} {value:.0%}" for label, value in (("one object", one), ("two", two)) if value is not None
+            ]
             return f"captions right: {', '.join(parts)}"
         return f"CLIP score {clip[kind]:.3f}" if kind in clip else ""
 

@@ -65,7 +65,7 @@ def hide(
         positions: global position of each sample in the training data (B,); the mask is keyed by it.
         min_ratio: masks at least this share of the ids.
     """
-    batch, length = ids.shape
+    length = ids.shape[1]
     draws = uniforms(seed, MASK, positions, 1 + length)
     ratios = np.array([max(SCHEDULES[schedule](u), min_ratio) for u in draws[:, 0]])
     counts = np.maximum(1, np.round(ratios * length)).astype(np.int64)

@@ -1,4 +1,4 @@
-"""A shard's pictures as chunks of crops: fixed in size and order, whatever ran before, so that encoding repeats exactly.
+"""A shard's pictures as chunks of crops: fixed in size and order, whatever ran before; so encoding repeats exactly.
 
 N crops of a chunk, H W pixels.
 """

@@ -23,9 +23,7 @@ class TextEncoder:
     tokenizer: Any
 
     @classmethod
-    def load(
-        cls, folder_or_id: str, device: str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> "TextEncoder":
+    def load(cls, folder_or_id: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "TextEncoder":
         """Load `text_encoder/` and `tokenizer/` from a model folder or a Hugging Face id; safetensors only."""
         root, subfolder = require_safetensors(folder_or_id, "text_encoder")
         network = CLIPTextModelWithProjection.from_pretrained(

@@ -15,16 +15,12 @@ def require_safetensors(folder_or_id: str, part: str) -> tuple[str, str | None]:
     root = Path(folder_or_id)
     if not root.exists():
         if folder_or_id.startswith(("/", ".")) or folder_or_id.count("/") != 1:
-            raise UserError(
-                f"{folder_or_id} does not exist. Give a folder with {part}/, or a Hugging Face id."
-            )
+            raise UserError(f"{folder_or_id} does not exist. Give a folder with {part}/, or a Hugging Face id.")
         return folder_or_id, part
     subfolder = part if (root / part / "config.json").exists() else None
     folder = root / subfolder if subfolder else root
     if not (folder / "config.json").exists():
-        raise UserError(
-            f"{folder_or_id} holds neither config.json nor {part}/config.json: it is no {part} folder."
-        )
+        raise UserError(f"{folder_or_id} holds neither config.json nor {part}/config.json: it is no {part} folder.")
     if not list(folder.glob("*.safetensors")):
         pickled = [path.name for path in folder.glob("*") if path.suffix in {".bin", ".pt", ".pth", ".ckpt"}]
         raise UserError(

@@ -47,7 +47,8 @@ def deploy_api(config: ServeConfig, key: str | None) -> None:
         gpus=config.gpus_per_replica,
         max_queue=config.max_queue,
     )
-    ray_serve.run(Api.bind(generator, Path(config.model).resolve().name, key), name="raymuse", route_prefix="/")
+    api = Api.bind(generator, Path(config.model).resolve().name, key)  # type: ignore[attr-defined]
+    ray_serve.run(api, name="raymuse", route_prefix="/")
 
 
 def api_key(config: ServeConfig) -> str | None:
@@ -66,7 +67,9 @@ def require_free_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise UserError(f"port {port} on {host} is taken; choose another with port=..., or port=0 for any.") from error
+            raise UserError(
+                f"port {port} on {host} is taken; choose another with port=..., or port=0 for any."
+            ) from error
 
 
 def free_port(host: str) -> int:

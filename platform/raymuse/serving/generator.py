@@ -84,7 +84,7 @@ def deployed(
     model: str, *, batch_size: int, replicas: int, cpus: float, gpus: float, max_queue: int = -1
 ) -> serve.Application:
     """The generator as a Serve application, sized so that its batches fill."""
-    options = Generator.options(
+    options = Generator.options(  # type: ignore[attr-defined]
         num_replicas=replicas,
         max_ongoing_requests=2 * batch_size,
         max_queued_requests=max_queue,

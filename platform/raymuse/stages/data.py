@@ -1,8 +1,8 @@
 """Captioned pictures from any source to image shards, with held-out prompts.
 
-    train/00000.tar ...   img2dataset's WebDataset layout
-    test/00000.tar ...    pictures whose captions (attribute combinations) are never trained
-    prompts.jsonl         the test captions, in the order of the test pictures
+train/00000.tar ...   img2dataset's WebDataset layout
+test/00000.tar ...    pictures whose captions (attribute combinations) are never trained
+prompts.jsonl         the test captions, in the order of the test pictures
 """
 
 import hashlib
@@ -124,9 +124,7 @@ def _folder_source(config: DataConfig) -> tuple[Source, dict[str, int]]:
     return partial(_from_index, index=index, splits=splits), sizes
 
 
-def _from_index(
-    part: Part, index: PictureIndex, splits: dict[str, list[int]]
-) -> Iterator[tuple[str, bytes, str, str]]:
+def _from_index(part: Part, index: PictureIndex, splits: dict[str, list[int]]) -> Iterator[tuple[str, bytes, str, str]]:
     for place in range(part.start, part.start + part.count):
         picture = index[splits[part.split][place]]
         yield f"{place:09d}", picture.data, _ending(picture), picture.captions[0]

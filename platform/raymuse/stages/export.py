@@ -1,7 +1,7 @@
 """Trained parts to one model folder in diffusers' layout.
 
-    model_index.json  transformer/  vqvae/  text_encoder/  tokenizer/  scheduler/     diffusers' AmusedPipeline opens it
-    superres/         generation_config.json  README.md                              ours, beside it
+model_index.json  transformer/  vqvae/  text_encoder/  tokenizer/  scheduler/     diffusers' AmusedPipeline opens it
+superres/         generation_config.json  README.md                              ours, beside it
 """
 
 import json

@@ -92,7 +92,7 @@ def generate(config: GenerateConfig, run: Run) -> str:
     rejects = sum(part.rejects for part in manifest.done.values())
     total = sum(len(part) for part in plan.values())
     if rejects > config.max_reject_fraction * total:
-        raise TooManyRejects(rejects, total, config.max_reject_fraction, config.output)
+        raise TooManyRejects(rejects, total, f"{config.output}/rejects")
     return config.output
 
 

@@ -213,7 +213,8 @@ class Progress:
         rate, left = self.rows / seconds, seconds / self.done * (self.parts - self.done)
         self.run.metrics({"rows": self.rows, "rejects": self.rejects, "rows_per_second": rate}, self.done)
         print(
-            f"part {self.done}/{self.parts}  {self.rows} rows  {self.rejects} rejects  {rate:.0f} rows/s  {left:.0f} s left",
+            f"part {self.done}/{self.parts}  {self.rows} rows  {self.rejects} rejects  {rate:.0f} rows/s  "
+            f"{left:.0f} s left",
             flush=True,
         )
 
@@ -224,7 +225,7 @@ def _report(manifest: Manifest, config: PretokenizeConfig, run: Run) -> None:
     pictures = int(sum(part.counts.get("pictures", 0) for part in manifest.done.values()))
     run.dataset("token shards", _digest(list(manifest.done)), config.output, "pretokenize")
     if rejects > config.max_reject_fraction * max(1, rejects + pictures):
-        raise TooManyRejects(rejects, rejects + pictures, config.max_reject_fraction, config.output)
+        raise TooManyRejects(rejects, rejects + pictures, f"{config.output}/rejects")
 
 
 def _complete(chunks: dict[int, bool]) -> bool:

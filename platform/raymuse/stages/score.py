@@ -1,7 +1,7 @@
 """How good the pictures are: the judge and CLIP, for base and cascade beside the truth and the VQGAN's round trip.
 
-    rows.parquet   one row a picture and kind: the judge's word on every attribute, and the CLIP score
-    scores.json    means over the rows: whole captions, one and two objects, each attribute
+rows.parquet   one row a picture and kind: the judge's word on every attribute, and the CLIP score
+scores.json    means over the rows: whole captions, one and two objects, each attribute
 """
 
 import json
@@ -188,8 +188,7 @@ def _accuracy(rows: list[Row]) -> dict[str, Any]:
         "one_object": _mean([row["correct"] for row in singles]),
         "two_objects": _mean([row["correct"] for row in pairs]),
         "attributes": {
-            name: _mean([row["attributes"][name] for row in judged if name in row["attributes"]])
-            for name in attributes
+            name: _mean([row["attributes"][name] for row in judged if name in row["attributes"]]) for name in attributes
         },
     }
 

@@ -1,8 +1,8 @@
 """Placing a training: the same loop in this process, or in Ray Train's workers.
 
-    output/step-00000200/   checkpoints; the newest whole one is where a restart goes on
-    output/model/           the trained model (the moving average, where there is one)
-    output/_SUCCESS         last
+output/step-00000200/   checkpoints; the newest whole one is where a restart goes on
+output/model/           the trained model (the moving average, where there is one)
+output/_SUCCESS         last
 """
 
 import json
@@ -24,7 +24,6 @@ from ray.train.torch import TorchTrainer
 from raymuse.config.errors import UserError
 from raymuse.config.stages import STAGES
 from raymuse.config.training import BaseConfig, MaskedConfig, SuperresConfig, TrainConfig
-from raymuse.storage.folder import Folder
 from raymuse.storage.images import list_shards
 from raymuse.storage.manifest import Manifest
 from raymuse.storage.tokens import TokenStore

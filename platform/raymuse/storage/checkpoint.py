@@ -96,7 +96,7 @@ def _open(folder: Path) -> tuple[Checkpoint | None, str]:
         return None, f"checkpoint.json: {error}"
     for file in files:
         path = folder / file.name
-        if not path.exists() or path.stat().st_size != file.bytes or _sha256(path) != file.sha256:
+        if not path.exists() or path.stat().st_size != file.size or _sha256(path) != file.sha256:
             return None, f"{file.name} is missing or changed"
     return Checkpoint(folder, record["step"], record["state"], files), ""
 

@@ -97,7 +97,9 @@ def _cell(pixels: NDArray[np.uint8]) -> Image.Image:
     return image.resize((CELL, CELL), Image.Resampling.NEAREST if image.width <= CELL else Image.Resampling.LANCZOS)
 
 
-def _wrapped(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+def _wrapped(
+    draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
+) -> str:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -1,7 +1,7 @@
 """Generated pictures on disk: parts, the manifest table, and reading them back.
 
-    parts/part-000000.tar     000000123-0.png, 000000123-0.base.png (a cascade's base), 000000123-0.json
-    rows/part-000000.parquet  one row a picture; joined into manifest.parquet at the end
+parts/part-000000.tar     000000123-0.png, 000000123-0.base.png (a cascade's base), 000000123-0.json
+rows/part-000000.parquet  one row a picture; joined into manifest.parquet at the end
 """
 
 import io

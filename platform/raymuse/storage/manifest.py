@@ -1,10 +1,10 @@
 """Exactly-once parts: what is done stands in a manifest, and running the same command again does the rest.
 
-    _manifest/config.json        what the parts were made with; another config on the same folder is refused
-    _manifest/part-000000.json   written only after the part's files are in place
-    _manifest/index.json         many records in one object, so that a resume reads a few objects
-    _manifest/lock.json          who writes, and until when; it warns and never blocks
-    _SUCCESS                     last, with the counts
+_manifest/config.json        what the parts were made with; another config on the same folder is refused
+_manifest/part-000000.json   written only after the part's files are in place
+_manifest/index.json         many records in one object, so that a resume reads a few objects
+_manifest/lock.json          who writes, and until when; it warns and never blocks
+_SUCCESS                     last, with the counts
 """
 
 import hashlib
@@ -31,7 +31,7 @@ class FileRecord:
     """A file of a part: its name in the folder, its size in bytes and its sha256 (hex)."""
 
     name: str
-    bytes: int
+    size: int
     sha256: str
 
     @classmethod

@@ -1,9 +1,9 @@
 """Token shards: Parquet parts of crops as ids, and captions as text ids or as what the encoder said of them.
 
-    tokens/part-000000.parquet     one row a crop
-    captions/part-000000.parquet   one row a caption that the part uses
-    captions/empty.parquet         the empty caption: what dropped captions become
-    rejects/part-000000.parquet    refused rows, with reasons
+tokens/part-000000.parquet     one row a crop
+captions/part-000000.parquet   one row a caption that the part uses
+captions/empty.parquet         the empty caption: what dropped captions become
+rejects/part-000000.parquet    refused rows, with reasons
 """
 
 import hashlib

@@ -189,7 +189,7 @@ def _gathered(mine: Tensor) -> Tensor:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return mine
     if mine.requires_grad:
-        return torch.cat(dist_nn.all_gather(mine))
+        return torch.cat(dist_nn.all_gather(mine))  # type: ignore[no-untyped-call]
     pieces = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(pieces, mine.contiguous())
     return torch.cat(pieces)

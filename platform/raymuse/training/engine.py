@@ -101,7 +101,8 @@ class PlainEngine:
 
     def read(self, name: str, state: str | None = None) -> Tensor:
         parameter = self.parameters[name]
-        return parameter.data if state is None else self._state(parameter)[state]
+        value: Tensor = parameter.data if state is None else self._state(parameter)[state]
+        return value
 
     def write(self, name: str, value: Tensor, state: str | None = None) -> None:
         self.read(name, state).copy_(value)
@@ -118,7 +119,7 @@ class PlainEngine:
             self._state(parameter)["step"].fill_(count)
 
     def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        state = self.optimizer.state[parameter]
+        state: dict[str, Tensor] = self.optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros(())
             for moment in MOMENTS:
@@ -130,12 +131,15 @@ class PlainEngine:
         for parameter in self.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        if self.world > 1:
-            gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-            flat = torch._utils._flatten_dense_tensors(gradients)
-            dist.all_reduce(flat)
-            for gradient, summed in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
-                gradient.copy_(summed)
+        if self.world == 1:
+            return
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        start = 0
+        for gradient in gradients:
+            gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
+            start += gradient.numel()
 
 
 @contextmanager

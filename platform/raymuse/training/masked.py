@@ -71,14 +71,14 @@ class MaskedTask:
         self.text = self._text_encoder()
         self.codes = int(self.store.config["codebook_size"])
         empty_ids = torch.from_numpy(self.store.empty.text_ids.astype(np.int64))
-        self.empty_states, self.empty_pooled = self._said(empty_ids, self.store.empty.text_states, self.store.empty.pooled)
+        self.empty_states, self.empty_pooled = self._said(
+            empty_ids, self.store.empty.text_states, self.store.empty.pooled
+        )
         self.network = self._build()
         self.module = MaskedLoss(self.network, config.label_smoothing)
 
     def batch(self, positions: NDArray[np.int64], weights: NDArray[np.float32]) -> Batch:
-        rows = self.store.rows(
-            self.order.rows(positions), uniforms(self.config.seed, CAPTION, positions, 1)[:, 0]
-        )
+        rows = self.store.rows(self.order.rows(positions), uniforms(self.config.seed, CAPTION, positions, 1)[:, 0])
         ids = torch.from_numpy(rows.image_ids if self.config.ids == "image_ids" else _low(rows.low_ids))
         hidden = hide(
             ids.flatten(1),
@@ -130,8 +130,12 @@ class MaskedTask:
         loss = MaskedLoss(network, 0.0)
         with torch.no_grad():
             ids = sample_ids(
-                network, loss.condition(batch), None,
-                grid=self.grid, seeds=list(range(len(truth))), sampling=SamplingConfig(temperature=0.5),
+                network,
+                loss.condition(batch),
+                None,
+                grid=self.grid,
+                seeds=list(range(len(truth))),
+                sampling=SamplingConfig(temperature=0.5),
             )
         vqgan = Vqgan.load(self.config.vqgan)
         return sheet([vqgan.decode(truth), vqgan.decode(ids.cpu())])
@@ -180,7 +184,9 @@ class MaskedTask:
         if self.store.has_states:
             return None
         if self.config.text_encoder is None:
-            raise UserError(f"{self.config.input} holds text ids, not states: set text_encoder to the encoder's folder.")
+            raise UserError(
+                f"{self.config.input} holds text ids, not states: set text_encoder to the encoder's folder."
+            )
         return TextEncoder.load(self.config.text_encoder, self.device)
 
     def _said(

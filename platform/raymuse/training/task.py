@@ -21,7 +21,8 @@ class Task(Protocol):
             `network` is what is trained, so that every parameter's name starts with `network.`.
     """
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module: ...
 
     def batch(self, positions: NDArray[np.int64], weights: NDArray[np.float32]) -> Batch:
         """The rows at these positions of the training stream; rows of weight 0 are padding."""

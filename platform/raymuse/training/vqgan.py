@@ -79,9 +79,7 @@ class VqganTask:
         self.network = build_vqgan(config)
         codes = self.network.quantize.embedding.weight
         codes.requires_grad_(False)
-        self.codebook = Codebook(
-            codes, decay=config.codebook_decay, revive_below=config.revive_below, seed=config.seed
-        )
+        self.codebook = Codebook(codes, decay=config.codebook_decay, revive_below=config.revive_below, seed=config.seed)
         self.module = VqganLoss(self.network, config)
 
     def batch(self, positions: NDArray[np.int64], weights: NDArray[np.float32]) -> Batch:

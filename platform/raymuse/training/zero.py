@@ -66,7 +66,8 @@ class DeepSpeedEngine:
 
         parameter = self.parameters[name]
         if self.zero_stage == 0:
-            return parameter.data if state is None else self._inner().state[parameter][state]
+            value: Tensor = parameter.data if state is None else self._inner().state[parameter][state]
+            return value
         if state is None:
             return _present(safe_get_full_fp32_param(parameter), name)
         return _present(safe_get_full_optimizer_state(parameter, state), f"{name} {state}")
@@ -102,7 +103,7 @@ class DeepSpeedEngine:
     def _inner(self) -> Any:
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
-    def _write_partition(self, parameter: nn.Parameter, value: Tensor, state: str | None) -> None:
+    def _write_partition(self, parameter: Any, value: Tensor, state: str | None) -> None:
         """This rank's slice under ZeRO-3. DeepSpeed's own safe_set_full_* fails where the ranks do not divide it."""
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
