@@ -117,7 +117,8 @@ def reveal(
     unknown = ids == mask_id
     probabilities = logits.float().softmax(dim=-1)
     cdf = probabilities.cumsum(dim=-1)
-    target = (choice.to(cdf.dtype) * cdf[..., -1]).unsqueeze(-1)
+    below_one = choice.to(cdf.dtype).clamp(max=1 - 2**-24)  # at the very end of the CDF stand codes of probability 0
+    target = (below_one * cdf[..., -1]).unsqueeze(-1)
     drawn = torch.searchsorted(cdf.contiguous(), target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
     drawn = torch.where(unknown, drawn, ids)
 

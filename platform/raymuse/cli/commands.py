@@ -96,13 +96,12 @@ def train(words: Words = None, mlflow: Mlflow = None, dry_run: DryRun = False) -
     from raymuse.config.training import TrainConfig
 
     loaded = config_for(TrainConfig, "train", words, _TRAININGS)
-    if dry_run:
-        from raymuse.cli.plans import train_plan
+    from raymuse.stages import train as stage
 
-        typer.echo(train_plan(loaded), nl=False)
+    if dry_run:
+        typer.echo(stage.plan_text(loaded))
         return
     from raymuse.cli.launch import run_stage
-    from raymuse.stages import train as stage
 
     run_stage(stage.train, loaded, mlflow, ray=loaded.workers > 0)
 

@@ -1,6 +1,5 @@
 """What a command would do, for `--dry-run`."""
 
-from raymuse.config.describe import describe
 from raymuse.config.flow import FlowConfig
 from raymuse.config.recipe import SECTIONS, stage_of
 from raymuse.config.training import TrainConfig
@@ -14,12 +13,6 @@ def flow_plan(config: FlowConfig) -> str:
         amount = _amount(section) if isinstance(section, TrainConfig) else ""
         lines.append(f"  {number}. {stage_of(model):<15} -> {section.output}{amount}")
     return "\n".join(lines) + "\n"
-
-
-def train_plan(config: TrainConfig) -> str:
-    """A training in full, with the number of samples it will see."""
-    workers = f"on {config.workers} workers" if config.workers else "in this process"
-    return f"{describe(config)}# would train{_amount(config)} {workers}, into {config.output}\n"
 
 
 def _amount(config: TrainConfig) -> str:

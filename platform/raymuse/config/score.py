@@ -17,6 +17,8 @@ class ScoreConfig(StageConfig):
     truth: Annotated[str, AddressMark()] | None = Field(
         None, description="image shards with the prompts' true pictures"
     )
-    judge: Literal["shapes", "none"] = Field("shapes", description="the exact judge, where the captions are its own")
+    judge: Literal["auto", "shapes", "none"] = Field(
+        "auto", description="the exact judge of drawn shapes; auto: where the captions are of that world"
+    )
     batch_size: int = Field(64, ge=1)
     workers: int = runtime(1, "scoring actors", ge=1)

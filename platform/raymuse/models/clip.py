@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPModel
 
 from raymuse.models.vqgan import to_unit
-from raymuse.models.weights import require_safetensors
+from raymuse.models.weights import require_safetensors, without_bars
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -41,6 +41,7 @@ class Clip:
     @classmethod
     def load(cls, folder_or_id: str) -> "Clip":
         """From a folder with `clip/` and `tokenizer/`, a plain CLIP folder, or a Hugging Face id; safetensors only."""
+        without_bars()
         root, subfolder = require_safetensors(folder_or_id, "clip")
         network = CLIPModel.from_pretrained(root, subfolder=subfolder or "", use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(root, subfolder="tokenizer" if _beside(root) else "")

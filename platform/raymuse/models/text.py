@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
-from raymuse.models.weights import require_safetensors
+from raymuse.models.weights import require_safetensors, without_bars
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class TextEncoder:
     @classmethod
     def load(cls, folder_or_id: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "TextEncoder":
         """Load `text_encoder/` and `tokenizer/` from a model folder or a Hugging Face id; safetensors only."""
+        without_bars()
         root, subfolder = require_safetensors(folder_or_id, "text_encoder")
         network = CLIPTextModelWithProjection.from_pretrained(
             root, subfolder=subfolder or "", use_safetensors=True, dtype=dtype

@@ -5,14 +5,20 @@ from pathlib import Path
 
 from raymuse.config.errors import UserError
 
+HUB = "hf://"
+
 
 def require_safetensors(folder_or_id: str, part: str) -> tuple[str, str | None]:
     """The (root, subfolder) to load from. A local folder may be the part itself or a model folder that holds it.
+
+    A Hugging Face id stands as `hf://owner/name` (inside a flow's recipe, whose bare names are folders), or bare.
 
     Raises:
         UserError: for a local folder that is missing, or that has only pickled weights.
     """
     root = Path(folder_or_id)
+    if folder_or_id.startswith(HUB):
+        return folder_or_id.removeprefix(HUB), part
     if not root.exists():
         if folder_or_id.startswith(("/", ".")) or folder_or_id.count("/") != 1:
             raise UserError(f"{folder_or_id} does not exist. Give a folder with {part}/, or a Hugging Face id.")
@@ -40,3 +46,12 @@ def weights_sha256(folder_or_id: str, part: str) -> str:
     for path in sorted((Path(root) / (subfolder or "")).glob("*.safetensors")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def without_bars() -> None:
+    """No progress bar of transformers for a load from disk in this process; downloads keep theirs."""
+    import huggingface_hub
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()

@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 
 from raymuse.pipeline import image_seed
 from raymuse.serving.generator import Drawing, DrawRequest
+from raymuse.serving.instance import QUIET
 from raymuse.storage.pictures import png_bytes
 
 MOST_PICTURES = 16
@@ -38,7 +39,7 @@ class GenerationRequest(BaseModel):
     guidance_scale: float | None = Field(None, ge=0, le=100)
 
 
-@serve.deployment(ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=256)
+@serve.deployment(ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=256, logging_config=QUIET)
 @serve.ingress(app)
 class Api:
     """The ingress: checks, keys, seeds, PNG; the generator behind it only draws."""

@@ -6,13 +6,15 @@ import time
 from pathlib import Path
 
 from ray import serve as ray_serve
-from ray.serve.config import HTTPOptions
 
 from raymuse.config.errors import UserError
 from raymuse.config.generate import ServeConfig
 from raymuse.pipeline import Pipeline
 from raymuse.serving.api import Api
 from raymuse.serving.generator import deployed
+from raymuse.serving.instance import leave_serve, serves_http, start_http
+
+APPLICATION = "raymuse"
 
 
 def serve(config: ServeConfig) -> None:
@@ -25,16 +27,17 @@ def serve(config: ServeConfig) -> None:
     key = api_key(config)
     if key is None and config.host not in ("127.0.0.1", "localhost", "::1"):
         raise UserError(f"listening on {config.host} needs an API key: set api_key_file or RAYMUSE_API_KEY.")
-    require_free_port(config.host, port)
     Pipeline.load(config.model)  # a broken folder shows here, with its sentence, before anything is deployed
-    ray_serve.start(http_options=HTTPOptions(host=config.host, port=port))
-    deploy_api(config, key)
-    print(f"serving {config.model}\n  http://{config.host}:{port}/docs", flush=True)
+    if not serves_http(config.host, port):
+        require_free_port(config.host, port)
+        start_http(config.host, port)
     try:
+        deploy_api(config, key)
+        print(f"serving {config.model}\n  http://{config.host}:{port}/docs", flush=True)
         while True:
             time.sleep(1)
     finally:
-        ray_serve.shutdown()
+        leave_serve(APPLICATION)
 
 
 def deploy_api(config: ServeConfig, key: str | None) -> None:
@@ -48,7 +51,7 @@ def deploy_api(config: ServeConfig, key: str | None) -> None:
         max_queue=config.max_queue,
     )
     api = Api.bind(generator, Path(config.model).resolve().name, key)  # type: ignore[attr-defined]
-    ray_serve.run(api, name="raymuse", route_prefix="/")
+    ray_serve.run(api, name=APPLICATION, route_prefix="/")
 
 
 def api_key(config: ServeConfig) -> str | None:

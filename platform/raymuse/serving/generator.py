@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from ray import serve
 
 from raymuse.pipeline import Pipeline
+from raymuse.serving.instance import QUIET
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Drawing:
     base_pixels: NDArray[np.uint8]
 
 
-@serve.deployment
+@serve.deployment(logging_config=QUIET)
 class Generator:
     """Holds the model; draws requests in padded batches of one size, so that no picture depends on its batch.
 

@@ -21,15 +21,15 @@ import pyarrow.parquet as pq
 import ray
 from ray import serve
 from ray.exceptions import RayActorError
-from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.generate import GenerateConfig
 from raymuse.models.weights import weights_sha256
-from raymuse.pipeline import Pipeline, image_seed
+from raymuse.pipeline import SETTINGS, Pipeline, image_seed
 from raymuse.serving.generator import Drawing, DrawRequest, deployed
+from raymuse.serving.instance import join_serve
 from raymuse.storage.contact_sheet import Entry, sheet_html, sheet_png
 from raymuse.storage.folder import Folder
 from raymuse.storage.generated import Generated, PictureRow, read_part, rows_table
@@ -40,7 +40,6 @@ from raymuse.storage.tokens import parquet_bytes
 from raymuse.storage.webdataset_writer import write_tar
 from raymuse.tracking.run import Run
 
-APPLICATION = "raymuse-generate"
 TRIES = 5
 SHEET_PICTURES = 36
 
@@ -75,8 +74,7 @@ def generate(config: GenerateConfig, run: Run) -> str:
         TooManyRejects: after the end, where more pictures failed than the config allows.
     """
     prompts = read_prompts(config.prompts)
-    sums = {part: weights_sha256(config.model, part) for part in ("transformer", "vqvae", "text_encoder")}
-    facts = {"model_sha256": hashlib.sha256(json.dumps(sums).encode()).hexdigest(), "prompts": _digest(prompts)}
+    facts = {"model_sha256": model_sha256(config.model), "prompts": _digest(prompts)}
     manifest = Manifest.open(config.output, {**config.identity(), **facts})
     plan = plan_parts(prompts, config)
     if not manifest.finished:
@@ -96,30 +94,61 @@ def generate(config: GenerateConfig, run: Run) -> str:
     return config.output
 
 
+def model_sha256(folder_or_id: str) -> str:
+    """One sha256 (hex) for everything that decides the pictures: all weights, and how they are drawn from."""
+    folder = Path(folder_or_id)
+    cascade = [part for part in ("superres", "superres_vqvae") if (folder / part).exists()]
+    sums = {part: weights_sha256(folder_or_id, part) for part in ("transformer", "vqvae", "text_encoder", *cascade)}
+    if (settings := folder / SETTINGS).exists():
+        sums["settings"] = hashlib.sha256(settings.read_bytes()).hexdigest()
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+
+
 def read_prompts(address: str) -> list[Prompt]:
     """Prompts from a txt file (one a line), or the column `prompt` of a jsonl or csv file.
 
     Raises:
         UserError: for a file that is missing, empty, of another kind, or without the column.
     """
+    if not address.endswith((".txt", ".jsonl", ".csv")):
+        raise UserError(f"{address}: prompts come as .txt (one a line), .jsonl or .csv with a column `prompt`.")
     folder = Folder(str(Path(address).parent) if "://" not in address else address.rpartition("/")[0])
     name = address.rpartition("/")[2]
     if not folder.exists(name):
         raise UserError(f"the prompt file {address} does not exist.")
-    text = folder.read(name).decode("utf-8", errors="replace")
-    if address.endswith(".jsonl"):
-        rows: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines() if line.strip()]
-    elif address.endswith(".csv"):
-        rows = list(csv.DictReader(io.StringIO(text)))
-    elif address.endswith(".txt"):
-        rows = [{"prompt": line} for line in text.splitlines()]
-    else:
-        raise UserError(f"{address}: prompts come as .txt (one a line), .jsonl or .csv with a column `prompt`.")
-    if rows and "prompt" not in rows[0]:
-        raise UserError(f"{address} has no column `prompt`; it has {', '.join(rows[0])}.")
+    rows = _prompt_rows(address, _text(address, folder.read(name)))
     if not rows:
         raise UserError(f"{address} holds no prompts.")
-    return [Prompt(index, str(row.get("prompt") or ""), str(row.get("key", ""))) for index, row in enumerate(rows)]
+    if "prompt" not in rows[0]:
+        raise UserError(f"{address} has no column `prompt`; it has {', '.join(rows[0])}.")
+    return [Prompt(index, str(row.get("prompt") or ""), str(row.get("key") or "")) for index, row in enumerate(rows)]
+
+
+def _text(address: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{address}, line {line} is not UTF-8. Save the file as UTF-8.") from None
+
+
+def _prompt_rows(address: str, text: str) -> list[dict[str, Any]]:
+    if address.endswith(".csv"):
+        return list(csv.DictReader(io.StringIO(text, newline="")))
+    lines = text.removesuffix("\n").replace("\r\n", "\n").split("\n") if text else []
+    if address.endswith(".txt"):
+        return [{"prompt": line} for line in lines]
+    return [_json_row(address, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _json_row(address: str, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{address}, line {number} is no JSON: {error}.") from None
+    if not isinstance(row, dict):
+        raise UserError(f'{address}, line {number} is no JSON object. Write {{"prompt": "..."}} a line.')
+    return row
 
 
 def plan_parts(prompts: list[Prompt], config: GenerateConfig) -> dict[str, list[Wanted]]:
@@ -140,7 +169,8 @@ def _draw_pending(
     pending = manifest.pending(plan)
     if not pending:
         return
-    handle = _deploy(config)
+    application = f"raymuse-generate-{hashlib.sha256(manifest.folder.address.encode()).hexdigest()[:8]}"
+    handle = _deploy(config, application)
     began, drawn = time.perf_counter(), 0
     try:
         for record in _parts(handle, {name: plan[name] for name in pending}, config, manifest.folder.address, facts):
@@ -151,12 +181,12 @@ def _draw_pending(
             left = sum(len(plan[name]) for name in manifest.pending(plan)) / max(rate, 1e-9)
             print(f"{drawn} pictures  {record.rejects} failed  {rate:.1f} pictures/s  {left:.0f} s left", flush=True)
     finally:
-        serve.delete(APPLICATION)
+        serve.delete(application)
 
 
-def _deploy(config: GenerateConfig) -> DeploymentHandle:
-    """The generator without an HTTP port: this job reaches it through its handle."""
-    serve.start(http_options=HTTPOptions(location="NoServer"))
+def _deploy(config: GenerateConfig, name: str) -> DeploymentHandle:
+    """The generator without a route: this job reaches it through its handle, and others keep theirs."""
+    join_serve()
     application = deployed(
         config.model,
         batch_size=config.batch_size,
@@ -164,7 +194,7 @@ def _deploy(config: GenerateConfig) -> DeploymentHandle:
         cpus=config.cpus_per_replica,
         gpus=config.gpus_per_replica,
     )
-    return serve.run(application, name=APPLICATION, route_prefix=None)
+    return serve.run(application, name=name, route_prefix=None)
 
 
 def _parts(
@@ -282,7 +312,8 @@ def _write_part(
 def _write_tables(manifest: Manifest) -> None:
     """manifest.parquet: every picture's row, in the order of the prompts."""
     tables = [pq.read_table(io.BytesIO(manifest.folder.read(f"rows/{part}.parquet"))) for part in sorted(manifest.done)]
-    manifest.folder.write("manifest.parquet", parquet_bytes(pa.concat_tables(tables).sort_by("key"), {}))
+    table = pa.concat_tables(tables).sort_by([("index", "ascending"), ("sample", "ascending")])
+    manifest.folder.write("manifest.parquet", parquet_bytes(table, {}))
 
 
 def _write_sheets(manifest: Manifest, run: Run) -> None:

@@ -19,6 +19,7 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
+from raymuse.clusters.quiet import quiet_data
 from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.pretokenize import PretokenizeConfig
 from raymuse.encoding.chunks import Chunk, decode_chunks
@@ -97,7 +98,7 @@ def _commits(
     """Stream the pending shards through decode and encode; a part is joined as soon as its last chunk is there."""
     if not pending:
         return
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    quiet_data()
     rows = [{"part": name, "shard": pickle.dumps(shard)} for name, shard in pending.items()]
     encoded = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
@@ -123,7 +124,9 @@ def _commits(
             joining.append(_join.remote(manifest.folder.address, row["part"], len(chunks), shard.name, facts))
         ready, joining = ray.wait(joining, num_returns=len(joining), timeout=0) if joining else ([], [])
         yield from progress.through(ray.get(ready))
-    yield from progress.through(ray.get(joining))
+    while joining:
+        ready, joining = ray.wait(joining)
+        yield from progress.through(ray.get(ready))
 
 
 def _decode(batch: dict[str, Any], config: PretokenizeConfig) -> Iterator[dict[str, Any]]:

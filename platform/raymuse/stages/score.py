@@ -15,9 +15,11 @@ import ray.data
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy
 
+from raymuse.clusters.quiet import quiet_data
 from raymuse.config.errors import UserError
 from raymuse.config.score import ScoreConfig
 from raymuse.datasets.judge import judge
+from raymuse.datasets.scenes import parse
 from raymuse.encoding.pictures import crop, decode, downscale
 from raymuse.models.clip import Clip
 from raymuse.models.vqgan import Vqgan
@@ -102,7 +104,7 @@ def markdown(summary: dict[str, Any]) -> str:
 
 
 def _rows(config: ScoreConfig, parts: list[str]) -> list[Row]:
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    quiet_data()
     scored = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts)).map_batches(
         _Scorer, batch_size=1, compute=ActorPoolStrategy(size=config.workers), fn_constructor_kwargs={"config": config}
     )
@@ -135,7 +137,7 @@ class _Scorer:
         for kind, pictures in self._kinds(generated).items():
             scores = self.clip.score(pictures, captions)
             for one, pixels, fit in zip(generated, pictures, scores, strict=True):
-                verdict = judge(pixels, one.row.prompt) if self.config.judge == "shapes" else None
+                verdict = judge(pixels, one.row.prompt) if self._judged(one.row.prompt) else None
                 rows.append(
                     {
                         "key": one.row.key,
@@ -147,6 +149,15 @@ class _Scorer:
                     }
                 )
         return rows
+
+    def _judged(self, caption: str) -> bool:
+        if self.config.judge != "auto":
+            return self.config.judge == "shapes"
+        try:
+            parse(caption)
+        except UserError:
+            return False
+        return True
 
     def _kinds(self, generated: list[Generated]) -> dict[str, NDArray[np.uint8]]:
         """The pictures to be scored, by kind, each uint8 (B, H, W, 3)."""

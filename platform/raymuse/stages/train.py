@@ -61,7 +61,7 @@ def data_fingerprint(config: TrainConfig) -> str:
     return " ".join(shard.name for shard in list_shards(address))
 
 
-def describe(config: TrainConfig) -> str:
+def plan_text(config: TrainConfig) -> str:
     """The plan as text: parameters, memory, steps (`--dry-run`)."""
     task = build_task(config)
     parameters = sum(p.numel() for p in task.module.parameters() if p.requires_grad)

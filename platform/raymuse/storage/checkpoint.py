@@ -76,9 +76,13 @@ def newest(root: Path) -> Checkpoint | None:
     return None
 
 
-def prune(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` committed checkpoints, and what was never committed before them."""
-    committed = sorted(path.parent for path in root.glob("step-*/checkpoint.json"))
+def prune(root: Path, keep: int, newest_step: int) -> None:
+    """Delete all but the newest `keep` checkpoints up to the one just committed, and leftovers before them.
+
+    Later ones are damaged, or the run would have gone on from them: they must not push a whole one out.
+    """
+    last = folder_of(root, newest_step)
+    committed = sorted(path.parent for path in root.glob("step-*/checkpoint.json") if path.parent <= last)
     if len(committed) <= keep:
         return
     oldest_kept = committed[-keep]
@@ -91,6 +95,7 @@ def prune(root: Path, keep: int) -> None:
 def _open(folder: Path) -> tuple[Checkpoint | None, str]:
     try:
         record = json.loads((folder / "checkpoint.json").read_text())
+        step, state = int(record["step"]), dict(record["state"])
         files = tuple(FileRecord(**file) for file in record["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         return None, f"checkpoint.json: {error}"
@@ -98,7 +103,7 @@ def _open(folder: Path) -> tuple[Checkpoint | None, str]:
         path = folder / file.name
         if not path.exists() or path.stat().st_size != file.size or _sha256(path) != file.sha256:
             return None, f"{file.name} is missing or changed"
-    return Checkpoint(folder, record["step"], record["state"], files), ""
+    return Checkpoint(folder, step, state, files), ""
 
 
 def _sha256(path: Path) -> str:

@@ -123,20 +123,27 @@ class Manifest:
 
     def _compact(self) -> None:
         self.folder.write("_manifest/index.json", _json([asdict(part) for part in self.done.values()]))
-        for name in self.done:
-            self.folder.remove(f"_manifest/{name}.json")
+        for file in _record_files(self.folder):
+            self.folder.remove(f"_manifest/{file}")
 
     def _lock(self) -> None:
         me = {"host": socket.gethostname(), "pid": os.getpid()}
-        if self.folder.exists("_manifest/lock.json"):
-            holder = json.loads(self.folder.read("_manifest/lock.json"))
-            if _holds(holder, me):
-                print(
-                    f"warning: process {holder['pid']} on {holder['host']} also writes to {self.folder.address}; "
-                    "stop one of the two.",
-                    file=sys.stderr,
-                )
+        holder = self._lock_holder()
+        if holder is not None and _holds(holder, me):
+            print(
+                f"warning: process {holder['pid']} on {holder['host']} also writes to {self.folder.address}; "
+                "stop one of the two.",
+                file=sys.stderr,
+            )
         self.folder.write("_manifest/lock.json", _json({**me, "expires": time.time() + LOCK_SECONDS}))
+
+    def _lock_holder(self) -> dict[str, Any] | None:
+        """Who holds the folder; a lock that is gone, or that cannot be read, is nobody's: it must never block."""
+        try:
+            holder = json.loads(self.folder.read("_manifest/lock.json"))
+            return {"host": str(holder["host"]), "pid": int(holder["pid"]), "expires": float(holder["expires"])}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
 
 def read_records(folder: Folder) -> dict[str, PartRecord]:
@@ -145,10 +152,9 @@ def read_records(folder: Folder) -> dict[str, PartRecord]:
     if folder.exists("_manifest/index.json"):
         for record in json.loads(folder.read("_manifest/index.json")):
             records[record["name"]] = PartRecord.parse(record)
-    for name in folder.names("_manifest"):
-        if name.endswith(".json") and name not in ("config.json", "index.json", "lock.json"):
-            part = PartRecord.parse(json.loads(folder.read(f"_manifest/{name}")))
-            records[part.name] = part
+    for file in _record_files(folder):
+        part = PartRecord.parse(json.loads(folder.read(f"_manifest/{file}")))
+        records[part.name] = part
     return dict(sorted(records.items()))
 
 
@@ -171,6 +177,12 @@ def differing(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str =
         elif old != new:
             changed.append(f"{prefix}{key} was {old!r} and is now {new!r}")
     return changed
+
+
+def _record_files(folder: Folder) -> list[str]:
+    """Records that no index holds yet, as files in `_manifest`."""
+    others = ("config.json", "index.json", "lock.json")
+    return [name for name in folder.names("_manifest") if name.endswith(".json") and name not in others]
 
 
 def _holds(holder: Mapping[str, Any], me: Mapping[str, Any]) -> bool:

@@ -66,6 +66,10 @@ class ClipTask:
     """CLIP training; the tokenizer is trained from the captions when the task is built, the same on every rank."""
 
     def __init__(self, config: ClipConfig, device: str = "cpu") -> None:
+        share_size = -(-config.batch_size // max(1, config.workers))
+        if config.micro_batch_size is not None and config.micro_batch_size < share_size:
+            wrong = f"micro_batch_size={config.micro_batch_size}: a pair is held against all others of its step, so"
+            raise ConfigError(config.stage, [f"{wrong} leave it out, or use more workers"])
         self.config = config
         self.device = device
         self.pictures = PictureStream(config.input, config.seed)
@@ -149,7 +153,7 @@ def build_clip(config: ClipConfig, vocabulary: int, end_id: int) -> CLIPModel:
     """A fresh `CLIPModel` of the recipe's shape.
 
     Raises:
-        ConfigError: for unknown fields of `model`.
+        ConfigError: for unknown fields of `model`, and sizes that do not fit.
     """
     unknown = sorted(set(config.model) - set(SHAPE))
     if unknown:
@@ -171,11 +175,17 @@ def build_clip(config: ClipConfig, vocabulary: int, end_id: int) -> CLIPModel:
         "pad_token_id": end_id,
     }
     vision = {"image_size": config.resolution, "patch_size": shape["patch_size"]}
+    if shape["patch_size"] > config.resolution:
+        problem = f"model.patch_size={shape['patch_size']} is above resolution={config.resolution}"
+        raise ConfigError(config.stage, [problem])
     torch.manual_seed(config.seed)
     whole = CLIPConfig(
         text_config={**tower, **text}, vision_config={**tower, **vision}, projection_dim=shape["projection"]
     )
-    return CLIPModel(whole).train()
+    try:
+        return CLIPModel(whole).train()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(config.stage, [f"model: {error}"]) from error
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

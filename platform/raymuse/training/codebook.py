@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raymuse.training.engine import global_sum
+from raymuse.training.engine import global_sum, rank_and_world
 
 KMEANS_ROUNDS = 10
 
@@ -99,9 +99,15 @@ def _assign(latents: Tensor, ids: Tensor, codes: int) -> tuple[Tensor, Tensor]:
 
 
 def _gather(latents: Tensor) -> Tensor:
-    """All ranks' latents, in the order of the ranks. Collective."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    """All ranks' latents, in the order of the ranks, however many each has. Collective."""
+    rank, world = rank_and_world()
+    if world == 1:
         return latents
-    pieces = [torch.empty_like(latents) for _ in range(dist.get_world_size())]
-    dist.all_gather(pieces, latents.contiguous())
-    return torch.cat(pieces)
+    sizes = torch.zeros(world, dtype=torch.int64)
+    sizes[rank] = len(latents)
+    global_sum(sizes)
+    padded = latents.new_zeros(int(sizes.max()), latents.shape[1])
+    padded[: len(latents)] = latents
+    pieces = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(pieces, padded)
+    return torch.cat([piece[:size] for piece, size in zip(pieces, sizes.tolist(), strict=True)])

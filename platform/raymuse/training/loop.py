@@ -150,7 +150,7 @@ class Loop:
                 "config": self.fingerprint,
             }
             store.commit(folder, done, records, state)
-            store.prune(self.root, self.config.checkpoint.keep)
+            store.prune(self.root, self.config.checkpoint.keep, done)
         _barrier()
         self.report({"step": float(done), "loss": self._global(metrics)["loss"]}, folder)
         self.clock.restart()

@@ -3,7 +3,6 @@
 B samples, h w grid, N masked positions, C codes, T text tokens, E text width, P pooled width.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 from raymuse.config.errors import ConfigError, UserError
 from raymuse.config.export import SamplingConfig
 from raymuse.config.training import BaseConfig, MaskedConfig, SuperresConfig
-from raymuse.masking import CAPTION, DROPOUT, LOW_NOISE, hide, uniforms
+from raymuse.masking import CAPTION, DROPOUT, LOW_NOISE, SCHEDULES, hide, uniforms
 from raymuse.models.superres import SuperRes, SuperResConfig
 from raymuse.models.text import TextEncoder
 from raymuse.models.uvit import UVit, UVitConfig
@@ -59,10 +58,13 @@ class MaskedTask:
     """Base or super-resolution training, by the config's type.
 
     Raises:
+        ConfigError: for a shape or schedule that there is not.
         UserError: where shards, text encoder and config do not fit together.
     """
 
     def __init__(self, config: BaseConfig | SuperresConfig, device: str = "cpu") -> None:
+        if config.masking not in SCHEDULES:
+            raise ConfigError(config.stage, [f"masking={config.masking}: it is one of {', '.join(SCHEDULES)}"])
         self.config = config
         self.device = device
         self.store = TokenStore(config.input)
@@ -119,7 +121,7 @@ class MaskedTask:
     def sample(self, weights: dict[str, Tensor]) -> Image.Image:
         """The first rows of the store drawn anew from their captions, under the truth as the VQGAN decodes it."""
         assert self.config.vqgan is not None, "the loop asks for samples only where the config names a VQGAN"
-        network = copy.deepcopy(self.network).eval()
+        network = self._fresh().eval()
         network.load_state_dict(network_weights(weights), strict=True)
         rows = self.store.rows(range(min(SAMPLES, len(self.store))), np.zeros(min(SAMPLES, len(self.store))))
         states, pooled = self._said(torch.from_numpy(rows.text_ids), rows.text_states, rows.pooled)
@@ -143,8 +145,13 @@ class MaskedTask:
     def save(self, weights: dict[str, Tensor], folder: Path) -> dict[str, Any]:
         config = self.network.config
         record = config.to_diffusers() if isinstance(config, UVitConfig) else config.to_dict()
-        save_network(copy.deepcopy(self.network), record, folder, network_weights(weights))
+        save_network(self._fresh(), record, folder, network_weights(weights))
         return {"parameters": sum(value.numel() for value in weights.values()), "grid": list(self.grid)}
+
+    def _fresh(self) -> UVit | SuperRes:
+        """Another network of the same shape; not a copy, since under ZeRO-3 the trained one holds only shards."""
+        network = self.network
+        return UVit(network.config) if isinstance(network, UVit) else SuperRes(network.config)
 
     def _build(self) -> UVit | SuperRes:
         config = self.config

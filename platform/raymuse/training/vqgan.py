@@ -44,8 +44,11 @@ class VqganLoss(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         pictures, weights = batch["pixels"], batch["weights"]
         latents = self.network.encode(pictures).latents
-        codes, commitment = self._quantised(latents) if self.quantise else (latents, latents.new_zeros(len(latents)))
-        self._remember(latents)
+        real = weights > 0  # padding must not move the codes, or the world size would
+        codes, commitment = latents, latents.new_zeros(len(latents))
+        if self.quantise:
+            codes, commitment = self._quantised(latents, real)
+        self.latents.append(latents.detach()[real].permute(0, 2, 3, 1).reshape(-1, latents.shape[1]))
         drawn = self.network.decoder(self.network.post_quant_conv(codes))
         error = drawn - pictures
         squared = error.square().flatten(1).mean(dim=1)
@@ -57,16 +60,13 @@ class VqganLoss(nn.Module):
         )
         return (loss * weights).sum(), {"mse": (squared * weights).sum().detach()}
 
-    def _quantised(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def _quantised(self, latents: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest codes (B, D, h, w) with straight-through gradients, and each row's commitment loss (B,)."""
         ids = nearest_codes(latents.detach(), self.network.quantize.embedding.weight)
         codes = self.network.quantize.embedding(ids).permute(0, 3, 1, 2)
-        self.ids.append(ids.flatten())
+        self.ids.append(ids[real].flatten())
         commitment = (latents - codes.detach()).square().flatten(1).mean(dim=1)
         return latents + (codes - latents).detach(), commitment
-
-    def _remember(self, latents: Tensor) -> None:
-        self.latents.append(latents.detach().permute(0, 2, 3, 1).reshape(-1, latents.shape[1]))
 
 
 class VqganTask:
@@ -164,10 +164,20 @@ def build_vqgan(config: VqganConfig) -> VQModel:
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(config.stage, [f"model: {error}"]) from error
-    factor = 2 ** (len(channels) - 1)
-    if config.crop % factor:
-        raise ConfigError(config.stage, [f"crop={config.crop} is no multiple of the VQGAN's factor {factor}"])
+    if problems := _misfits(config, 2 ** (len(channels) - 1)):
+        raise ConfigError(config.stage, problems)
     return network.train()
+
+
+def _misfits(config: VqganConfig, factor: int) -> list[str]:
+    """What of the pictures' sizes cannot work with a VQGAN of this factor."""
+    sides = {f"resolutions={side}": side for side in config.resolutions}
+    problems = [
+        f"{name} is no multiple of the VQGAN's factor {factor}"
+        for name, side in {f"crop={config.crop}": config.crop, **sides}.items()
+        if side % factor
+    ]
+    return problems + [f"{name} is below crop={config.crop}" for name, side in sides.items() if side < config.crop]
 
 
 def _edges(error: Tensor) -> Tensor:

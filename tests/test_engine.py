@@ -1,0 +1,219 @@
+"""One training, five engines: plain in one process, and DeepSpeed at ZeRO 0 to 3 (and plain) on two, all alike."""
+
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from processes import run_ranks
+from raymuse.config.training import OptimizerConfig
+from raymuse.training.ema import Ema
+from raymuse.training.engine import MOMENTS, Engine, PlainEngine, full_weights, global_sum, rank_and_world
+from raymuse.training.optimizers import build_optimizer, learning_rate_scale
+
+ROWS, STEPS, HALF, MICRO = 8, 20, 10, 2
+CONFIG = OptimizerConfig(lr=1e-2, clip_norm=0.5)
+ENGINES = ("plain", "0", "1", "2", "3")
+
+
+class Toy(nn.Module):
+    """A loss over rows; sizes that two ranks do not divide, an embedding, one number (DeepSpeed takes no scalars)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(11, 7)
+        self.body = nn.Sequential(nn.Linear(7, 13), nn.GELU(), nn.Linear(13, 5), nn.LayerNorm(5))
+        self.head = nn.Linear(5, 3, bias=False)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        error = self.head(self.body(self.embedding(batch["ids"]))) * self.scale * self.frozen - batch["wanted"]
+        return error.square().sum(), {"rows": torch.tensor(float(len(error)))}
+
+
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint holds."""
+
+    tensors: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    updates: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training's trace, its state half way and at the end, and its end when resumed from half way."""
+
+    losses: list[float]
+    norms: list[float]
+    half: State
+    end: State
+    resumed: State
+
+
+def make_engine(kind: str) -> Engine:
+    if kind == "plain":
+        return PlainEngine(Toy(), CONFIG)
+    from raymuse.training.zero import DeepSpeedEngine
+
+    rows = ROWS // rank_and_world()[1]
+    return DeepSpeedEngine(Toy(), CONFIG, zero_stage=int(kind), micro_batch=rows // MICRO, accumulation=MICRO)
+
+
+def micro_batches(step: int) -> list[dict[str, Tensor]]:
+    """This rank's rows of the step's batch, in two halves."""
+    draw = torch.Generator().manual_seed(100 + step)
+    ids, wanted = torch.randint(11, (ROWS,), generator=draw), torch.randn(ROWS, 3, generator=draw)
+    rank, world = rank_and_world()
+    mine = torch.arange(ROWS).view(world, MICRO, -1)[rank]
+    return [{"ids": ids[rows], "wanted": wanted[rows]} for rows in mine]
+
+
+def run_steps(engine: Engine, ema: Ema, first: int, last: int) -> list[tuple[float, float]]:
+    trace = []
+    for step in range(first, last):
+        total = torch.zeros(())
+        for batch in micro_batches(step):
+            loss, metrics = engine.forward(batch)
+            assert float(metrics["rows"]) == len(batch["ids"])
+            engine.backward(loss / ROWS)
+            total += loss.detach() / ROWS
+        norm = engine.step(learning_rate_scale(step, STEPS, OptimizerConfig(warmup_steps=5)))
+        ema.update()
+        trace.append((float(global_sum(total)), norm))
+    return trace
+
+
+def read_state(engine: Engine, ema: Ema) -> State:
+    names = list(full_weights(engine))
+    tensors = {f"weight/{name}": engine.read(name).clone() for name in names}
+    tensors |= {f"{moment}/{name}": engine.read(name, moment).clone() for name in names for moment in MOMENTS}
+    return State(tensors, ema.weights(), engine.updates())
+
+
+def restore(engine: Engine, ema: Ema, state: State) -> None:
+    ema.restore(state.ema, state.updates)
+    for key, value in state.tensors.items():
+        kind, _, name = key.partition("/")
+        engine.write(name, value, None if kind == "weight" else kind)
+    engine.set_updates(state.updates)
+    engine.publish()
+
+
+def train(kind: str) -> Trained:
+    engine = make_engine(kind)
+    ema = Ema(engine, 0.9)
+    before = full_weights(engine)
+    assert all(torch.equal(value, Toy().state_dict()[name]) for name, value in before.items())
+    trace = run_steps(engine, ema, 0, HALF)
+    half = read_state(engine, ema)
+    trace += run_steps(engine, ema, HALF, STEPS)
+    again = make_engine(kind)
+    ema_again = Ema(again, 0.9)
+    restore(again, ema_again, half)
+    run_steps(again, ema_again, HALF, STEPS)
+    losses, norms = zip(*trace, strict=True)
+    return Trained(list(losses), list(norms), half, read_state(engine, ema), read_state(again, ema_again))
+
+
+def train_all() -> dict[str, Trained]:
+    assert shutil.which("g++") is shutil.which("ninja") is shutil.which("cc") is None
+    return {kind: train(kind) for kind in ENGINES}
+
+
+@pytest.fixture(scope="module")
+def alone() -> Trained:
+    torch.set_num_threads(1)
+    return train("plain")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Trained]]:
+    return run_ranks(train_all, 2, tmp_path_factory.mktemp("engines"))
+
+
+def close(ours: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
+    assert ours.keys() == wanted.keys()
+    worst = max(float((ours[name] - value).abs().max()) for name, value in wanted.items())
+    assert worst <= tolerance, worst
+
+
+def identical(ours: State, wanted: State) -> None:
+    close(ours.tensors, wanted.tensors, 0)
+    close(ours.ema, wanted.ema, 0)
+    assert ours.updates == wanted.updates
+
+
+def test_a_plain_resume_is_bit_identical(alone: Trained) -> None:
+    identical(alone.resumed, alone.end)
+    assert (alone.half.updates, alone.end.updates) == (HALF, STEPS)
+    assert alone.losses[-1] < alone.losses[0]
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_two_processes_train_as_one_does(kind: str, alone: Trained, pair: list[dict[str, Trained]]) -> None:
+    ours = pair[0][kind]
+    assert ours.losses == pytest.approx(alone.losses, abs=1e-5)
+    assert ours.norms == pytest.approx(alone.norms, rel=1e-4)
+    close(ours.half.tensors, alone.half.tensors, 1e-5)
+    close(ours.end.tensors, alone.end.tensors, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_the_average_of_two_processes_is_that_of_one(kind: str, alone: Trained, pair: list[dict[str, Trained]]) -> None:
+    close(pair[0][kind].half.ema, alone.half.ema, 1e-5)
+    close(pair[0][kind].end.ema, alone.end.ema, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_a_resume_on_two_processes_is_bit_identical(kind: str, pair: list[dict[str, Trained]]) -> None:
+    for rank in pair:
+        identical(rank[kind].resumed, rank[kind].end)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_every_rank_reads_the_same_full_state(kind: str, pair: list[dict[str, Trained]]) -> None:
+    identical(pair[0][kind].end, pair[1][kind].end)
+
+
+def test_weight_decay_is_on_matrices_alone() -> None:
+    groups: list[dict[str, Any]] = build_optimizer(Toy(), OptimizerConfig(weight_decay=0.1)).param_groups
+    decayed = {tuple(p.shape) for group in groups if group["weight_decay"] for p in group["params"]}
+    plain = {tuple(p.shape) for group in groups if not group["weight_decay"] for p in group["params"]}
+    assert decayed == {(13, 7), (5, 13), (3, 5)}
+    assert plain == {(11, 7), (13,), (5,), (1,)}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "wanted"),
+    [
+        ("constant", [0.25, 1, 1, 1, 1]),
+        ("linear", [0.25, 1, 0.775, 0.55, 0.1]),
+        ("cosine", [0.25, 1, 0.868198, 0.55, 0.1]),
+    ],
+)
+def test_the_learning_rate_warms_up_and_falls_to_its_end(schedule: Any, wanted: list[float]) -> None:
+    config = OptimizerConfig(warmup_steps=4, schedule=schedule, final_lr=0.1)
+    scales = [learning_rate_scale(step, 104, config) for step in (0, 4, 29, 54, 104)]
+    assert scales == pytest.approx(wanted, abs=1e-6)
+
+
+def test_the_average_starts_fast_and_leaves_the_weights_alone() -> None:
+    engine = make_engine("plain")
+    ema = Ema(engine, 0.9)
+    start = full_weights(engine)
+    for shard in engine.shards():
+        shard.add_(1.0)
+    ema.update()
+    moved = ema.weights()
+    for name, value in start.items():
+        torch.testing.assert_close(moved[name], value + 9 / 11)  # decay (1 + 1) / (10 + 1)
+        torch.testing.assert_close(engine.read(name), value + 1)
+    ema.restore(start, 50)
+    close(ema.weights(), start, 0)
+    assert ema.updates == 50

@@ -1,0 +1,235 @@
+"""Prompts to pictures through a real Serve: all of them, once, the same whatever was killed or resumed."""
+
+import io
+import json
+import os
+import signal
+import tarfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from ray import serve
+
+from raymuse.config.errors import TooManyRejects, UserError
+from raymuse.config.generate import GenerateConfig
+from raymuse.pipeline import Pipeline, image_seed
+from raymuse.stages.generate import generate, read_prompts
+from raymuse.storage.pictures import png_facts
+from raymuse.tracking.run import Run
+
+PROMPTS = ["a red circle", "a blue star", "a green square", "", *(f"a yellow ring number {n}" for n in range(8))]
+SAMPLES, SEED = 2, 5
+
+
+@pytest.fixture(scope="module")
+def drawn(model: str, http_port: int, tmp_path_factory: pytest.TempPathFactory) -> GenerateConfig:
+    """The config of an undisturbed run of 24 pictures in three parts, two of them of an empty prompt."""
+    folder = tmp_path_factory.mktemp("drawn")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    config = GenerateConfig(
+        output=str(folder / "images"),
+        model=model,
+        prompts=str(folder / "prompts.txt"),
+        samples=SAMPLES,
+        seed=SEED,
+        pictures_per_part=8,
+        batch_size=4,
+        max_reject_fraction=0.2,
+    )
+    generate(config, Run.off())
+    return config
+
+
+def changed(config: GenerateConfig, output: Path, **changes: object) -> GenerateConfig:
+    return GenerateConfig.model_validate({**config.model_dump(), "output": str(output), **changes})
+
+
+def rows(folder: str | Path) -> list[dict[str, Any]]:
+    table: list[dict[str, Any]] = pq.read_table(f"{folder}/manifest.parquet").to_pylist()
+    return table
+
+
+def files(folder: str | Path) -> dict[str, bytes]:
+    """Every member of every part, by name."""
+    found = {}
+    for path in sorted(Path(folder, "parts").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                stream = tar.extractfile(member)
+                assert stream is not None
+                found[member.name] = stream.read()
+    return found
+
+
+def pixels(folder: str | Path) -> dict[str, bytes]:
+    """The pixels of every picture, bases too, by name."""
+    pictures = {name: data for name, data in files(folder).items() if name.endswith(".png")}
+    return {name: np.asarray(Image.open(io.BytesIO(data))).tobytes() for name, data in pictures.items()}
+
+
+# --- what a run leaves
+
+
+def test_the_manifest_holds_every_picture_in_the_order_of_the_prompts(drawn: GenerateConfig) -> None:
+    table = rows(drawn.output)
+    wanted = [(index, sample) for index in range(12) for sample in range(SAMPLES) if PROMPTS[index]]
+    assert [(row["index"], row["sample"]) for row in table] == wanted
+    assert [row["prompt"] for row in table] == [PROMPTS[index] for index, _ in wanted]
+    assert [row["seed"] for row in table] == [image_seed(SEED, index, sample) for index, sample in wanted]
+    assert {(row["width"], row["height"], row["steps"]) for row in table} == {(64, 64, 3)}
+    assert {row["part"] for row in table} == {"part-000000", "part-000001", "part-000002"}
+    names = files(drawn.output)
+    assert set(names) == {row["key"] + ending for row in table for ending in (".png", ".base.png", ".json")}
+
+
+def test_an_empty_prompt_is_a_reject_and_the_counts_add_up(drawn: GenerateConfig) -> None:
+    rejects = pq.read_table(f"{drawn.output}/rejects").to_pylist()
+    assert [(row["key"], row["reason"]) for row in rejects] == [
+        ("000000003-0", "empty_prompt"),
+        ("000000003-1", "empty_prompt"),
+    ]
+    success = json.loads(Path(drawn.output, "_SUCCESS").read_text())
+    assert (success["rows"], success["rejects"]) == (22, 2)
+
+
+def test_too_many_rejects_are_told_after_the_work(drawn: GenerateConfig) -> None:
+    strict = changed(drawn, Path(drawn.output), max_reject_fraction=0.05)
+    with pytest.raises(TooManyRejects, match="2 of 24 inputs"):
+        generate(strict, Run.off())
+
+
+def test_each_png_says_how_it_was_made(drawn: GenerateConfig) -> None:
+    names = files(drawn.output)
+    for row in rows(drawn.output):
+        for ending in (".png", ".base.png"):
+            facts = png_facts(names[row["key"] + ending])
+            assert facts["seed"] == row["seed"]
+            assert facts["prompt"] == row["prompt"]
+            assert facts == json.loads(names[row["key"] + ".json"])
+
+
+def test_pictures_are_those_of_the_pipeline_alone(drawn: GenerateConfig) -> None:
+    pipeline = Pipeline.load(drawn.model, batch_size=drawn.batch_size)
+    seen = pixels(drawn.output)
+    table = rows(drawn.output)
+    alone = pipeline([row["prompt"] for row in table], seeds=[row["seed"] for row in table])
+    for row, high, low in zip(table, alone.pixels, alone.base_pixels, strict=True):
+        assert seen[row["key"] + ".png"] == high.tobytes()
+        assert seen[row["key"] + ".base.png"] == low.tobytes()
+    assert len(set(seen.values())) == len(seen), "pictures that are all the same would prove nothing"
+
+
+def test_the_contact_sheets_show_the_prompts(drawn: GenerateConfig) -> None:
+    page = Path(drawn.output, "contact_sheet.html").read_text()
+    assert all(f"<figcaption>{prompt}</figcaption>" in page for prompt in PROMPTS if prompt)
+    assert page.count("<figure>") == 22
+    assert page.count("<img ") == 44  # base and super-resolved
+    sheet = Image.open(Path(drawn.output, "contact_sheet.png"))
+    assert sheet.width > 6 * 2 * 64
+
+
+# --- the same pictures, whatever happens
+
+
+def test_parts_and_streams_of_other_sizes_hold_the_same_pictures(drawn: GenerateConfig, tmp_path: Path) -> None:
+    other = changed(drawn, tmp_path, pictures_per_part=4, in_flight=1)
+    generate(other, Run.off())
+    assert len(list((tmp_path / "parts").glob("*.tar"))) == 6
+    assert pixels(tmp_path) == pixels(drawn.output)
+
+
+def test_a_replica_killed_in_the_middle_loses_and_changes_nothing(drawn: GenerateConfig, tmp_path: Path) -> None:
+    config = changed(drawn, tmp_path, in_flight=1, steps=3)  # the model's own number, said aloud
+    killed: list[int] = []
+    killer = threading.Thread(target=_kill_after_the_first_part, args=(tmp_path, killed))
+    killer.start()
+    generate(config, Run.off())
+    killer.join()
+    assert len(killed) == 1
+    assert [row["key"] for row in rows(tmp_path)] == [row["key"] for row in rows(drawn.output)]
+    assert pixels(tmp_path) == pixels(drawn.output)
+    assert json.loads((tmp_path / "_SUCCESS").read_text())["rejects"] == 2
+
+
+def _kill_after_the_first_part(folder: Path, killed: list[int]) -> None:
+    deadline = time.monotonic() + 120
+    while not list((folder / "_manifest").glob("part-*.json")):
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.002)
+    for process in psutil.Process().children(recursive=True):
+        if "raymuse-generate" in process.name() or "raymuse-generate" in " ".join(process.cmdline()):
+            os.kill(process.pid, signal.SIGKILL)
+            killed.append(process.pid)
+
+
+def test_a_lost_part_is_drawn_again_to_the_same_bytes(drawn: GenerateConfig) -> None:
+    folder = Path(drawn.output)
+    before, manifest = files(folder), (folder / "manifest.parquet").read_bytes()
+    kept = {path: path.stat().st_mtime_ns for path in (folder / "parts").glob("*.tar")}
+    lost = folder / "parts/part-000001.tar"
+    del kept[lost]
+    for path in (folder / "_manifest/part-000001.json", folder / "_SUCCESS", lost, folder / "manifest.parquet"):
+        path.unlink()
+    generate(drawn, Run.off())
+    assert files(folder) == before
+    assert (folder / "manifest.parquet").read_bytes() == manifest
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_no_application_stays_behind_and_serve_goes_on(drawn: GenerateConfig) -> None:
+    assert not [name for name in serve.status().applications if name.startswith("raymuse-generate")]
+    assert serve.status().proxies
+
+
+# --- prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.txt", "a cat\n\nein Bär\n"),
+        ("p.jsonl", '{"prompt": "a cat", "key": "x"}\n\n{"prompt": "", "key": null}\n{"prompt": "ein Bär"}\n'),
+        ("p.csv", '\ufeffkey,prompt\r\nx,a cat\r\n,\r\n,"ein Bär"\r\n'),
+    ],
+)
+def test_prompts_come_from_text_json_lines_and_tables(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(text.encode())
+    read = read_prompts(str(tmp_path / name))
+    assert [(one.index, one.prompt) for one in read] == [(0, "a cat"), (1, ""), (2, "ein Bär")]
+    assert [one.key for one in read] == (["", "", ""] if name == "p.txt" else ["x", "", ""])
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("gone.txt", None, "does not exist"),
+        ("p.txt", b"", "holds no prompts"),
+        ("p.jsonl", b"\n", "holds no prompts"),
+        ("p.docx", b"x", "prompts come as .txt"),
+        ("p.csv", b"text,key\na,b\n", "has no column `prompt`; it has text, key"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "line 2 is no JSON"),
+        ("p.jsonl", b'"a"\n', "line 1 is no JSON object"),
+        ("p.txt", b"a cat\ncaf\xe9\n", "line 2 is not UTF-8"),
+    ],
+)
+def test_a_prompt_file_that_cannot_be_read_is_refused_in_a_sentence(
+    name: str, data: bytes | None, said: str, tmp_path: Path
+) -> None:
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=said):
+        read_prompts(str(tmp_path / name))
+
+
+def test_another_seed_or_model_on_the_same_output_is_refused(drawn: GenerateConfig, base_model: str) -> None:
+    for change in ({"seed": 6}, {"model": base_model}):
+        with pytest.raises(UserError, match="was made with another config"):
+            generate(changed(drawn, Path(drawn.output), **change), Run.off())

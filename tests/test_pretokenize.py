@@ -1,0 +1,237 @@
+"""Image shards to token shards on a real cluster: every row accounted for, every byte repeated, whatever was killed."""
+
+import hashlib
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from raymuse.clusters.local import _processes
+from raymuse.config.errors import TooManyRejects, UserError
+from raymuse.config.pretokenize import PretokenizeConfig
+from raymuse.encoding.pictures import crop, decode, downscale
+from raymuse.models.text import TextEncoder
+from raymuse.models.vqgan import Vqgan
+from raymuse.stages.pretokenize import pretokenize
+from raymuse.storage.images import Picture, list_shards, read_shard
+from raymuse.storage.manifest import read_finished
+from raymuse.storage.tokens import EMPTY, TokenStore
+from raymuse.storage.webdataset_writer import encode, write_tar
+from raymuse.tracking.run import Run
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def sums(folder: str | Path) -> dict[str, str]:
+    """sha256 of every file of every part."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for name in ("tokens", "captions", "rejects")
+        for path in sorted(Path(folder, name).glob("*"))
+    }
+
+
+def changed(config: PretokenizeConfig, **changes: object) -> PretokenizeConfig:
+    return PretokenizeConfig.model_validate({**config.model_dump(), **changes})
+
+
+# --- what the parts hold
+
+
+def test_ids_are_what_a_plain_loop_over_the_crops_gives(tokens: str, token_config: PretokenizeConfig) -> None:
+    vqgan, size = Vqgan.load(token_config.vqgan), token_config.chunk_size
+    store = TokenStore(tokens)
+    seen = set()
+    for number, shard in enumerate(list_shards(token_config.input)):
+        rows = [row for row in read_shard(shard) if isinstance(row, Picture)]
+        crops = np.stack([crop(decode(row.data), 64).pixels for row in rows])
+        twins = np.stack([downscale(pixels, 32) for pixels in crops])
+        ids, low = (
+            np.concatenate([vqgan.encode(pixels[start : start + size]) for start in range(0, len(rows), size)])
+            for pixels in (crops, twins)
+        )
+        part = store.part(f"part-{number:06d}")
+        np.testing.assert_array_equal(part.image_ids, ids)
+        np.testing.assert_array_equal(part.low_ids, low)
+        assert pq.read_table(f"{tokens}/tokens/part-{number:06d}.parquet")["key"].to_pylist() == [r.key for r in rows]
+        seen |= set(ids.flatten().tolist())
+    assert (store.grid("image_ids"), store.grid("low_ids")) == ((16, 16), (8, 8))
+    assert len(seen) > 5, "a VQGAN that says the same of everything would prove nothing"
+
+
+def test_states_are_what_the_text_encoder_says(tokens: str, token_config: PretokenizeConfig) -> None:
+    text = TextEncoder.load(token_config.text_encoder)
+    for name in (EMPTY, "part-000003"):
+        table = pq.read_table(f"{tokens}/captions/{name}.parquet")
+        states, pooled = text(table["caption"].to_pylist())
+        stored = np.stack(table["text_states"].to_numpy()).reshape(states.shape)
+        assert torch.allclose(torch.from_numpy(stored).float(), states, atol=2e-3)
+        assert torch.allclose(torch.from_numpy(np.stack(table["pooled"].to_numpy())).float(), pooled, atol=2e-3)
+        assert torch.equal(
+            torch.from_numpy(np.stack(table["text_ids"].to_numpy())),
+            text.tokenize(table["caption"].to_pylist())[0].int(),
+        )
+
+
+# --- rows that cannot be used
+
+
+def bomb() -> bytes:
+    """A PNG whose header promises 30,000 x 30,000 pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + encode(picture(0))[33:]
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 48, 3), dtype=np.uint8))
+
+
+def write_mixed(folder: Path) -> dict[str, str]:
+    """One tar of good and bad rows; the reason for which each bad one must be refused, by its key."""
+    members: list[tuple[str, bytes]] = []
+    for number in range(10):
+        members += [(f"g{number}.png", encode(picture(number))), (f"g{number}.txt", b"a good picture %d" % number)]
+        if number == 1:
+            jpeg = encode(picture(50), "jpg")
+            members += [("cut.jpg", jpeg[: len(jpeg) // 2]), ("cut.txt", b"half a picture")]
+        if number == 3:
+            members += [("silent.png", encode(picture(51)))]
+        if number == 4:
+            members += [("bomb.png", bomb()), ("bomb.txt", b"a bomb")]
+        if number == 7:
+            members += [("latin.png", encode(picture(52))), ("latin.txt", "caf\xe9".encode("latin-1"))]
+    folder.mkdir()
+    write_tar(folder / "00000.tar", members)
+    write_tar(folder / "00001.tar", members[:4])
+    return {"cut": "truncated", "silent": "no_caption", "bomb": "too_large", "latin": "bad_caption_encoding"}
+
+
+def test_every_row_is_in_a_part_or_in_rejects(token_config: PretokenizeConfig, tmp_path: Path) -> None:
+    reasons = write_mixed(tmp_path / "in")
+    config = changed(token_config, input=str(tmp_path / "in"), output=str(tmp_path / "out"), text="ids")
+    with pytest.raises(TooManyRejects, match=r"4 of 16 inputs were rejected \(25.0%\).*All the others are done"):
+        pretokenize(config, Run.off())
+    rejects = pq.read_table(tmp_path / "out/rejects/part-000000.parquet").to_pylist()
+    assert {row["key"]: row["reason"] for row in rejects} == reasons
+    assert {row["source"] for row in rejects} == {"00000.tar"}
+    kept = pq.read_table(tmp_path / "out/tokens/part-000000.parquet")
+    assert kept["key"].to_pylist() == [f"g{number}" for number in range(10)]
+    records = read_finished(config.output, "pretokenize")
+    assert [(record.rows, record.rejects) for record in records.values() if record.source] == [(10, 4), (2, 0)]
+    assert not (tmp_path / "out/_chunks").exists()
+
+    allowed = changed(config, max_reject_fraction=0.3)  # says where to stop, and not what comes out
+    assert pretokenize(allowed, Run.off()) == config.output
+    assert_text_ids_without_states(config)
+
+
+def assert_text_ids_without_states(config: PretokenizeConfig) -> None:
+    store = TokenStore(config.output)
+    table = pq.read_table(f"{config.output}/captions/part-000001.parquet")
+    ids = TextEncoder.load(config.text_encoder).tokenize(table["caption"].to_pylist())[0]
+    assert not store.has_states
+    assert table.column_names == ["caption_id", "caption", "text_ids", "text_mask"]
+    np.testing.assert_array_equal(np.stack(table["text_ids"].to_numpy()), ids.numpy())
+
+
+# --- the same bytes, again and again
+
+
+def test_two_encoders_write_the_bytes_of_one(tokens: str, token_config: PretokenizeConfig, tmp_path: Path) -> None:
+    pretokenize(changed(token_config, output=str(tmp_path), encoders=2, decoders=2), Run.off())
+    assert sums(tmp_path) == sums(tokens)
+    assert len(sums(tokens)) == 12 + 12 + 1  # a table of tokens and one of captions a shard, and the empty caption
+
+
+def test_a_second_run_does_nothing_and_is_quick(tokens: str, token_config: PretokenizeConfig) -> None:
+    before = {path: path.stat().st_mtime_ns for path in Path(tokens).rglob("*.parquet")}
+    began = time.perf_counter()
+    pretokenize(token_config, Run.off())
+    assert time.perf_counter() - began < 3
+    assert {path: path.stat().st_mtime_ns for path in Path(tokens).rglob("*.parquet")} == before
+
+
+def test_other_vqgan_weights_on_the_same_output_are_refused(
+    tokens: str, token_config: PretokenizeConfig, tmp_path: Path
+) -> None:
+    before = sums(tokens)
+    other = shutil.copytree(token_config.vqgan, tmp_path / "vqgan")
+    (file,) = other.rglob("*.safetensors")
+    weights = load_file(file)
+    weights["quantize.embedding.weight"] += 1e-3
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"made with another config: vqgan_sha256 was '\w{64}' and is now '\w{64}'"):
+        pretokenize(changed(token_config, vqgan=str(other)), Run.off())
+    assert sums(tokens) == before
+
+
+DRIVER = """
+import sys
+from raymuse.clusters.local import session
+from raymuse.config.pretokenize import PretokenizeConfig
+from raymuse.stages.pretokenize import pretokenize
+from raymuse.tracking.run import Run
+
+with session(num_cpus=4, object_store_gib=0.1, dashboard=False):
+    pretokenize(PretokenizeConfig.model_validate_json(sys.argv[1]), Run.off())
+"""
+
+
+@pytest.fixture
+def own_ray() -> Iterator[tuple[dict[str, str], Path]]:
+    """The environment of a process that starts a Ray of its own, and the folder that will hold it."""
+    folder = Path(tempfile.mkdtemp(prefix="rk-", dir="/tmp"))
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    yield outside | {"TMPDIR": str(folder)}, folder
+    for ray in folder.glob("raymuse-*"):
+        for process in _processes(ray):
+            process.kill()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_until(true: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_a_run_killed_in_the_middle_ends_with_the_bytes_of_an_undisturbed_one(
+    tokens: str, token_config: PretokenizeConfig, own_ray: tuple[dict[str, str], Path], tmp_path: Path
+) -> None:
+    config = changed(token_config, output=str(tmp_path))
+    environment, folder = own_ray
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, config.model_dump_json()], env=environment, stdout=subprocess.DEVNULL
+    )
+
+    def committed() -> int:
+        return len(list((tmp_path / "_manifest").glob("part-*.json")))
+
+    wait_until(lambda: committed() or driver.poll() is not None, 120)
+    driver.send_signal(signal.SIGKILL)
+    assert driver.wait() == -signal.SIGKILL
+    done = committed()
+    assert 0 < done < 12
+    (ray,) = folder.glob("raymuse-*")
+    wait_until(lambda: not [p for p in _processes(ray) if p.status() != psutil.STATUS_ZOMBIE], 30)
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "_manifest").glob("part-*.json")}
+    pretokenize(config, Run.off())
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "what was committed was done again"
+    assert sums(tmp_path) == sums(tokens)

@@ -1,0 +1,438 @@
+"""The four trainings on tiny data: a restart changes nothing, nor does the world size; inputs do what they should."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import tiny
+from processes import run_ranks
+from raymuse.config.errors import ConfigError, UserError
+from raymuse.config.training import ClipConfig, SuperresConfig, TrainConfig, VqganConfig
+from raymuse.models.clip import Clip
+from raymuse.models.text import TextEncoder
+from raymuse.storage.checkpoint import newest
+from raymuse.tracking.run import Run
+from raymuse.training.build import build_engine, build_task
+from raymuse.training.clip import ClipTask, train_tokenizer
+from raymuse.training.codebook import Codebook
+from raymuse.training.loop import Loop
+from raymuse.training.masked import MaskedTask, add_low_noise
+from raymuse.training.task import Batch
+from raymuse.training.vqgan import VqganTask
+
+STEPS, WORLD_STEPS = 12, 6
+
+
+@dataclass(frozen=True)
+class Data:
+    """Folders of tiny shards, encoders, and token shards with states and with text ids."""
+
+    shards: str
+    encoders: str
+    states: str
+    ids: str
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("data")
+    shards = tiny.write_shards(root / "shards")
+    encoders = tiny.write_encoders(root / "encoders", shards)
+    states = tiny.write_tokens(root / "states", shards, encoders)
+    return Data(shards, encoders, states, tiny.write_tokens(root / "ids", shards, encoders, text="ids"))
+
+
+def base(root: Path, data: Data, **changes: Any) -> TrainConfig:
+    return tiny.base_config(root, data.states, **{"ema_decay": 0.9, **changes})
+
+
+def superres(root: Path, data: Data, **changes: Any) -> TrainConfig:
+    return tiny.superres_config(root, data.states, **{"ema_decay": 0.9, **changes})
+
+
+def vqgan(root: Path, data: Data, **changes: Any) -> TrainConfig:
+    return tiny.vqgan_config(root, data.shards, **changes)
+
+
+def clip(root: Path, data: Data, **changes: Any) -> TrainConfig:
+    return tiny.clip_config(root, data.shards, **changes)
+
+
+TRAININGS: dict[str, Callable[..., TrainConfig]] = {"base": base, "superres": superres, "vqgan": vqgan, "clip": clip}
+
+
+class Stopped(Exception):
+    """The worker was lost."""
+
+
+def fit(config: TrainConfig, stop_at: int | None = None) -> list[float]:
+    """Train as a worker does; the loss of every committed step. `stop_at` loses the worker after that commit."""
+    losses = []
+
+    def report(metrics: dict[str, float], folder: Path | None) -> None:
+        losses.append(metrics["loss"])
+        if metrics["step"] == stop_at:
+            raise Stopped
+
+    task = build_task(config)
+    Loop(config, task, build_engine(config, task), Run.off(), report, "fingerprint", lambda line: None).fit()
+    return losses
+
+
+def every_step(steps: int = STEPS) -> dict[str, Any]:
+    return {"steps": steps, "checkpoint": {"every": 1, "keep": 1}}
+
+
+def saved(config: TrainConfig) -> dict[str, Tensor]:
+    """All tensors of the newest checkpoint: weights, moments, average, codebook."""
+    found = newest(Path(config.output))
+    assert found is not None
+    assert found.step == config.steps
+    return found.tensors()
+
+
+def assert_same(ours: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert ours.keys() == wanted.keys()
+    assert [name for name, value in wanted.items() if not torch.equal(ours[name], value)] == []
+
+
+# --- restarts
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_training_that_lost_its_worker_ends_with_the_same_bits(name: str, data: Data, tmp_path: Path) -> None:
+    straight = TRAININGS[name](tmp_path / "straight", data, checkpoint={"every": 6, "keep": 2})
+    broken = TRAININGS[name](tmp_path / "broken", data, checkpoint={"every": 6, "keep": 2})
+    fit(straight)
+    with pytest.raises(Stopped):
+        fit(broken, stop_at=6)
+    assert fit(broken) == fit(straight)[-1:] or len(fit(broken)) == 0
+    tensors = saved(straight)
+    assert_same(saved(broken), tensors)
+    kinds = {key.split("/")[0] for key in tensors}
+    extra = {"ema"} if straight.ema_decay else {"extra"} if name == "vqgan" else set()
+    assert kinds == {"weight", "exp_avg", "exp_avg_sq"} | extra
+    models = [sorted(Path(config.output, "model").rglob("*.safetensors")) for config in (straight, broken)]
+    assert [path.read_bytes() for path in models[0]] == [path.read_bytes() for path in models[1]]
+    assert len(models[0]) >= 1
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(data: Data, tmp_path: Path) -> None:
+    straight, broken = (base(tmp_path / name, data, checkpoint={"every": 4, "keep": 3}) for name in ("a", "b"))
+    fit(straight)
+    with pytest.raises(Stopped):
+        fit(broken, stop_at=8)
+    share = Path(broken.output) / "step-00000008" / "rank-00000.safetensors"
+    share.write_bytes(share.read_bytes()[:-1])
+    assert len(fit(broken)) == 2
+    assert_same(saved(broken), saved(straight))
+
+
+# --- the world's size
+
+
+def train_everywhere(root: Path, data: Data, names: list[str], changes: dict[str, Any]) -> dict[str, Any]:
+    """Losses, weights and this rank's own codes of each training."""
+    trained = {}
+    for name in names:
+        kind, _, zero = name.partition("@")
+        more = {"workers": torch.distributed.get_world_size(), "zero": {"stage": int(zero)}} if zero else {}
+        config = TRAININGS[kind](root / name, data, **{**every_step(WORLD_STEPS), **changes, **more})
+        task = build_task(config)
+        losses: list[float] = []
+        loop = Loop(
+            config,
+            task,
+            build_engine(config, task),
+            Run.off(),
+            lambda metrics, folder, losses=losses: losses.append(metrics["loss"]),  # type: ignore[misc]
+            "",
+            lambda line: None,
+        )
+        loop.fit()
+        codes = task.codebook.weight.detach().clone() if isinstance(task, VqganTask) else None
+        trained[name] = (losses, saved(config), codes)
+    return trained
+
+
+WORLDS = {2: [*TRAININGS, "base@2", "base@3", "superres@3"], 3: [*TRAININGS, "base@2", "base@3"]}
+
+
+@pytest.fixture(scope="module")
+def one(data: Data, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return train_everywhere(tmp_path_factory.mktemp("one"), data, list(TRAININGS), {})
+
+
+@pytest.fixture(scope="module", params=WORLDS)
+def world(request: pytest.FixtureRequest, data: Data, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    root = tmp_path_factory.mktemp("world")
+    return run_ranks(train_everywhere, request.param, root, root, data, WORLDS[request.param], {})
+
+
+def test_losses_and_weights_do_not_depend_on_the_world_size(one: dict[str, Any], world: list[dict[str, Any]]) -> None:
+    """Three processes do not divide the batch of eight; `base@3` is DeepSpeed at ZeRO 3."""
+    for name, (losses, tensors, _) in world[0].items():
+        wanted, weights, _ = one[name.partition("@")[0]]
+        assert len(losses) == WORLD_STEPS
+        assert losses == pytest.approx(wanted, abs=1e-5), name
+        assert tensors.keys() == weights.keys()
+        worst = max(float((tensors[key] - value).abs().max()) for key, value in weights.items())
+        assert worst < 1e-3, name
+
+
+def test_every_rank_holds_the_same_codebook_and_losses(world: list[dict[str, Any]]) -> None:
+    for rank in world[1:]:
+        assert torch.equal(rank["vqgan"][2], world[0]["vqgan"][2])
+        assert {name: trained[0] for name, trained in rank.items()} == {name: t[0] for name, t in world[0].items()}
+
+
+@pytest.mark.parametrize("name", ["base", "superres", "vqgan"])
+def test_micro_batches_change_no_loss(name: str, one: dict[str, Any], data: Data, tmp_path: Path) -> None:
+    trained = train_everywhere(tmp_path, data, [name], {"micro_batch_size": 3})
+    assert trained[name][0] == pytest.approx(one[name][0], abs=1e-5)
+
+
+# --- masked training
+
+
+def everything(config: TrainConfig, count: int) -> tuple[MaskedTask, Batch]:
+    task = build_task(config)
+    assert isinstance(task, MaskedTask)
+    return task, task.batch(np.arange(count), np.ones(count, np.float32))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4])
+def test_captions_drop_at_the_rate_asked_for_states_and_pooled_together(
+    share: float, data: Data, tmp_path: Path
+) -> None:
+    count = 10_000
+    task, batch = everything(superres(tmp_path, data, caption_dropout=share), count)
+    _, kept = everything(superres(tmp_path, data, caption_dropout=0), count)
+    states = (batch["states"] != kept["states"]).flatten(1).any(dim=1)
+    pooled = (batch["pooled"] != kept["pooled"]).any(dim=1)
+    assert torch.equal(states, pooled)
+    assert abs(float(states.float().mean()) - share) < 3 * math.sqrt(share * (1 - share) / count)
+    assert torch.equal(batch["states"][states], task.empty_states.expand(int(states.sum()), -1, -1))
+    assert torch.equal(batch["pooled"][states], task.empty_pooled.expand(int(states.sum()), -1))
+    empty = TextEncoder.load(data.encoders)([""])
+    torch.testing.assert_close(task.empty_states, empty[0], atol=2e-3, rtol=2e-3)  # as stored: fp16
+    torch.testing.assert_close(task.empty_pooled, empty[1], atol=2e-3, rtol=2e-3)
+    assert torch.equal(batch["low_ids"], kept["low_ids"])
+
+
+def test_low_ids_are_replaced_at_the_rate_asked_for() -> None:
+    count, length, codes, most = 10_000, 16, 32, 0.3
+    low = torch.randint(codes, (count, 4, 4), generator=torch.Generator().manual_seed(0))
+    noisy = add_low_noise(low, np.arange(count), 1, most, codes)
+    assert noisy.shape == low.shape
+    assert 0 <= int(noisy.min()) <= int(noisy.max()) < codes
+    changed = (noisy != low).flatten(1).float().mean(dim=1)
+    seen = 1 - 1 / codes  # a random code may be the old one
+    spread = most / 2 * (1 - most / 2) / length + most**2 / 12
+    assert abs(float(changed.mean()) - most / 2 * seen) < 3 * math.sqrt(spread / count)
+    assert float(changed.max()) > most  # shares differ between samples
+    assert torch.equal(add_low_noise(low, np.arange(count), 1, 0.0, codes), low)
+    assert torch.equal(add_low_noise(low[5:6], np.array([5]), 1, most, codes), noisy[5:6])
+
+
+def test_a_batch_masks_and_weighs_as_asked(data: Data, tmp_path: Path) -> None:
+    task = build_task(base(tmp_path, data, ids="image_ids"))
+    positions, weights = np.arange(6), np.array([1, 1, 1, 1, 0, 0], np.float32)
+    batch = task.batch(positions, weights)
+    assert batch["ids"].shape == batch["targets"].shape == batch["mask"].shape == (6, 8, 8)
+    assert task.count(batch) == float(batch["mask"].sum())
+    assert not batch["mask"][4:].any()
+    assert batch["mask"][:4].flatten(1).any(dim=1).all()
+    assert torch.equal(batch["ids"][:4][~batch["mask"][:4]], batch["targets"][:4][~batch["mask"][:4]])
+    assert (batch["ids"][batch["mask"]] == tiny.CODES + 63).all()
+    assert batch["micro"].tolist() == [[32, 32, 0, 0, 6]] * 6
+    low = build_task(base(tmp_path, data)).batch(positions, weights)
+    assert low["targets"].shape == (6, 4, 4)
+
+
+def test_stored_states_and_text_ids_train_to_the_same_loss(data: Data, tmp_path: Path) -> None:
+    from_states = fit(base(tmp_path / "states", data, **every_step()))
+    ids = tiny.base_config(tmp_path / "ids", data.ids, ema_decay=0.9, text_encoder=data.encoders, **every_step())
+    assert fit(ids) == pytest.approx(from_states, rel=1e-3)
+
+
+def test_a_trained_superres_loses_by_other_pictures_low_ids(data: Data, tmp_path: Path) -> None:
+    config = superres(tmp_path, data, steps=150, batch_size=16, ema_decay=None, checkpoint={"every": 150})
+    config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"lr": 1e-2})})
+    task = build_task(config)
+    Loop(config, task, build_engine(config, task), Run.off(), lambda m, f: None, "", lambda line: None).fit()
+    batch = task.batch(np.arange(10_000, 10_048), np.ones(48, np.float32))
+    with torch.no_grad():
+        right, _ = task.module(batch)
+        wrong, _ = task.module({**batch, "low_ids": batch["low_ids"].roll(1, dims=0)})
+    assert float(wrong) > 1.05 * float(right)
+
+
+def test_gradient_checkpointing_changes_no_loss(data: Data, tmp_path: Path) -> None:
+    plain = fit(superres(tmp_path / "plain", data, **every_step(3)))
+    assert fit(superres(tmp_path / "again", data, gradient_checkpointing=True, **every_step(3))) == plain
+
+
+def test_a_base_training_starts_from_a_model_folder(data: Data, tmp_path: Path) -> None:
+    model = tiny.write_model(tmp_path / "model", data.encoders)
+    task = build_task(base(tmp_path, data, ids="image_ids", start_from=model))
+    fresh = build_task(base(tmp_path, data, ids="image_ids", start_from=model))
+    assert isinstance(task, MaskedTask)
+    assert all(p.requires_grad for p in task.network.parameters())
+    assert_same(dict(task.module.state_dict()), dict(fresh.module.state_dict()))
+    assert float(task.network.state_dict()["embed.embeddings.weight"].std()) == pytest.approx(0.3, rel=0.1)
+
+
+# --- what cannot work is said before any step
+
+WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
+    "base field": ("base", {"model": {**tiny.UVIT, "depth": 3}}, "model.depth: no such field; it has"),
+    "base heads": ("base", {"model": {**tiny.UVIT, "num_attention_heads": 3}}, "not a multiple of num_attention_heads"),
+    "superres field": ("superres", {"model": {"layers": 3}}, "model.layers: no such field; it has"),
+    "superres sizes": ("superres", {"model": {**tiny.SUPERRES, "high_grid": 9}}, "is not a multiple of low_grid"),
+    "schedule": ("base", {"masking": "cosin"}, "masking=cosin: it is one of cosine, "),
+    "vqgan field": ("vqgan", {"model": {**tiny.VQGAN, "depth": 3}}, "depth"),
+    "vqgan groups": ("vqgan", {"model": {**tiny.VQGAN, "norm_num_groups": 3}}, "must be divisible by num_groups"),
+    "vqgan crop": ("vqgan", {"crop": 18}, "crop=18 is no multiple of the VQGAN's factor 4"),
+    "vqgan resolution": ("vqgan", {"resolutions": (16, 30)}, "resolutions=30 is no multiple of the VQGAN's factor 4"),
+    "vqgan small": ("vqgan", {"resolutions": (12, 32)}, "resolutions=12 is below crop=16"),
+    "clip field": ("clip", {"model": {"depth": 3}}, "model.depth: no such field; it has width"),
+    "clip heads": ("clip", {"model": {**tiny.CLIP, "heads": 3}}, "divisible by num_heads"),
+    "clip patch": ("clip", {"model": {**tiny.CLIP, "patch_size": 64}}, "model.patch_size=64 is above resolution=32"),
+    "clip micro batch": ("clip", {"micro_batch_size": 4}, "micro_batch_size=4: a pair is held against all others"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_recipe_that_cannot_work_is_a_config_error(case: str, data: Data, tmp_path: Path) -> None:
+    name, changes, complaint = WRONG[case]
+    with pytest.raises(ConfigError, match=f"train-{name}: 1 problem") as caught:
+        build_task(TRAININGS[name](tmp_path, data, **changes))
+    assert complaint in str(caught.value)
+
+
+def test_text_ids_without_an_encoder_are_refused(data: Data, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds text ids, not states: set text_encoder"):
+        build_task(tiny.base_config(tmp_path, data.ids))
+
+
+# --- VQGAN
+
+
+def blobs(count: int, centres: Tensor, seed: int = 0) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return centres.repeat_interleave(count, dim=0) + 0.01 * torch.randn(count * len(centres), 2, generator=draw)
+
+
+CENTRES = torch.tensor([[0.0, 0.0], [0.0, 4.0], [4.0, 0.0], [4.0, 4.0]])
+
+
+def test_the_first_codes_come_from_the_data() -> None:
+    weight = torch.full((16, 2), 100.0)
+    codebook = Codebook(weight, decay=0.9, revive_below=0.1, seed=0)
+    assert not codebook.started
+    codebook.start(blobs(50, CENTRES), step=7)
+    assert codebook.started
+    distances = torch.cdist(weight, CENTRES).min(dim=1).values
+    assert float(distances.max()) < 0.05
+    assert float(torch.cdist(CENTRES, weight).min(dim=1).values.max()) < 0.05
+
+
+def test_a_collapsed_codebook_comes_back_to_life_and_says_how_much_of_it_is_used() -> None:
+    weight = torch.full((4, 2), 100.0)
+    weight[0] = 2.0
+    codebook = Codebook(weight, decay=0.5, revive_below=0.1, seed=0)
+    usage, perplexity = [], []
+    for step in range(30):
+        latents = blobs(20, CENTRES, seed=step)
+        care = codebook.update(latents, torch.cdist(latents, weight).argmin(dim=1), step, revive=True)
+        usage.append(care["codebook_usage"])
+        perplexity.append(care["codebook_perplexity"])
+    assert perplexity[0] == pytest.approx(1.0)
+    assert care["codes_revived"] >= 3
+    assert usage[-1] == 1.0
+    assert perplexity[-1] > 1.8
+    assert float(weight.max()) < 5
+
+
+def test_without_revival_dead_codes_stay_where_they_are() -> None:
+    weight = torch.tensor([[0.0, 0.0], [50.0, 50.0]])
+    codebook = Codebook(weight, decay=0.5, revive_below=0.1, seed=0)
+    for step in range(10):
+        latents = blobs(20, CENTRES, seed=step)
+        care = codebook.update(latents, torch.zeros(80, dtype=torch.long), step, revive=False)
+    assert weight[1].tolist() == [50.0, 50.0]
+    assert weight[0].tolist() == pytest.approx([2.0, 2.0], abs=0.01)
+    assert care["codebook_usage"] == 0.5
+
+
+def test_a_vqgan_training_reports_usage_and_gets_better(data: Data, tmp_path: Path) -> None:
+    config = vqgan(tmp_path, data, **every_step(40))
+    assert isinstance(config, VqganConfig)
+    losses = fit(config)
+    assert np.mean(losses[-5:]) < 0.8 * losses[0]
+    task = VqganTask(config)
+    task.load_extra_state({name[6:]: value for name, value in saved(config).items() if name.startswith("extra/")})
+    assert task.module.quantise
+    task.module(task.batch(np.arange(8), np.ones(8, np.float32)))
+    care = task.after_step(3, build_engine(config, task))
+    assert 0 < care["codebook_usage"] <= 1
+    assert care["codebook_perplexity"] > 2
+
+
+# --- CLIP
+
+
+def test_the_text_encoder_is_the_clips_own_text_tower(data: Data, tmp_path: Path) -> None:
+    config = clip(tmp_path, data)
+    fit(config)
+    folder = f"{config.output}/model"
+    captions = ["a small red circle on a white background", "", "猫"]
+    _, pooled = TextEncoder.load(folder)(captions)
+    seen = Clip.load(folder).texts(captions)
+    torch.testing.assert_close(pooled / pooled.norm(dim=-1, keepdim=True), seen)
+    assert TextEncoder.load(folder).length == tiny.TEXT_LENGTH
+
+
+def test_equal_captions_share_the_target_and_padding_counts_nothing(data: Data, tmp_path: Path) -> None:
+    config = clip(tmp_path, data)
+    assert isinstance(config, ClipConfig)
+    task = ClipTask(config)
+    batch = task.batch(np.arange(6), np.ones(6, np.float32))
+    loss, _ = task.module(batch)
+    padded = {name: torch.cat([value, value[:2]]) for name, value in batch.items()}
+    padded["weights"][6:] = 0
+    assert float(task.module(padded)[0]) == pytest.approx(float(loss), abs=1e-5)
+    ids = torch.tensor([[1, 2], [1, 2], [3, 4]])
+    targets = task.module._targets(ids, ids, torch.ones(3))
+    assert targets.tolist() == [[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]]
+
+
+def test_a_tokenizer_with_room_for_merges_learns_words_and_takes_any_text(data: Data, tmp_path: Path) -> None:
+    config = clip(tmp_path, data)
+    assert isinstance(config, ClipConfig)
+    task = ClipTask(config)
+    captions = [task.pictures.index.captions(number)[0] for number in range(len(task.pictures.index))]
+    lengths = [len(task.tokenizer(caption).input_ids) for caption in captions]
+    assert max(lengths) <= tiny.TEXT_LENGTH
+    assert len(task.tokenizer) <= config.vocabulary
+    odd = task.tokenizer("naïve 猫 🙂").input_ids
+    assert task.tokenizer.decode(odd, skip_special_tokens=True).strip() == "naïve 猫 🙂"
+    again = train_tokenizer(captions, config.vocabulary, config.text_length)
+    assert again.get_vocab() == task.tokenizer.get_vocab()
+
+
+def test_low_noise_belongs_to_the_recipe(data: Data, tmp_path: Path) -> None:
+    quiet, loud = (superres(tmp_path, data, low_noise=noise) for noise in (0.0, 0.5))
+    assert isinstance(quiet, SuperresConfig)
+    (_, clean), (_, noisy) = everything(quiet, 48), everything(loud, 48)
+    share = float((clean["low_ids"] != noisy["low_ids"]).float().mean())
+    assert share == pytest.approx(0.25, abs=0.08)

@@ -1,0 +1,176 @@
+"""Tiny data and models for tests, made without Ray in seconds: shards, encoders, token shards, a model folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from raymuse.config.export import SamplingConfig
+from raymuse.config.pretokenize import PretokenizeConfig
+from raymuse.config.training import BaseConfig, ClipConfig, SuperresConfig, VqganConfig
+from raymuse.datasets import shapes
+from raymuse.encoding.chunks import decode_chunks
+from raymuse.encoding.encoder import ChunkEncoder
+from raymuse.models.superres import SuperRes, SuperResConfig
+from raymuse.models.uvit import UVit, UVitConfig
+from raymuse.models.weights import weights_sha256
+from raymuse.pipeline import Settings, save_network
+from raymuse.stages.export import _write_diffusers
+from raymuse.storage.images import list_shards
+from raymuse.storage.manifest import Manifest
+from raymuse.storage.tokens import EMPTY, parquet_bytes
+from raymuse.storage.webdataset_writer import write_shard
+from raymuse.training.clip import ClipTask
+from raymuse.training.vqgan import VqganTask
+
+SIDE, LOW_SIDE, CODES, TEXT_LENGTH = 32, 16, 32, 24
+VQGAN = {
+    "block_out_channels": [8, 8, 16],
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "num_vq_embeddings": CODES,
+    "norm_num_groups": 4,
+}
+CLIP = {"width": 16, "layers": 2, "heads": 2, "projection": 8, "patch_size": 8}
+UVIT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "in_channels": 16,
+    "block_out_channels": 16,
+    "num_res_blocks": 1,
+    "block_num_heads": 2,
+    "micro_cond_encode_dim": 4,
+    "micro_cond_embed_dim": 20,
+}
+SUPERRES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "low_res_layers": 1,
+}
+
+
+def write_shards(folder: Path, count: int = 48, per_shard: int = 16) -> str:
+    """Shards of shapes with captions, at SIDE pixels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count // per_shard):
+        drawn = shapes.samples(per_shard, 0, SIDE, held_out=False, start=number * per_shard)
+        write_shard(folder / f"{number:05d}.tar", ((one.key, one.image, one.caption, {}) for one in drawn))
+    return str(folder)
+
+
+def vqgan_config(root: Path, shards: str, **changes: Any) -> VqganConfig:
+    values = {"resolutions": (LOW_SIDE, SIDE), "crop": LOW_SIDE, "warm_steps": 2, "model": VQGAN}
+    return VqganConfig(**{**_training(root, "vqgan", shards), **values, **changes})
+
+
+def clip_config(root: Path, shards: str, **changes: Any) -> ClipConfig:
+    values = {"resolution": SIDE, "vocabulary": 640, "text_length": TEXT_LENGTH, "model": CLIP}
+    return ClipConfig(**{**_training(root, "clip", shards), **values, **changes})
+
+
+def base_config(root: Path, tokens: str, **changes: Any) -> BaseConfig:
+    values = {"ids": "low_ids", "model": UVIT}
+    return BaseConfig(**{**_training(root, "base", tokens), **values, **changes})
+
+
+def superres_config(root: Path, tokens: str, **changes: Any) -> SuperresConfig:
+    return SuperresConfig(**{**_training(root, "superres", tokens), "model": SUPERRES, **changes})
+
+
+def _training(root: Path, name: str, source: str) -> dict[str, Any]:
+    optimizer = {"lr": 2e-3, "warmup_steps": 3}
+    return {
+        "input": source,
+        "output": str(root / name),
+        "steps": 12,
+        "batch_size": 8,
+        "workers": 0,
+        "seed": 3,
+        "optimizer": optimizer,
+    }
+
+
+def write_encoders(folder: Path, shards: str) -> str:
+    """A folder with `vqvae/`, `clip/`, `text_encoder/` and `tokenizer/`, of random weights."""
+    task = VqganTask(vqgan_config(folder, shards))
+    task.module(task.batch(np.arange(32), np.ones(32, np.float32)))
+    task.codebook.start(torch.cat(task.module.latents), 0)  # so that the ids say something of the pictures
+    task.network.save_pretrained(folder / "vqvae", safe_serialization=True)
+    clip = ClipTask(clip_config(folder, shards))
+    clip.save({f"network.{name}": value for name, value in clip.network.state_dict().items()}, folder)
+    return str(folder)
+
+
+def write_tokens(folder: Path, shards: str, encoders: str, **changes: Any) -> str:
+    """Token shards as the pretokenize stage writes them, one part a shard."""
+    values: dict[str, Any] = {"resolution": SIDE, "low_resolution": LOW_SIDE, "chunk_size": 16}
+    config = PretokenizeConfig(
+        input=shards, output=str(folder), vqgan=encoders, text_encoder=encoders, **{**values, **changes}
+    )
+    encoder = ChunkEncoder(config)
+    facts = {
+        "vqgan_sha256": weights_sha256(encoders, "vqvae"),
+        "text_encoder_sha256": weights_sha256(encoders, "text_encoder"),
+        "codebook_size": encoder.vqgan.codes,
+        "text_length": encoder.text.length,
+    }
+    manifest = Manifest.open(config.output, {**config.identity(), **facts})
+    empty = parquet_bytes(encoder.captions([""]), facts)
+    manifest.write_part(EMPTY, {f"captions/{EMPTY}.parquet": empty}, rows=0, rejects=0, source="")
+    for number, shard in enumerate(list_shards(shards)):
+        (chunk,) = decode_chunks(shard, config)
+        encoded = encoder(chunk)
+        part = f"part-{number:06d}"
+        files = {
+            f"tokens/{part}.parquet": parquet_bytes(encoded.tokens, facts),
+            f"captions/{part}.parquet": parquet_bytes(encoded.captions, facts),
+        }
+        manifest.write_part(part, files, rows=len(encoded.tokens), rejects=0, source=shard.name)
+    manifest.finish()
+    return str(folder)
+
+
+def write_model(folder: Path, encoders: str, *, cascade: bool = False) -> str:
+    """A model folder of random weights, as the export stage lays it out; `cascade` adds `superres/`."""
+    source = Path(encoders)
+    for part in ("vqvae", "text_encoder", "tokenizer"):
+        (folder / part).parent.mkdir(parents=True, exist_ok=True)
+        _copy(source / part, folder / part)
+    grid = LOW_SIDE // 4 if cascade else SIDE // 4
+    shared = {"encoder_hidden_size": CLIP["width"], "vocab_size": CODES + 64, "codebook_size": CODES}
+    base = UVitConfig(**{**UVIT, **shared, "cond_embed_dim": CLIP["projection"], "sample_size": grid})
+    save_network(UVit(base), base.to_diffusers(), folder / "transformer", _random_weights(UVit(base)))
+    high = None
+    if cascade:
+        config = SuperResConfig(**{**SUPERRES, **shared, "low_vocab_size": CODES, "low_grid": 4, "high_grid": 8})
+        save_network(SuperRes(config), config.to_dict(), folder / "superres", _random_weights(SuperRes(config)))
+        high = SamplingConfig(steps=3, guidance=2.0)
+    size = grid * 4
+    Settings(size, SIDE, (size, size, 0, 0, 6), SamplingConfig(steps=5, guidance=3.0), high).save(folder)
+    _write_diffusers(folder)
+    return str(folder)
+
+
+def _random_weights(network: UVit | SuperRes) -> dict[str, torch.Tensor]:
+    """Large enough that every input, also behind zero-started layers, reaches the logits."""
+    draw = np.random.default_rng(0)
+    return {
+        name: torch.from_numpy(draw.normal(0, 0.3, value.shape).astype(np.float32))
+        for name, value in network.state_dict().items()
+    }
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.mkdir()
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text()))
