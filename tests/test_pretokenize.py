@@ -94,7 +94,13 @@ def test_states_are_what_the_text_encoder_says(tokens: str, token_config: Pretok
 def bomb() -> bytes:
     """A PNG whose header promises 30,000 x 30,000 pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + encode(picture(0))[33:]
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + header
+        + struct.pack(">I", zlib.crc32(header))
+        + encode(picture(0))[33:]
+    )
 
 
 def picture(seed: int) -> Image.Image:

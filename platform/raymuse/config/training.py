@@ -10,11 +10,7 @@ from raymuse.config.base import Address, AddressMark, Config, StageConfig, runti
 class OptimizerConfig(Config):
     """AdamW (decoupled weight decay on matrices only) with warm-up and a schedule."""
 
-    name: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon: Newton-Schulz momentum on hidden matrices, AdamW on the rest (ZeRO 1-2)"
-    )
     lr: float = Field(1e-3, gt=0)
-    muon_lr: float = Field(0.02, gt=0, description="learning rate of the matrices under muon")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.96, ge=0, lt=1)
     epsilon: float = Field(1e-8, gt=0)
