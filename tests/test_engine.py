@@ -15,6 +15,7 @@ from raymuse.training.engine import MOMENTS, Engine, PlainEngine, full_weights, 
 from raymuse.training.optimizers import build_optimizer, learning_rate_scale
 
 ROWS, STEPS, HALF, MICRO = 8, 20, 10, 2
+WORDS = 15_001  # ZeRO-3 keeps parameters of fewer than 100,000 numbers whole on every rank: one must be larger
 CONFIG = OptimizerConfig(lr=1e-2, clip_norm=0.5)
 ENGINES = ("plain", "0", "1", "2", "3")
 
@@ -25,7 +26,7 @@ class Toy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embedding = nn.Embedding(11, 7)
+        self.embedding = nn.Embedding(WORDS, 7)
         self.body = nn.Sequential(nn.Linear(7, 13), nn.GELU(), nn.Linear(13, 5), nn.LayerNorm(5))
         self.head = nn.Linear(5, 3, bias=False)
         self.scale = nn.Parameter(torch.ones(1))
@@ -68,7 +69,7 @@ def make_engine(kind: str) -> Engine:
 def micro_batches(step: int) -> list[dict[str, Tensor]]:
     """This rank's rows of the step's batch, in two halves."""
     draw = torch.Generator().manual_seed(100 + step)
-    ids, wanted = torch.randint(11, (ROWS,), generator=draw), torch.randn(ROWS, 3, generator=draw)
+    ids, wanted = torch.randint(WORDS, (ROWS,), generator=draw), torch.randn(ROWS, 3, generator=draw)
     rank, world = rank_and_world()
     mine = torch.arange(ROWS).view(world, MICRO, -1)[rank]
     return [{"ids": ids[rows], "wanted": wanted[rows]} for rows in mine]
@@ -186,7 +187,7 @@ def test_weight_decay_is_on_matrices_alone() -> None:
     decayed = {tuple(p.shape) for group in groups if group["weight_decay"] for p in group["params"]}
     plain = {tuple(p.shape) for group in groups if not group["weight_decay"] for p in group["params"]}
     assert decayed == {(13, 7), (5, 13), (3, 5)}
-    assert plain == {(11, 7), (13,), (5,), (1,)}
+    assert plain == {(WORDS, 7), (13,), (5,), (1,)}
 
 
 @pytest.mark.parametrize(

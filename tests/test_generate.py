@@ -138,21 +138,16 @@ def test_the_contact_sheets_show_the_prompts(drawn: GenerateConfig) -> None:
 # --- the same pictures, whatever happens
 
 
-def test_parts_and_streams_of_other_sizes_hold_the_same_pictures(drawn: GenerateConfig, tmp_path: Path) -> None:
-    other = changed(drawn, tmp_path, pictures_per_part=4, in_flight=1)
-    generate(other, Run.off())
-    assert len(list((tmp_path / "parts").glob("*.tar"))) == 6
-    assert pixels(tmp_path) == pixels(drawn.output)
-
-
-def test_a_replica_killed_in_the_middle_loses_and_changes_nothing(drawn: GenerateConfig, tmp_path: Path) -> None:
-    config = changed(drawn, tmp_path, in_flight=1, steps=3)  # the model's own number, said aloud
+def test_a_replica_killed_in_the_middle_and_parts_of_another_size_change_no_picture(
+    drawn: GenerateConfig, tmp_path: Path
+) -> None:
     killed: list[int] = []
     killer = threading.Thread(target=_kill_after_the_first_part, args=(tmp_path, killed))
     killer.start()
-    generate(config, Run.off())
+    generate(changed(drawn, tmp_path, pictures_per_part=4, in_flight=1), Run.off())
     killer.join()
     assert len(killed) == 1
+    assert len(list((tmp_path / "parts").glob("*.tar"))) == 6
     assert [row["key"] for row in rows(tmp_path)] == [row["key"] for row in rows(drawn.output)]
     assert pixels(tmp_path) == pixels(drawn.output)
     assert json.loads((tmp_path / "_SUCCESS").read_text())["rejects"] == 2

@@ -1,7 +1,7 @@
 """The four trainings on tiny data: a restart changes nothing, nor does the world size; inputs do what they should."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from raymuse.training.clip import ClipTask, train_tokenizer
 from raymuse.training.codebook import Codebook
 from raymuse.training.loop import Loop
 from raymuse.training.masked import MaskedTask, add_low_noise
-from raymuse.training.task import Batch
+from raymuse.training.task import Batch, Task
 from raymuse.training.vqgan import VqganTask
 
 STEPS, WORLD_STEPS = 12, 6
@@ -58,6 +58,11 @@ def superres(root: Path, data: Data, **changes: Any) -> TrainConfig:
     return tiny.superres_config(root, data.states, **{"ema_decay": 0.9, **changes})
 
 
+def wide(root: Path, data: Data, **changes: Any) -> TrainConfig:
+    """With a matrix that ZeRO-3 really shards: smaller ones than 100,000 numbers it keeps whole on every rank."""
+    return base(root, data, **{"model": {**tiny.UVIT, "intermediate_size": 4096}, **changes})
+
+
 def vqgan(root: Path, data: Data, **changes: Any) -> TrainConfig:
     return tiny.vqgan_config(root, data.shards, **changes)
 
@@ -67,28 +72,41 @@ def clip(root: Path, data: Data, **changes: Any) -> TrainConfig:
 
 
 TRAININGS: dict[str, Callable[..., TrainConfig]] = {"base": base, "superres": superres, "vqgan": vqgan, "clip": clip}
+KINDS = {**TRAININGS, "wide": wide}
 
 
-class Stopped(Exception):
-    """The worker was lost."""
+class WorkerLostError(Exception):
+    """What a report raises where the platform takes the worker away."""
+
+
+@dataclass(frozen=True)
+class Record(Run):
+    """A run that is not tracked, and keeps the losses logged to it."""
+
+    losses: list[float]
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self.losses.extend([values["loss"]] if "loss" in values else [])
 
 
 def fit(config: TrainConfig, stop_at: int | None = None) -> list[float]:
-    """Train as a worker does; the loss of every committed step. `stop_at` loses the worker after that commit."""
-    losses = []
-
-    def report(metrics: dict[str, float], folder: Path | None) -> None:
-        losses.append(metrics["loss"])
-        if metrics["step"] == stop_at:
-            raise Stopped
-
+    """Train as a worker does; the loss of every step. `stop_at` loses the worker after that step's checkpoint."""
     task = build_task(config)
-    Loop(config, task, build_engine(config, task), Run.off(), report, "fingerprint", lambda line: None).fit()
-    return losses
+    return fit_task(config, task, stop_at)
 
 
-def every_step(steps: int = STEPS) -> dict[str, Any]:
-    return {"steps": steps, "checkpoint": {"every": 1, "keep": 1}}
+def fit_task(config: TrainConfig, task: Task, stop_at: int | None = None) -> list[float]:
+    def report(metrics: dict[str, float], folder: Path | None) -> None:
+        if metrics["step"] == stop_at:
+            raise WorkerLostError
+
+    run = Record(None, Path(), [])
+    Loop(config, task, build_engine(config, task), run, report, "fingerprint", lambda line: None).fit()
+    return run.losses
+
+
+def logged(steps: int = STEPS) -> dict[str, Any]:
+    return {"steps": steps, "log_every": 1, "checkpoint": {"every": steps, "keep": 1}}
 
 
 def saved(config: TrainConfig) -> dict[str, Tensor]:
@@ -112,9 +130,9 @@ def test_a_training_that_lost_its_worker_ends_with_the_same_bits(name: str, data
     straight = TRAININGS[name](tmp_path / "straight", data, checkpoint={"every": 6, "keep": 2})
     broken = TRAININGS[name](tmp_path / "broken", data, checkpoint={"every": 6, "keep": 2})
     fit(straight)
-    with pytest.raises(Stopped):
+    with pytest.raises(WorkerLostError):
         fit(broken, stop_at=6)
-    assert fit(broken) == fit(straight)[-1:] or len(fit(broken)) == 0
+    fit(broken)
     tensors = saved(straight)
     assert_same(saved(broken), tensors)
     kinds = {key.split("/")[0] for key in tensors}
@@ -126,13 +144,14 @@ def test_a_training_that_lost_its_worker_ends_with_the_same_bits(name: str, data
 
 
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(data: Data, tmp_path: Path) -> None:
-    straight, broken = (base(tmp_path / name, data, checkpoint={"every": 4, "keep": 3}) for name in ("a", "b"))
+    changes = {"log_every": 1, "checkpoint": {"every": 4, "keep": 3}}
+    straight, broken = (base(tmp_path / name, data, **changes) for name in ("straight", "broken"))
     fit(straight)
-    with pytest.raises(Stopped):
+    with pytest.raises(WorkerLostError):
         fit(broken, stop_at=8)
     share = Path(broken.output) / "step-00000008" / "rank-00000.safetensors"
     share.write_bytes(share.read_bytes()[:-1])
-    assert len(fit(broken)) == 2
+    assert len(fit(broken)) == STEPS - 4
     assert_same(saved(broken), saved(straight))
 
 
@@ -145,30 +164,20 @@ def train_everywhere(root: Path, data: Data, names: list[str], changes: dict[str
     for name in names:
         kind, _, zero = name.partition("@")
         more = {"workers": torch.distributed.get_world_size(), "zero": {"stage": int(zero)}} if zero else {}
-        config = TRAININGS[kind](root / name, data, **{**every_step(WORLD_STEPS), **changes, **more})
+        config = KINDS[kind](root / name, data, **{**logged(WORLD_STEPS), **changes, **more})
         task = build_task(config)
-        losses: list[float] = []
-        loop = Loop(
-            config,
-            task,
-            build_engine(config, task),
-            Run.off(),
-            lambda metrics, folder, losses=losses: losses.append(metrics["loss"]),  # type: ignore[misc]
-            "",
-            lambda line: None,
-        )
-        loop.fit()
+        losses = fit_task(config, task)
         codes = task.codebook.weight.detach().clone() if isinstance(task, VqganTask) else None
         trained[name] = (losses, saved(config), codes)
     return trained
 
 
-WORLDS = {2: [*TRAININGS, "base@2", "base@3", "superres@3"], 3: [*TRAININGS, "base@2", "base@3"]}
+WORLDS = {2: [*TRAININGS, "base@2", "superres@3", "wide@3"], 3: ["base", "vqgan", "clip", "wide@3"]}
 
 
 @pytest.fixture(scope="module")
 def one(data: Data, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return train_everywhere(tmp_path_factory.mktemp("one"), data, list(TRAININGS), {})
+    return train_everywhere(tmp_path_factory.mktemp("one"), data, list(KINDS), {})
 
 
 @pytest.fixture(scope="module", params=WORLDS)
@@ -178,7 +187,7 @@ def world(request: pytest.FixtureRequest, data: Data, tmp_path_factory: pytest.T
 
 
 def test_losses_and_weights_do_not_depend_on_the_world_size(one: dict[str, Any], world: list[dict[str, Any]]) -> None:
-    """Three processes do not divide the batch of eight; `base@3` is DeepSpeed at ZeRO 3."""
+    """Three processes do not divide the batch of eight; `wide@3` is DeepSpeed at ZeRO 3."""
     for name, (losses, tensors, _) in world[0].items():
         wanted, weights, _ = one[name.partition("@")[0]]
         assert len(losses) == WORLD_STEPS
@@ -188,10 +197,9 @@ def test_losses_and_weights_do_not_depend_on_the_world_size(one: dict[str, Any],
         assert worst < 1e-3, name
 
 
-def test_every_rank_holds_the_same_codebook_and_losses(world: list[dict[str, Any]]) -> None:
+def test_every_rank_holds_the_same_codebook(world: list[dict[str, Any]]) -> None:
     for rank in world[1:]:
         assert torch.equal(rank["vqgan"][2], world[0]["vqgan"][2])
-        assert {name: trained[0] for name, trained in rank.items()} == {name: t[0] for name, t in world[0].items()}
 
 
 @pytest.mark.parametrize("name", ["base", "superres", "vqgan"])
@@ -259,8 +267,8 @@ def test_a_batch_masks_and_weighs_as_asked(data: Data, tmp_path: Path) -> None:
 
 
 def test_stored_states_and_text_ids_train_to_the_same_loss(data: Data, tmp_path: Path) -> None:
-    from_states = fit(base(tmp_path / "states", data, **every_step()))
-    ids = tiny.base_config(tmp_path / "ids", data.ids, ema_decay=0.9, text_encoder=data.encoders, **every_step())
+    from_states = fit(base(tmp_path / "states", data, **logged()))
+    ids = tiny.base_config(tmp_path / "ids", data.ids, ema_decay=0.9, text_encoder=data.encoders, **logged())
     assert fit(ids) == pytest.approx(from_states, rel=1e-3)
 
 
@@ -268,7 +276,7 @@ def test_a_trained_superres_loses_by_other_pictures_low_ids(data: Data, tmp_path
     config = superres(tmp_path, data, steps=150, batch_size=16, ema_decay=None, checkpoint={"every": 150})
     config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"lr": 1e-2})})
     task = build_task(config)
-    Loop(config, task, build_engine(config, task), Run.off(), lambda m, f: None, "", lambda line: None).fit()
+    fit_task(config, task)
     batch = task.batch(np.arange(10_000, 10_048), np.ones(48, np.float32))
     with torch.no_grad():
         right, _ = task.module(batch)
@@ -277,8 +285,8 @@ def test_a_trained_superres_loses_by_other_pictures_low_ids(data: Data, tmp_path
 
 
 def test_gradient_checkpointing_changes_no_loss(data: Data, tmp_path: Path) -> None:
-    plain = fit(superres(tmp_path / "plain", data, **every_step(3)))
-    assert fit(superres(tmp_path / "again", data, gradient_checkpointing=True, **every_step(3))) == plain
+    plain = fit(superres(tmp_path / "plain", data, **logged(3)))
+    assert fit(superres(tmp_path / "again", data, gradient_checkpointing=True, **logged(3))) == plain
 
 
 def test_a_base_training_starts_from_a_model_folder(data: Data, tmp_path: Path) -> None:
@@ -301,11 +309,11 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "schedule": ("base", {"masking": "cosin"}, "masking=cosin: it is one of cosine, "),
     "vqgan field": ("vqgan", {"model": {**tiny.VQGAN, "depth": 3}}, "depth"),
     "vqgan groups": ("vqgan", {"model": {**tiny.VQGAN, "norm_num_groups": 3}}, "must be divisible by num_groups"),
-    "vqgan crop": ("vqgan", {"crop": 18}, "crop=18 is no multiple of the VQGAN's factor 4"),
+    "vqgan crop": ("vqgan", {"crop": 14}, "crop=14 is no multiple of the VQGAN's factor 4"),
     "vqgan resolution": ("vqgan", {"resolutions": (16, 30)}, "resolutions=30 is no multiple of the VQGAN's factor 4"),
     "vqgan small": ("vqgan", {"resolutions": (12, 32)}, "resolutions=12 is below crop=16"),
     "clip field": ("clip", {"model": {"depth": 3}}, "model.depth: no such field; it has width"),
-    "clip heads": ("clip", {"model": {**tiny.CLIP, "heads": 3}}, "divisible by num_heads"),
+    "clip heads": ("clip", {"model": {**tiny.CLIP, "heads": 3}}, "model.width=16 is no multiple of model.heads=3"),
     "clip patch": ("clip", {"model": {**tiny.CLIP, "patch_size": 64}}, "model.patch_size=64 is above resolution=32"),
     "clip micro batch": ("clip", {"micro_batch_size": 4}, "micro_batch_size=4: a pair is held against all others"),
 }
@@ -375,7 +383,7 @@ def test_without_revival_dead_codes_stay_where_they_are() -> None:
 
 
 def test_a_vqgan_training_reports_usage_and_gets_better(data: Data, tmp_path: Path) -> None:
-    config = vqgan(tmp_path, data, **every_step(40))
+    config = vqgan(tmp_path, data, **logged(40))
     assert isinstance(config, VqganConfig)
     losses = fit(config)
     assert np.mean(losses[-5:]) < 0.8 * losses[0]
@@ -410,7 +418,7 @@ def test_equal_captions_share_the_target_and_padding_counts_nothing(data: Data, 
     loss, _ = task.module(batch)
     padded = {name: torch.cat([value, value[:2]]) for name, value in batch.items()}
     padded["weights"][6:] = 0
-    assert float(task.module(padded)[0]) == pytest.approx(float(loss), abs=1e-5)
+    assert task.module(padded)[0].item() == pytest.approx(loss.item(), abs=1e-5)
     ids = torch.tensor([[1, 2], [1, 2], [3, 4]])
     targets = task.module._targets(ids, ids, torch.ones(3))
     assert targets.tolist() == [[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]]

@@ -172,5 +172,5 @@ def _copy(source: Path, target: Path) -> None:
         (target / path.name).write_bytes(path.read_bytes())
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text()))
+def json_bytes(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()

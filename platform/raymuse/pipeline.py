@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -220,6 +221,8 @@ class Pipeline:
             seeds: B seeds.
             steps, guidance, temperature: of the base; None takes the model's own. The super-resolution keeps its own.
         """
+        if not prompts:
+            raise UserError("no prompts: give one caption a picture")
         negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
         if not len(prompts) == len(seeds) == len(negatives):
             raise UserError(f"{len(prompts)} prompts, {len(seeds)} seeds and {len(negatives)} negative prompts differ")
@@ -297,14 +300,14 @@ def load_uvit(folder: Path, device: str = "cpu") -> UVit:
     """A base transformer from a folder with diffusers' config.json and safetensors."""
     config = _read_config(folder, "transformer")
     network = UVit(UVitConfig.from_diffusers(config))
-    network.load_state_dict(_read_weights(folder), strict=True)
+    _load_weights(network, folder)
     return network.eval().requires_grad_(False).to(device)
 
 
 def load_superres(folder: Path, device: str = "cpu") -> SuperRes:
     """A super-resolution transformer from its folder."""
     network = SuperRes(SuperResConfig.from_dict(_read_config(folder, "superres")))
-    network.load_state_dict(_read_weights(folder), strict=True)
+    _load_weights(network, folder)
     return network.eval().requires_grad_(False).to(device)
 
 
@@ -314,23 +317,28 @@ def _read_config(folder: Path, part: str) -> dict[str, Any]:
     return config
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def _load_weights(network: nn.Module, folder: Path) -> None:
+    """Fill the network from the folder's safetensors (not the half-precision twins that some folders have)."""
     weights: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        if ".fp16." not in path.name:
-            weights.update(load_file(path))
-    return weights
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            if ".fp16." not in path.name:
+                weights.update(load_file(path))
+        network.load_state_dict(weights, strict=True)
+    except (RuntimeError, SafetensorError) as error:
+        problems = [line.strip() for line in str(error).splitlines()]
+        raise UserError(f"{folder}: the weights are damaged, or not its config.json's: {problems[-1]}") from error
 
 
 def _local_folder(folder_or_id: str) -> Path:
     """The model folder on this disk; a Hugging Face id is downloaded, safetensors only."""
     folder = Path(folder_or_id)
     if not folder.exists():
-        require_safetensors(folder_or_id, "transformer")
+        name, _ = require_safetensors(folder_or_id, "transformer")
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(folder_or_id, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
-    for part in ("transformer", "vqvae", "text_encoder"):
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+    for part in ("transformer", "vqvae", "text_encoder", "tokenizer"):
         if not (folder / part).exists():
             raise UserError(f"{folder_or_id} has no {part}/: it is no model folder. `raymuse export` writes one.")
     return folder

@@ -39,6 +39,16 @@ class GenerationRequest(BaseModel):
     guidance_scale: float | None = Field(None, ge=0, le=100)
 
 
+# These stand above the class: Serve copies the application as it decorates, with the names that exist by then.
+def _seeds(request: GenerationRequest, seed: int) -> list[int]:
+    """One picture has the seed asked for; more have seeds that follow from it."""
+    return [seed, *(image_seed(seed, 0, sample) for sample in range(1, request.n))]
+
+
+def _facts(request: GenerationRequest, seed: int) -> dict[str, Any]:
+    return {"seed": seed, **request.model_dump(include={"prompt", "negative_prompt"})}
+
+
 @serve.deployment(ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=256, logging_config=QUIET)
 @serve.ingress(app)
 class Api:
@@ -98,12 +108,3 @@ class Api:
             return list(await asyncio.gather(*(self.generator.draw.remote(one) for one in wanted)))
         except BackPressureError as error:
             raise HTTPException(429, "too many requests wait; try again", headers={"Retry-After": "1"}) from error
-
-
-def _seeds(request: GenerationRequest, seed: int) -> list[int]:
-    """One picture has the seed asked for; more have seeds that follow from it."""
-    return [seed, *(image_seed(seed, 0, sample) for sample in range(1, request.n))]
-
-
-def _facts(request: GenerationRequest, seed: int) -> dict[str, Any]:
-    return {"seed": seed, **request.model_dump(include={"prompt", "negative_prompt"})}

@@ -61,7 +61,10 @@ def api_key(config: ServeConfig) -> str | None:
     path = Path(config.api_key_file)
     if not path.exists():
         raise UserError(f"api_key_file {path} does not exist.")
-    return path.read_text().strip()
+    key = path.read_text().strip()
+    if not key:
+        raise UserError(f"api_key_file {path} is empty: an empty key would let everyone in.")
+    return key
 
 
 def require_free_port(host: str, port: int) -> None:

@@ -4,6 +4,7 @@ rows.parquet   one row a picture and kind: the judge's word on every attribute, 
 scores.json    means over the rows: whole captions, one and two objects, each attribute
 """
 
+import io
 import json
 from collections import defaultdict
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import ray.data
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy
@@ -43,6 +45,7 @@ def score(config: ScoreConfig, run: Run) -> str:
         UserError: for pictures that are not generated to the end, or models that cannot be read.
     """
     parts = read_finished(config.images, "generate")
+    _check_pictures(config)
     sums = {"vqgan": weights_sha256(config.model, "vqvae"), "clip": weights_sha256(config.clip, "clip")}
     inputs = [file.sha256 for part in parts.values() for file in part.files]
     manifest = Manifest.open(config.output, {**config.identity(), **sums, "images": inputs})
@@ -101,6 +104,15 @@ def markdown(summary: dict[str, Any]) -> str:
         cells = (f"{table[kind][name]:.3f}" if name in table[kind] else "" for kind in kinds)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _check_pictures(config: ScoreConfig) -> None:
+    """Raises UserError where nothing was drawn, or a picture's truth is not there."""
+    table = pq.read_table(io.BytesIO(Folder(config.images).read("manifest.parquet")), columns=["source_key"])
+    if len(table) == 0:
+        raise UserError(f"{config.images} holds no pictures: every prompt was rejected. See its rejects folder.")
+    if config.truth is not None:
+        _Truth(config.truth).require(table["source_key"].to_pylist())
 
 
 def _rows(config: ScoreConfig, parts: list[str]) -> list[Row]:
@@ -183,9 +195,16 @@ class _Truth:
         self.index = PictureIndex(list_shards(address))
         self.numbers = {self.index.key(number): number for number in range(len(self.index))}
 
+    def require(self, keys: Iterable[str]) -> None:
+        """Raises UserError where a key has no picture."""
+        missing = [key for key in keys if key not in self.numbers]
+        if missing:
+            raise UserError(
+                f"{self.address} has no picture with the key {missing[0]!r} ({len(missing)} of the prompts have none): "
+                "leave `truth` out for other prompts."
+            )
+
     def picture(self, key: str, side: int) -> NDArray[np.uint8]:
-        if key not in self.numbers:
-            raise UserError(f"{self.address} has no picture with the key {key!r}: leave `truth` out for other prompts.")
         return crop(decode(self.index[self.numbers[key]].data), side).pixels
 
 

@@ -175,17 +175,18 @@ def build_clip(config: ClipConfig, vocabulary: int, end_id: int) -> CLIPModel:
         "pad_token_id": end_id,
     }
     vision = {"image_size": config.resolution, "patch_size": shape["patch_size"]}
+    problems = []
+    if shape["width"] % shape["heads"]:
+        problems.append(f"model.width={shape['width']} is no multiple of model.heads={shape['heads']}")
     if shape["patch_size"] > config.resolution:
-        problem = f"model.patch_size={shape['patch_size']} is above resolution={config.resolution}"
-        raise ConfigError(config.stage, [problem])
+        problems.append(f"model.patch_size={shape['patch_size']} is above resolution={config.resolution}")
+    if problems:
+        raise ConfigError(config.stage, problems)
     torch.manual_seed(config.seed)
     whole = CLIPConfig(
         text_config={**tower, **text}, vision_config={**tower, **vision}, projection_dim=shape["projection"]
     )
-    try:
-        return CLIPModel(whole).train()
-    except (TypeError, ValueError) as error:
-        raise ConfigError(config.stage, [f"model: {error}"]) from error
+    return CLIPModel(whole).train()
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,0 +1,180 @@
+"""Scores of pictures whose scores are known: the truth itself, the truth under other captions."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from numpy.typing import NDArray
+
+from raymuse.config.errors import UserError
+from raymuse.config.score import ScoreConfig
+from raymuse.encoding.pictures import decode, downscale
+from raymuse.models.clip import Clip
+from raymuse.stages.score import flat, markdown, read_scores, score, summarise
+from raymuse.storage.generated import PictureRow, rows_table
+from raymuse.storage.images import Picture, list_shards, read_shard
+from raymuse.storage.manifest import Manifest
+from raymuse.storage.pictures import png_bytes
+from raymuse.storage.tokens import parquet_bytes
+from raymuse.storage.webdataset_writer import write_tar
+from raymuse.tracking.run import Run
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+PER_PART = 3
+
+
+def write_generated(
+    folder: Path,
+    truth: Sequence[Picture],
+    captions: Sequence[str],
+    bases: Sequence[NDArray[np.uint8]] | None = None,
+) -> str:
+    """What generate would leave, had the model drawn the true pictures for these captions."""
+    manifest = Manifest.open(str(folder), {"stage": "generate"})
+    tables = []
+    for number, start in enumerate(range(0, len(truth), PER_PART)):
+        name = f"part-{number:06d}"
+        members: list[tuple[str, bytes]] = []
+        rows = []
+        for index in range(start, min(start + PER_PART, len(truth))):
+            pixels = np.asarray(decode(truth[index].data))
+            key = f"{index:09d}-0"
+            row = PictureRow(
+                index, 0, key, truth[index].key, captions[index], "", 0, 64, 64, 1, 1.0, 1.0, "truth", name
+            )
+            facts = dict(vars(row))
+            members.append((f"{key}.png", png_bytes(pixels, facts)))
+            if bases is not None:
+                members.append((f"{key}.base.png", png_bytes(bases[index], facts)))
+            members.append((f"{key}.json", json.dumps(facts).encode()))
+            rows.append(row)
+        (folder / "parts").mkdir(exist_ok=True)
+        write_tar(folder / "parts" / f"{name}.tar", members)
+        tables.append(rows_table(rows))
+        manifest.write_part(name, {f"rows/{name}.parquet": b""}, rows=len(rows), rejects=0, source="")
+    manifest.folder.write("manifest.parquet", parquet_bytes(pa.concat_tables(tables), {}))
+    manifest.finish()
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def truth(shards: str) -> list[Picture]:
+    rows = [row for shard in list_shards(f"{shards}/test") for row in read_shard(shard)]
+    return [row for row in rows if isinstance(row, Picture)]
+
+
+@pytest.fixture
+def config(model: str, clip: str, tmp_path: Path) -> ScoreConfig:
+    return ScoreConfig(images=str(tmp_path / "images"), output=str(tmp_path / "scores"), model=model, clip=clip)
+
+
+def changed(config: ScoreConfig, **changes: object) -> ScoreConfig:
+    return ScoreConfig.model_validate({**config.model_dump(), **changes})
+
+
+def test_the_truth_drawn_by_a_cascade_is_all_right_and_beside_its_ceilings(
+    config: ScoreConfig, truth: list[Picture], shards: str
+) -> None:
+    bases = [downscale(np.asarray(decode(one.data)), 32) for one in truth]
+    write_generated(Path(config.images), truth, [one.captions[0] for one in truth], bases)
+    scores = read_scores(score(changed(config, truth=f"{shards}/test"), Run.off()))
+    assert scores["pictures"] == dict.fromkeys(("truth", "vqgan", "vqgan_low", "base", "cascade"), len(truth))
+    for kind in ("truth", "cascade"):
+        accuracy = scores["accuracy"][kind]
+        assert accuracy["whole"] == 1.0
+        assert set(accuracy["attributes"].values()) == {1.0}
+    assert scores["accuracy"]["vqgan"]["whole"] < 0.5  # a VQGAN of three batches shows next to nothing
+    assert scores["clip_score"]["truth"] == pytest.approx(scores["clip_score"]["cascade"], abs=1e-6)
+    assert_rows_match(config, truth)
+
+
+def assert_rows_match(config: ScoreConfig, truth: list[Picture]) -> None:
+    """rows.parquet has one row a picture and kind, each with the CLIP score of that very pair."""
+    rows = pq.read_table(f"{config.output}/rows.parquet").to_pylist()
+    assert [(row["key"], row["kind"]) for row in rows] == [
+        (f"{index:09d}-0", kind)
+        for index in range(len(truth))
+        for kind in ("truth", "vqgan", "vqgan_low", "base", "cascade")
+    ]
+    pixels = np.stack([np.asarray(decode(one.data)) for one in truth])
+    fits = Clip.load(config.clip).score(pixels, [one.captions[0] for one in truth])
+    found = [row["clip_score"] for row in rows if row["kind"] == "truth"]
+    np.testing.assert_allclose(found, fits, atol=1e-5)
+
+
+def test_other_captions_are_wrong_and_a_base_alone_has_one_kind(config: ScoreConfig, truth: list[Picture]) -> None:
+    captions = [one.captions[0] for one in truth]
+    write_generated(Path(config.images), truth, [*captions[1:], captions[0]])
+    scores = read_scores(score(config, Run.off()))
+    assert scores["pictures"] == {"base": len(truth)}
+    assert scores["accuracy"]["base"]["whole"] == 0.0
+    assert 0 < np.mean(list(scores["accuracy"]["base"]["attributes"].values())) < 0.8  # some are right by chance
+    again = score(config, Run.off())  # done: nothing starts
+    assert read_scores(again) == scores
+
+
+def test_without_a_judge_only_clip_scores(config: ScoreConfig, truth: list[Picture]) -> None:
+    write_generated(Path(config.images), truth, [one.captions[0] for one in truth])
+    scores = read_scores(score(changed(config, judge="none"), Run.off()))
+    assert "accuracy" not in scores
+    assert set(scores["clip_score"]) == {"base"}
+    assert "| clip_score | " in markdown(scores)
+
+
+# --- what cannot be scored
+
+
+def test_what_cannot_be_scored_is_refused_before_anything_starts(
+    config: ScoreConfig, truth: list[Picture], shards: str
+) -> None:
+    with pytest.raises(UserError, match=r"does not exist\. Run `raymuse generate` to the end first"):
+        score(config, Run.off())
+    write_generated(Path(config.images), truth, [one.captions[0] for one in truth])
+    with pytest.raises(UserError, match=r"has no picture with the key '\w+' \(8 of the prompts have none\)"):
+        score(changed(config, truth=f"{shards}/train/00011.tar"), Run.off())
+    assert not Path(config.output).exists()
+
+
+def test_pictures_that_were_all_rejected_are_no_pictures(config: ScoreConfig) -> None:
+    manifest = Manifest.open(config.images, {})
+    manifest.folder.write("manifest.parquet", parquet_bytes(rows_table([]), {}))
+    manifest.finish()
+    with pytest.raises(UserError, match="holds no pictures"):
+        score(config, Run.off())
+
+
+# --- arithmetic
+
+
+def row(kind: str, fit: float, **attributes: bool) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "clip_score": fit,
+        "attributes": attributes or None,
+        "correct": all(attributes.values()) if attributes else None,
+    }
+
+
+def test_the_summary_is_the_mean_of_its_rows() -> None:
+    rows = [
+        row("base", 0.1, colour=True, shape=True),
+        row("base", 0.2, colour=True, shape=False),
+        row("base", 0.6, colour=False, shape=True, relation=True),
+        row("truth", 0.9, colour=True, shape=True),
+    ]
+    summary = summarise(rows)
+    assert summary["pictures"] == {"truth": 1, "base": 3}
+    assert summary["clip_score"] == {"truth": 0.9, "base": pytest.approx(0.3)}
+    base = summary["accuracy"]["base"]
+    assert base["whole"] == pytest.approx(1 / 3)
+    assert (base["one_object"], base["two_objects"]) == (0.5, 0.0)
+    assert base["attributes"] == {"colour": pytest.approx(2 / 3), "shape": pytest.approx(2 / 3), "relation": 1.0}
+    assert summary["accuracy"]["truth"]["two_objects"] is None  # there were none: not a zero
+    assert "accuracy.truth.two_objects" not in flat(summary)
+    assert flat(summary)["accuracy.base.attributes.colour"] == pytest.approx(2 / 3)
+    assert "| one_object | 1.000 | 0.500 |" in markdown(summary)

@@ -1,0 +1,125 @@
+"""Training on Ray Train with DeepSpeed ZeRO: a worker killed in the middle changes no bit of the result."""
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny
+from ray.cluster_utils import Cluster
+from safetensors.torch import load_file
+
+from raymuse.config.errors import UserError
+from raymuse.config.training import BaseConfig
+from raymuse.pipeline import load_uvit
+from raymuse.stages.train import train
+from raymuse.storage import checkpoint
+from raymuse.tracking.run import Run
+
+STEPS, EVERY = 24, 4
+
+
+def config_of(folder: Path, tokens: str) -> BaseConfig:
+    """Two workers, ZeRO-2, a checkpoint every fourth step, and one lost worker allowed."""
+    options = {"workers": 2, "zero": {"stage": 2}, "max_failures": 1, "log_every": EVERY, "ema_decay": 0.9}
+    kept = {"every": EVERY, "keep": STEPS // EVERY}
+    return tiny.base_config(folder, tokens, steps=STEPS, checkpoint=kept, **options)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster: Cluster, tokens: str, tmp_path_factory: pytest.TempPathFactory) -> BaseConfig:
+    config = config_of(tmp_path_factory.mktemp("undisturbed"), tokens)
+    train(config, Run.off())
+    return config
+
+
+@pytest.fixture(scope="module")
+def disturbed(ray_cluster: Cluster, tokens: str, tmp_path_factory: pytest.TempPathFactory) -> BaseConfig:
+    """The same training, of whose workers one was killed right after the first checkpoint."""
+    config = config_of(tmp_path_factory.mktemp("disturbed"), tokens)
+    killed: list[int] = []
+    killer = threading.Thread(target=_kill_a_worker, args=(Path(config.output), killed))
+    killer.start()
+    train(config, Run.off())
+    killer.join()
+    assert len(killed) == 1
+    return config
+
+
+def _kill_a_worker(output: Path, killed: list[int]) -> None:
+    workers: list[psutil.Process] = []
+    deadline = time.monotonic() + 200
+    while not (output / f"step-{EVERY:08d}" / "checkpoint.json").exists():
+        if time.monotonic() > deadline:
+            return
+        if len(workers) < 2:
+            children = psutil.Process().children(recursive=True)
+            workers = [child for child in children if "RayTrainWorker" in child.name() + " ".join(child.cmdline())]
+        time.sleep(0.002)
+    workers[-1].kill()
+    killed.append(workers[-1].pid)
+
+
+def test_a_killed_worker_changes_no_bit_of_the_weights(undisturbed: BaseConfig, disturbed: BaseConfig) -> None:
+    for name in ("model", "model_raw"):
+        one, other = (
+            Path(config.output, name, "diffusion_pytorch_model.safetensors").read_bytes()
+            for config in (undisturbed, disturbed)
+        )
+        assert one == other, name
+    found = [checkpoint.newest(Path(config.output)) for config in (undisturbed, disturbed)]
+    assert [one.step for one in found if one] == [STEPS, STEPS]
+    ends = [one.tensors() for one in found if one]
+    assert ends[0].keys() == ends[1].keys()
+    assert {name.split("/")[0] for name in ends[0]} == {"weight", "ema", "exp_avg", "exp_avg_sq"}
+    assert all(ends[0][name].equal(ends[1][name]) for name in ends[0])
+
+
+def test_the_training_went_on_from_a_checkpoint_and_not_from_the_start(
+    undisturbed: BaseConfig, disturbed: BaseConfig
+) -> None:
+    lines = Path(disturbed.output, "progress.log").read_text()
+    assert lines.count("going on from step") == 1
+    step = int(lines.split("going on from step ")[1].split()[0])
+    assert 0 < step < STEPS
+    after = lines.split("going on from step")[1]
+    assert f"step {STEPS}/{STEPS}" in after
+    assert f"step {EVERY}/{STEPS}" not in after, "it began again"
+    assert "going on" not in Path(undisturbed.output, "progress.log").read_text()
+
+
+def test_ray_train_holds_a_pointer_to_our_checkpoint(undisturbed: BaseConfig) -> None:
+    pointers = sorted(Path(undisturbed.output, "ray").rglob("pointer.json"))
+    named = {Path(json.loads(pointer.read_text())["checkpoint"]) for pointer in pointers}
+    assert Path(undisturbed.output).resolve() / f"step-{STEPS:08d}" in named
+    assert all((folder / "checkpoint.json").exists() for folder in named)
+    heaviest = max(path.stat().st_size for path in Path(undisturbed.output, "ray").rglob("*") if path.is_file())
+    assert heaviest < 100_000, "Ray keeps no weights"
+
+
+def test_each_rank_wrote_its_share_and_no_pickle(disturbed: BaseConfig) -> None:
+    root = Path(disturbed.output)
+    ours = [path for path in root.rglob("*") if path.is_file() and "ray" not in path.relative_to(root).parts]
+    assert {path.suffix for path in ours} <= {".safetensors", ".json", ".log", ""}
+    heads = {path: path.read_bytes()[:2] for path in ours}
+    assert not [path for path, head in heads.items() if head[:1] == b"\x80" or head == b"PK"]
+    shares = [load_file(root / f"step-{STEPS:08d}" / f"rank-0000{rank}.safetensors") for rank in range(2)]
+    assert all(shares)
+    assert not set(shares[0]) & set(shares[1])
+
+
+def test_the_trained_model_opens_and_a_second_run_starts_no_worker(undisturbed: BaseConfig) -> None:
+    load_uvit(Path(undisturbed.output) / "model")
+    attempts = sorted(Path(undisturbed.output, "ray").iterdir())
+    began = time.perf_counter()
+    assert train(undisturbed, Run.off()) == f"{undisturbed.output}/model"
+    assert time.perf_counter() - began < 2
+    assert sorted(Path(undisturbed.output, "ray").iterdir()) == attempts
+
+
+def test_other_hyperparameters_on_the_same_output_are_refused(undisturbed: BaseConfig) -> None:
+    other = BaseConfig.model_validate({**undisturbed.model_dump(), "batch_size": 16})
+    with pytest.raises(UserError, match="batch_size was 8 and is now 16"):
+        train(other, Run.off())
