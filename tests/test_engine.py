@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from processes import run_ranks
+from ranks import run_ranks
 from raymuse.config.training import OptimizerConfig
 from raymuse.training.ema import Ema
 from raymuse.training.engine import MOMENTS, Engine, PlainEngine, full_weights, global_sum, rank_and_world

@@ -2,21 +2,18 @@
 
 import io
 import json
-import os
-import signal
 import tarfile
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from ray import serve
 
+from processes import children_named, wait_until
 from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.generate import GenerateConfig
 from raymuse.pipeline import Pipeline, image_seed
@@ -154,15 +151,10 @@ def test_a_replica_killed_in_the_middle_and_parts_of_another_size_change_no_pict
 
 
 def _kill_after_the_first_part(folder: Path, killed: list[int]) -> None:
-    deadline = time.monotonic() + 120
-    while not list((folder / "_manifest").glob("part-*.json")):
-        if time.monotonic() > deadline:
-            return
-        time.sleep(0.002)
-    for process in psutil.Process().children(recursive=True):
-        if "raymuse-generate" in process.name() or "raymuse-generate" in " ".join(process.cmdline()):
-            os.kill(process.pid, signal.SIGKILL)
-            killed.append(process.pid)
+    wait_until(lambda: list((folder / "_manifest").glob("part-*.json")), 120)
+    for replica in children_named("ServeReplica:raymuse-generate"):
+        replica.kill()
+        killed.append(replica.pid)
 
 
 def test_a_lost_part_is_drawn_again_to_the_same_bytes(drawn: GenerateConfig) -> None:

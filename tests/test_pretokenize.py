@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from processes import wait_until
 from raymuse.clusters.local import _processes
 from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.pretokenize import PretokenizeConfig
@@ -208,13 +209,6 @@ def own_ray() -> Iterator[tuple[dict[str, str], Path]]:
         for process in _processes(ray):
             process.kill()
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def wait_until(true: Callable[[], object], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def test_a_run_killed_in_the_middle_ends_with_the_bytes_of_an_undisturbed_one(

@@ -5,12 +5,12 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
-import tiny
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
+import tiny
+from processes import children_named, wait_until
 from raymuse.config.errors import UserError
 from raymuse.config.training import BaseConfig
 from raymuse.pipeline import load_uvit
@@ -18,7 +18,7 @@ from raymuse.stages.train import train
 from raymuse.storage import checkpoint
 from raymuse.tracking.run import Run
 
-STEPS, EVERY = 24, 4
+STEPS, EVERY = 12, 4
 
 
 def config_of(folder: Path, tokens: str) -> BaseConfig:
@@ -49,15 +49,10 @@ def disturbed(ray_cluster: Cluster, tokens: str, tmp_path_factory: pytest.TempPa
 
 
 def _kill_a_worker(output: Path, killed: list[int]) -> None:
-    workers: list[psutil.Process] = []
-    deadline = time.monotonic() + 200
-    while not (output / f"step-{EVERY:08d}" / "checkpoint.json").exists():
-        if time.monotonic() > deadline:
-            return
-        if len(workers) < 2:
-            children = psutil.Process().children(recursive=True)
-            workers = [child for child in children if "RayTrainWorker" in child.name() + " ".join(child.cmdline())]
-        time.sleep(0.002)
+    first = output / f"step-{EVERY:08d}" / "checkpoint.json"
+    wait_until(lambda: len(children_named("RayTrainWorker")) == 2, 100)
+    workers = children_named("RayTrainWorker")
+    wait_until(first.exists, 100)
     workers[-1].kill()
     killed.append(workers[-1].pid)
 

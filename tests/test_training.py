@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import tiny
-from processes import run_ranks
+from ranks import run_ranks
 from raymuse.config.errors import ConfigError, UserError
 from raymuse.config.training import ClipConfig, SuperresConfig, TrainConfig, VqganConfig
 from raymuse.models.clip import Clip

@@ -18,7 +18,7 @@ from raymuse.clusters.local import session
 from raymuse.config.base import StageConfig
 from raymuse.config.errors import TooManyRejects
 from raymuse.config.flow import FlowConfig
-from raymuse.stages.data import make_data
+from raymuse.stages.data import check_source, make_data
 from raymuse.stages.export import export
 from raymuse.stages.generate import generate
 from raymuse.stages.pretokenize import pretokenize
@@ -71,9 +71,10 @@ def demo(config: FlowConfig, json_path: Path | None) -> None:
     Raises:
         UserError: for whatever a stage finds wrong, before that stage writes anything.
     """
+    check_source(config.data)
     root = Path(config.workdir).resolve()
-    Folder(str(root)).create()
     Folder(str(root)).require_free(NEEDED_BYTES)
+    Folder(str(root)).create()
     record = Record.load(root / "flow.json")
     with Server.start(root / "mlflow", wait=False) as server, _memory(record), _ray(config):
         server.wait()

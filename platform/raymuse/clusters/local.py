@@ -109,7 +109,7 @@ def _private(num_cpus: int | None, object_store_gib: float | None, dashboard: bo
                 object_store_memory=None if object_store_gib is None else int(object_store_gib * 2**30),
                 include_dashboard=dashboard,
                 dashboard_host="127.0.0.1",
-            log_to_driver=False,  # stages say themselves how they get on; workers' errors come back as exceptions
+                log_to_driver=False,  # stages say themselves how they get on; workers' errors come back as exceptions
                 logging_level="WARNING",
                 _temp_dir=str(folder),
             )

@@ -72,6 +72,14 @@ def make_data(config: DataConfig, run: Run) -> str:
     return config.output
 
 
+def check_source(config: DataConfig) -> None:
+    """Raise UserError where the source is missing or empty, before anything is started or written."""
+    if config.source == "emoji":
+        emoji.find_font()
+    elif config.source != "shapes":
+        list_shards(config.source)
+
+
 def plan_parts(sizes: dict[str, int], per_shard: int) -> list[Part]:
     """The shards of every split, in order."""
     return [

@@ -1,0 +1,37 @@
+"""Several gloo processes at once, on a machine that has no C++ compiler."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+Job = Callable[..., Any]
+
+
+def run_ranks(job: Job, world: int, folder: Path, *arguments: Any) -> list[Any]:
+    """What `job(*arguments)` returned on each rank, from fresh processes that share a gloo group.
+
+    Their PATH is an empty folder and they have one thread each. An exception in one ends all and is raised here.
+    """
+    place = folder / f"world-{world}"
+    (place / "bin").mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        environment = {"PATH": str(place / "bin"), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        for name, value in {**environment, "WORLD_SIZE": str(world)}.items():
+            patch.setenv(name, value)
+        mp.spawn(_child, (job, world, place, arguments), nprocs=world)
+    return [torch.load(place / f"rank-{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _child(rank: int, job: Job, world: int, place: Path, arguments: tuple[Any, ...]) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{place}/store", rank=rank, world_size=world)
+    torch.save(job(*arguments), place / f"rank-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
