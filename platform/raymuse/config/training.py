@@ -97,7 +97,6 @@ class MaskedConfig(TrainConfig):
         None, description="folder with text_encoder/; needed where the shards hold text ids, not states"
     )
     vqgan: Annotated[str, AddressMark()] | None = Field(None, description="VQGAN folder, to draw samples with")
-    sample_prompts: tuple[str, ...] = runtime((), "captions drawn at intervals")
 
 
 class BaseConfig(MaskedConfig):

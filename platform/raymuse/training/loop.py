@@ -68,7 +68,7 @@ class Loop:
             done = step + 1
             if done % self.config.log_every == 0 or done == self.config.steps:
                 self._log(metrics, done)
-            if self._samples_wanted() and (done % self.config.sample_every == 0 or done == self.config.steps):
+            if done % self.config.sample_every == 0 or done == self.config.steps:
                 self._sample(done)
             if done % self.config.checkpoint.every == 0 or done == self.config.steps:
                 self._commit(done, metrics)
@@ -125,13 +125,11 @@ class Loop:
         same = {name[1:]: float(value) for name, value in metrics.items() if name.startswith("=")}
         return {**dict(zip(names, summed.tolist(), strict=True)), **same}
 
-    def _samples_wanted(self) -> bool:
-        return getattr(self.config, "vqgan", "none needed") is not None
-
     def _sample(self, done: int) -> None:
         weights = self._best_weights()
-        if self.engine.rank == 0:
-            self.run.picture("samples", self.task.sample(weights), done)
+        picture = self.task.sample(weights) if self.engine.rank == 0 else None
+        if picture is not None:
+            self.run.picture("samples", picture, done)
         self.clock.restart()
 
     def _best_weights(self) -> dict[str, Tensor]:

@@ -38,8 +38,8 @@ class Task(Protocol):
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None: ...
 
-    def sample(self, weights: dict[str, Tensor]) -> Image.Image:
-        """A sheet of pictures of what the weights do. Called on rank 0 alone."""
+    def sample(self, weights: dict[str, Tensor]) -> Image.Image | None:
+        """A sheet of pictures of what the weights do; None where the config gives no means. On rank 0 alone."""
 
     def save(self, weights: dict[str, Tensor], folder: Path) -> dict[str, Any]:
         """Write the trained model's folder; facts about it for the run. Called on rank 0 alone."""
