@@ -114,7 +114,8 @@ def test_all_errors_are_said_at_once_with_place_and_suggestion(tmp_path: Path) -
         "base.optimizer.schedule: must be 'constant', 'cosine' or 'linear'; was 'cosin'; did you mean cosine? "
         f"({path} line 6)",
         f"base.setps: no such key; did you mean base.steps? ({path} line 4)",
-        "score.judge: must be 'shapes' or 'none'; was 'shape'; did you mean shapes? (given as score.judge=shape)",
+        "score.judge: must be 'auto', 'shapes' or 'none'; was 'shape'; did you mean shapes? "
+        "(given as score.judge=shape)",
         f"bass: no such key; did you mean base? ({path} line 2)",
         "lr: no such key; did you mean vqgan.optimizer.lr, clip.optimizer.lr, base.optimizer.lr or "
         "superres.optimizer.lr? (given as lr=1)",

@@ -139,7 +139,7 @@ def test_a_replica_killed_in_the_middle_and_parts_of_another_size_change_no_pict
     drawn: GenerateConfig, tmp_path: Path
 ) -> None:
     killed: list[int] = []
-    killer = threading.Thread(target=_kill_after_the_first_part, args=(tmp_path, killed))
+    killer = threading.Thread(target=_kill_after_the_first_part, args=(tmp_path, killed), daemon=True)
     killer.start()
     generate(changed(drawn, tmp_path, pictures_per_part=4, in_flight=1), Run.off())
     killer.join()

@@ -40,7 +40,7 @@ def disturbed(ray_cluster: Cluster, tokens: str, tmp_path_factory: pytest.TempPa
     """The same training, of whose workers one was killed right after the first checkpoint."""
     config = config_of(tmp_path_factory.mktemp("disturbed"), tokens)
     killed: list[int] = []
-    killer = threading.Thread(target=_kill_a_worker, args=(Path(config.output), killed))
+    killer = threading.Thread(target=_kill_a_worker, args=(Path(config.output), killed), daemon=True)
     killer.start()
     train(config, Run.off())
     killer.join()

@@ -101,7 +101,7 @@ def fit_task(config: TrainConfig, task: Task, stop_at: int | None = None) -> lis
             raise WorkerLostError
 
     run = Record(None, Path(), [])
-    Loop(config, task, build_engine(config, task), run, report, "fingerprint", lambda line: None).fit()
+    Loop(config, task, build_engine(config, task), run, report, lambda line: None).fit()
     return run.losses
 
 

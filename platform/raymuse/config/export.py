@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from raymuse.config.base import Address, AddressMark, Config, StageConfig
+from raymuse.config.base import Address, AddressMark, Config, MaskingSchedule, StageConfig
 
 
 class SamplingConfig(Config):
@@ -13,7 +13,7 @@ class SamplingConfig(Config):
     steps: int = Field(12, ge=1)
     guidance: float = Field(4.0, ge=0, description="1: no guidance; logits = uncond + guidance (cond - uncond)")
     temperature: float = Field(2.0, ge=0, description="Gumbel noise on the confidence at the first step, falling to 0")
-    masking: str = "cosine"
+    masking: MaskingSchedule = "cosine"
 
 
 class ExportConfig(StageConfig):

@@ -1,10 +1,10 @@
 """Prompts to pictures, and the deployed application."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from raymuse.config.base import Address, AddressMark, StageConfig, runtime
+from raymuse.config.base import Address, Config, StageConfig, runtime
 
 
 class GenerateConfig(StageConfig):
@@ -29,11 +29,10 @@ class GenerateConfig(StageConfig):
     max_reject_fraction: float = runtime(0.05, "more failures than this share: exit code 3", ge=0, le=1)
 
 
-class ServeConfig(StageConfig):
+class ServeConfig(Config):
     """Deploy a model folder behind HTTP."""
 
     stage: Literal["serve"] = "serve"
-    output: Annotated[str, AddressMark()] = runtime("runs/serve", "folder for logs")
     model: Address
     host: str = runtime("127.0.0.1", "address to listen on")
     port: int = runtime(8000, "port to listen on; 0: any free one", ge=0, le=65535)

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from raymuse.config.base import Address, AddressMark, Config, StageConfig, runtime
+from raymuse.config.base import Address, AddressMark, Config, MaskingSchedule, StageConfig, runtime
 
 
 class OptimizerConfig(Config):
@@ -92,7 +92,7 @@ class MaskedConfig(TrainConfig):
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of samples whose caption becomes the empty one")
     min_masking_ratio: float = Field(0.0, ge=0, lt=1)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    masking: str = Field("cosine", description="schedule of the masking ratio")
+    masking: MaskingSchedule = Field("cosine", description="schedule of the masking ratio")
     text_encoder: Annotated[str, AddressMark()] | None = Field(
         None, description="folder with text_encoder/; needed where the shards hold text ids, not states"
     )

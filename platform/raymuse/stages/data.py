@@ -58,6 +58,7 @@ def make_data(config: DataConfig, run: Run) -> str:
     Raises:
         UserError: for a source that is missing or empty, and an output that cannot be written or is another's.
     """
+    Folder(config.output).require_local("the trainings read single pictures out of its tars")
     source, sizes = _source(config)
     manifest = Manifest.open(config.output, {**config.identity(), "sizes": sizes})
     plan = plan_parts(sizes, config.pictures_per_shard)
@@ -139,7 +140,11 @@ def _from_index(part: Part, index: PictureIndex, splits: dict[str, list[int]]) -
 
 
 def _ending(picture: Picture) -> str:
-    return "png" if picture.data.startswith(b"\x89PNG") else "webp" if picture.data[8:12] == b"WEBP" else "jpg"
+    """The ending that the picture's first bytes call for."""
+    magic = {b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tif", b"MM\0*": "tif"}
+    if picture.data[8:12] == b"WEBP":
+        return "webp"
+    return next((ending for start, ending in magic.items() if picture.data.startswith(start)), "jpg")
 
 
 def _hash(key: str) -> bytes:

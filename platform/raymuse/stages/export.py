@@ -14,6 +14,7 @@ from raymuse.config.export import ExportConfig
 from raymuse.models.vqgan import Vqgan
 from raymuse.models.weights import weights_sha256
 from raymuse.pipeline import Pipeline, Settings
+from raymuse.storage.folder import Folder
 from raymuse.storage.manifest import Manifest
 from raymuse.tracking.run import Run
 
@@ -32,6 +33,7 @@ def export(config: ExportConfig, run: Run) -> str:
     Raises:
         UserError: for parts that are missing or not trained to the end.
     """
+    Folder(config.output).require_local("diffusers and transformers read models from a disk")
     parts = _parts(config)
     sums = {name: weights_sha256(str(folder), name) for name, folder in parts.items() if name != "tokenizer"}
     manifest = Manifest.open(config.output, {**config.identity(), "weights": sums})
@@ -115,7 +117,7 @@ tags: [muse, amused, masked-image-modeling, raymuse]
 
 A masked-image text-to-image model, {settings.base_size} px, trained with raymuse.
 {cascade}
-Draw with raymuse: `raymuse generate model={config.name} prompts=prompts.txt output=images`, or open the base in
+Draw with raymuse: `raymuse generate demo:generate model=FOLDER prompts=prompts.txt output=images`, or open the base in
 diffusers: `AmusedPipeline.from_pretrained(FOLDER)`.
 
 Defaults: {settings.base.steps} steps, guidance {settings.base.guidance}, temperature {settings.base.temperature}.

@@ -346,4 +346,4 @@ def _ask(reference: ray.ObjectRef) -> PartRecord:
 
 
 def _digest(prompts: list[Prompt]) -> str:
-    return hashlib.sha256("\n".join(prompt.prompt for prompt in prompts).encode()).hexdigest()
+    return hashlib.sha256("\n".join(f"{prompt.key} {prompt.prompt}" for prompt in prompts).encode()).hexdigest()

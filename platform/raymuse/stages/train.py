@@ -23,7 +23,9 @@ from ray.train.torch import TorchTrainer
 
 from raymuse.config.errors import UserError
 from raymuse.config.stages import STAGES
-from raymuse.config.training import BaseConfig, MaskedConfig, SuperresConfig, TrainConfig
+from raymuse.config.training import MaskedConfig, TrainConfig
+from raymuse.models.weights import weights_sha256
+from raymuse.storage.folder import Folder
 from raymuse.storage.images import list_shards
 from raymuse.storage.manifest import Manifest
 from raymuse.storage.tokens import TokenStore
@@ -37,6 +39,7 @@ def train(config: TrainConfig, run: Run) -> str:
     Raises:
         UserError: for input that is missing or unfinished, a recipe that does not fit it, or another run's output.
     """
+    Folder(config.output).require_local("each worker writes its share of a checkpoint there")
     manifest = Manifest.open(config.output, {**config.identity(), "data": data_fingerprint(config)})
     model = f"{config.output}/model"
     if manifest.finished:
@@ -44,11 +47,10 @@ def train(config: TrainConfig, run: Run) -> str:
         return model
     build_task(config)  # every mistake of the recipe shows here, before any worker starts
     run.params(config.model_dump(mode="json"))
-    fingerprint = config.fingerprint()
     if config.workers == 0:
-        train_here(config, run, lambda metrics, folder: None, fingerprint, print)
+        train_here(config, run, lambda metrics, folder: None, print)
     else:
-        _train_on_ray(config, run, fingerprint)
+        _train_on_ray(config, run)
     manifest.finish(model=model)
     return model
 
@@ -56,7 +58,9 @@ def train(config: TrainConfig, run: Run) -> str:
 def data_fingerprint(config: TrainConfig) -> str:
     """What the training reads, by content where the input says it, else by the names of its shards."""
     if isinstance(config, MaskedConfig):
-        return str(TokenStore(config.input).fingerprint)
+        frozen = {"text_encoder": config.text_encoder, "transformer": getattr(config, "start_from", None)}
+        sums = [weights_sha256(address, part) for part, address in frozen.items() if address is not None]
+        return " ".join([TokenStore(config.input).fingerprint, *sums])
     address = str(getattr(config, "input", ""))
     return " ".join(shard.name for shard in list_shards(address))
 
@@ -67,7 +71,7 @@ def plan_text(config: TrainConfig) -> str:
     parameters = sum(p.numel() for p in task.module.parameters() if p.requires_grad)
     state = 16 + (4 if config.ema_decay else 0)
     shards = max(1, config.workers)
-    zero = config.zero.stage if isinstance(config, BaseConfig | SuperresConfig) else 0
+    zero = config.zero.stage if isinstance(config, MaskedConfig) and config.workers > 0 else 0
     weights, gradients, moments = 4, 4, state - 8
     held = (
         weights / (shards if zero == 3 else 1)
@@ -83,14 +87,13 @@ def plan_text(config: TrainConfig) -> str:
     )
 
 
-def _train_on_ray(config: TrainConfig, run: Run, fingerprint: str) -> None:
+def _train_on_ray(config: TrainConfig, run: Run) -> None:
     progress = Path(config.output) / "progress.log"
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
             "config": config.model_dump(mode="json"),
             "run": run,
-            "fingerprint": fingerprint,
             "progress": str(progress.resolve()),
         },
         scaling_config=ScalingConfig(
@@ -122,7 +125,7 @@ def _worker(payload: dict[str, Any]) -> None:
     config = STAGES[payload["config"]["stage"]].model_validate(payload["config"])
     assert isinstance(config, TrainConfig)
     with Path(payload["progress"]).open("a", buffering=1) as lines:
-        train_here(config, payload["run"], _report, payload["fingerprint"], partial(print, file=lines))
+        train_here(config, payload["run"], _report, partial(print, file=lines))
 
 
 @contextmanager

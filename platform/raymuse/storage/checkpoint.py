@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,11 @@ def commit(folder: Path, step: int, files: Sequence[FileRecord], state: Mapping[
     Folder(str(folder)).write("checkpoint.json", json.dumps(record, indent=1).encode())
 
 
-def newest(root: Path) -> Checkpoint | None:
+def _warn(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
+
+
+def newest(root: Path, warn: Callable[[str], None] = _warn) -> Checkpoint | None:
     """The newest whole checkpoint; damaged ones are passed over with a warning that names both."""
     damaged: str | None = None
     for folder in sorted(root.glob("step-*"), reverse=True):
@@ -69,10 +73,10 @@ def newest(root: Path) -> Checkpoint | None:
             damaged = damaged or f"{folder.name} is damaged ({problem})"
             continue
         if damaged:
-            print(f"warning: {root}: {damaged}; going on from {folder.name}.", file=sys.stderr)
+            warn(f"warning: {root}: {damaged}; going on from {folder.name}.")
         return checkpoint
     if damaged:
-        print(f"warning: {root}: {damaged}; no older checkpoint, starting again.", file=sys.stderr)
+        warn(f"warning: {root}: {damaged}; no older checkpoint, starting again.")
     return None
 
 

@@ -56,6 +56,11 @@ class Folder:
                 "Make room, or choose another output."
             )
 
+    def require_local(self, why: str) -> None:
+        """Raise UserError where the folder is not on a disk of this machine (or one that all nodes mount)."""
+        if self.local is None:
+            raise UserError(f"{self.address}: this output must be a folder on a disk that every node sees: {why}.")
+
     def exists(self, name: str = "") -> bool:
         return bool(self._filesystem().exists(self._path(name)))
 

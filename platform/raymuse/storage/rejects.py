@@ -25,7 +25,7 @@ class Reason(StrEnum):
     SHARD_DAMAGED = "shard_damaged"  # a stretch of a tar that holds no readable member
     SHARD_UNREADABLE = "shard_unreadable"  # nothing of the tar can be read
     EMPTY_PROMPT = "empty_prompt"
-    GENERATION_FAILED = "generation_failed"  # the model could not draw it, also when tried again
+    GENERATION_FAILED = "generation_failed"  # the model failed on it; a full queue or a lost replica is tried again
 
 
 class Unreadable(Exception):  # noqa: N818 - a verdict on the data, not a failure of the program

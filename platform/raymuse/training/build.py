@@ -40,9 +40,9 @@ def build_engine(config: TrainConfig, task: Task, device: str = "cpu") -> Engine
     return PlainEngine(task.module, config.optimizer, device)
 
 
-def train_here(config: TrainConfig, run: Run, report: Report, fingerprint: str, say: Callable[[str], None]) -> None:
+def train_here(config: TrainConfig, run: Run, report: Report, say: Callable[[str], None]) -> None:
     """Run this rank's part of the training, in whatever process group it finds."""
     device = f"cuda:{torch.cuda.current_device()}" if config.use_gpu else "cpu"
     task = build_task(config, device)
     engine = build_engine(config, task, device)
-    Loop(config, task, engine, run, report, fingerprint, say).fit()
+    Loop(config, task, engine, run, report, say).fit()

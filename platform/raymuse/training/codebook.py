@@ -31,7 +31,7 @@ class Codebook:
         self.revive_below = revive_below
         self.seed = seed
         self.started = False
-        self.counts = torch.ones(len(weight))
+        self.counts = torch.ones(len(weight), device=weight.device)
         self.sums = weight.detach().clone()
         self.revived = 0
 
@@ -39,12 +39,12 @@ class Codebook:
         """First codes: k-means over the global batch's latents (N, D). Collective."""
         pool = _gather(latents)
         chosen = self._generator(step).choice(len(pool), len(self.weight), replace=len(pool) < len(self.weight))
-        codes = pool[torch.from_numpy(chosen)].clone()
+        codes = pool[torch.from_numpy(chosen).to(pool.device)].clone()
         for _ in range(KMEANS_ROUNDS):
             counts, sums = _assign(pool, torch.cdist(pool, codes).argmin(dim=1), len(codes))
             codes = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], codes)
         self.weight.copy_(codes)
-        self.counts = torch.ones(len(codes))
+        self.counts = torch.ones(len(codes), device=codes.device)
         self.sums = codes.clone()
         self.started = True
 
@@ -81,7 +81,7 @@ class Codebook:
 
     def _revive(self, dead: Tensor, latents: Tensor, step: int) -> None:
         pool = _gather(latents)
-        chosen = torch.from_numpy(self._generator(step).integers(len(pool), size=int(dead.sum())))
+        chosen = torch.from_numpy(self._generator(step).integers(len(pool), size=int(dead.sum()))).to(pool.device)
         self.weight[dead] = pool[chosen]
         self.sums[dead] = pool[chosen]
         self.counts[dead] = 1.0
@@ -94,7 +94,7 @@ class Codebook:
 def _assign(latents: Tensor, ids: Tensor, codes: int) -> tuple[Tensor, Tensor]:
     """How many latents chose each code (K,), and their sums (K, D)."""
     counts = torch.bincount(ids, minlength=codes).float()
-    sums = torch.zeros(codes, latents.shape[1]).index_add_(0, ids, latents)
+    sums = torch.zeros(codes, latents.shape[1], device=latents.device).index_add_(0, ids, latents)
     return counts, sums
 
 

@@ -59,10 +59,12 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def global_sum(values: Tensor) -> Tensor:
-    """Sum over the ranks. Collective."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
-    return values
+    """Sum over the ranks, on the device where `values` were. Collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    summed = values.cuda() if dist.get_backend() == "nccl" else values
+    dist.all_reduce(summed)
+    return summed.to(values.device)
 
 
 class PlainEngine:

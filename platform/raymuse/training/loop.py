@@ -34,7 +34,6 @@ class Loop:
         engine: owns parameters and optimizer.
         run: where rank 0 logs.
         report: called on all ranks with metrics and, after a commit, the checkpoint's folder.
-        fingerprint: of the config; stands in every checkpoint.
         say: rank 0's progress, a line at a time.
     """
 
@@ -45,7 +44,6 @@ class Loop:
         engine: Engine,
         run: Run,
         report: Report,
-        fingerprint: str,
         say: Callable[[str], None],
     ) -> None:
         self.config = config
@@ -53,7 +51,6 @@ class Loop:
         self.engine = engine
         self.run = run
         self.report = report
-        self.fingerprint = fingerprint
         self.say = say
         self.root = Path(config.output)
         self.ema = Ema(engine, config.ema_decay) if config.ema_decay is not None else None
@@ -145,7 +142,6 @@ class Loop:
             state = {
                 "updates": self.engine.updates(),
                 "ema_updates": self.ema.updates if self.ema is not None else 0,
-                "config": self.fingerprint,
             }
             store.commit(folder, done, records, state)
             store.prune(self.root, self.config.checkpoint.keep, done)
@@ -169,7 +165,7 @@ class Loop:
 
     def _restore(self) -> int:
         """Set everything from the newest whole checkpoint; the step to go on with. Collective."""
-        found = store.newest(self.root)
+        found = store.newest(self.root, self._warn)
         if found is None:
             return 0
         tensors = found.tensors()
@@ -187,6 +183,10 @@ class Loop:
         if self.engine.rank == 0:
             self.say(f"going on from step {found.step} ({found.folder})")
         return found.step
+
+    def _warn(self, sentence: str) -> None:
+        if self.engine.rank == 0:
+            self.say(sentence)
 
     def _names(self) -> list[str]:
         return [name for name, parameter in self.engine.module.named_parameters() if parameter.requires_grad]

@@ -86,7 +86,7 @@ class VqganTask:
         draws = uniforms(self.config.seed, CHOICE, positions, 1)[:, 0]
         sides = np.array(self.config.resolutions)[(draws * len(self.config.resolutions)).astype(np.int64)]
         pixels, _ = self.pictures.crops(positions, sides, self.config.crop)
-        return {"pixels": to_unit(pixels, self.device), "weights": torch.from_numpy(weights)}
+        return {"pixels": to_unit(pixels, self.device), "weights": torch.from_numpy(weights).to(self.device)}
 
     def count(self, batch: Batch) -> float:
         return float(batch["weights"].sum())
