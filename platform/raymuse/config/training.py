@@ -72,7 +72,7 @@ class ClipConfig(TrainConfig):
     stage: Literal["train-clip"] = "train-clip"
     input: Address = Field(description="image shards")
     resolution: int = Field(32, ge=16)
-    vocabulary: int = Field(512, ge=300, description="size of the byte-level BPE vocabulary, at most")
+    vocabulary: int = Field(1024, ge=515, description="size of the byte-level BPE vocabulary; 514 are bytes and marks")
     text_length: int = Field(32, ge=4, le=256, description="tokens a caption is padded or cut to")
 
 

@@ -34,6 +34,7 @@ from raymuse.storage.tokens import EMPTY, parquet_bytes
 from raymuse.tracking.run import Run
 
 TABLES = ("tokens", "captions", "rejects")
+DECODE_CPUS = 0.9  # not 1: Ray Data fuses steps of equal demands, and decoding would then wait for the encoder
 
 
 def pretokenize(config: PretokenizeConfig, run: Run) -> str:
@@ -103,7 +104,11 @@ def _commits(
     encoded = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
         .map_batches(
-            _decode, batch_size=1, compute=TaskPoolStrategy(size=config.decoders), fn_kwargs={"config": config}
+            _decode,
+            batch_size=1,
+            compute=TaskPoolStrategy(size=config.decoders),
+            num_cpus=DECODE_CPUS,
+            fn_kwargs={"config": config},
         )
         .map_batches(
             _Encode,
