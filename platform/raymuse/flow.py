@@ -16,7 +16,6 @@ import psutil
 
 from raymuse.clusters.local import session
 from raymuse.config.base import StageConfig
-from raymuse.config.errors import TooManyRejects
 from raymuse.config.flow import FlowConfig
 from raymuse.stages.data import check_source, make_data
 from raymuse.stages.export import export
@@ -25,7 +24,7 @@ from raymuse.stages.pretokenize import pretokenize
 from raymuse.stages.score import markdown, read_scores, score
 from raymuse.stages.train import train
 from raymuse.storage.folder import Folder
-from raymuse.tracking.run import Run, open_run, register
+from raymuse.tracking.run import Run, finishing, open_run, register
 from raymuse.tracking.server import Server
 
 STAGES: dict[str, Callable[[Any, Run], str]] = {
@@ -95,7 +94,7 @@ def _run_stages(config: FlowConfig, root: Path, record: Record, uri: str, parent
             uri, config.name, name, parent=parent, resume=record.runs.get(name), spool=root / "mlflow" / "spool"
         )
         began = time.perf_counter()
-        with _finishing(run):
+        with finishing(run):
             stage(section, run)
         if (seconds := time.perf_counter() - began) > 1 or name not in record.seconds:
             record.seconds[name] = record.seconds.get(name, 0.0) + seconds
@@ -111,25 +110,8 @@ def _tracked(uri: str, config: FlowConfig, record: Record) -> Iterator[Run]:
     run.params(config.model_dump(mode="json"))
     record.runs["flow"] = run.id or ""
     record.save()
-    with _finishing(run):
+    with finishing(run):
         yield run
-
-
-@contextlib.contextmanager
-def _finishing(run: Run) -> Iterator[None]:
-    """Close a run with the status that its work ended with."""
-    status = "FAILED"
-    try:
-        yield
-        status = "FINISHED"
-    except TooManyRejects:
-        status = "FINISHED"
-        raise
-    except (KeyboardInterrupt, SystemExit):
-        status = "KILLED"
-        raise
-    finally:
-        run.finish(status)  # type: ignore[arg-type]
 
 
 def _ray(config: FlowConfig) -> contextlib.AbstractContextManager[object]:

@@ -1,6 +1,5 @@
 """What every stage's config shares: strictness, addresses, and the identity that decides whether work is the same."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self, get_args
@@ -43,10 +42,6 @@ class Config(BaseModel):
             value = getattr(self, name)
             kept[name] = value.identity() if isinstance(value, Config) else value
         return dict(json.loads(json.dumps(kept, default=_plain, sort_keys=True)))
-
-    def fingerprint(self) -> str:
-        """sha256 (hex) of `identity()`."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
     def within(self, root: str) -> Self:
         """A copy whose relative addresses are taken relative to `root`."""

@@ -89,6 +89,7 @@ def deployed(
         num_replicas=replicas,
         max_ongoing_requests=2 * batch_size,
         max_queued_requests=max_queue,
+        health_check_period_s=2,  # a lost replica is noticed in seconds, not half a minute
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
     )
     return options.bind(model, batch_size, "cuda" if gpus else "cpu")

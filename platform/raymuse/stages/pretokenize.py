@@ -81,14 +81,17 @@ def fingerprint(config: PretokenizeConfig) -> dict[str, Any]:
         UserError: for encoders that cannot be read, or do not fit the resolutions.
     """
     vqgan = Vqgan.load(config.vqgan)
-    for name, side in (("resolution", config.resolution), ("low_resolution", config.low_resolution)):
-        if side is not None and side % vqgan.factor:
-            raise UserError(f"{name}={side} is no multiple of the VQGAN's factor {vqgan.factor}.")
+    low = Vqgan.load(config.low_vqgan) if config.low_vqgan else vqgan
+    sides = (("resolution", config.resolution, vqgan), ("low_resolution", config.low_resolution, low))
+    for name, side, network in sides:
+        if side is not None and side % network.factor:
+            raise UserError(f"{name}={side} is no multiple of the VQGAN's factor {network.factor}.")
     return {
         "vqgan_sha256": weights_sha256(config.vqgan, "vqvae"),
         "low_vqgan_sha256": weights_sha256(config.low_vqgan, "vqvae") if config.low_vqgan else None,
         "text_encoder_sha256": weights_sha256(config.text_encoder, "text_encoder"),
         "codebook_size": vqgan.codes,
+        "low_codebook_size": low.codes,
         "text_length": TextEncoder.load(config.text_encoder).length,
     }
 

@@ -147,6 +147,10 @@ class TokenStore:
         """sha256 (hex) of the config and the parts' own sums."""
         return self._fingerprint
 
+    def codes(self, column: str) -> int:
+        """Size of the codebook that `image_ids` or `low_ids` index."""
+        return int(self.config["codebook_size" if column == "image_ids" else "low_codebook_size"])
+
     @property
     def has_states(self) -> bool:
         return self.empty.text_states is not None

@@ -7,12 +7,13 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from raymuse.config.errors import UserError
+from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.tracking.sender import REFUSED, Sender, sender
 from raymuse.tracking.spool import Identity, Record
 
@@ -136,6 +137,23 @@ class Run:
     def _log(self, record: Record, name: str = "", write: Callable[[Path], object] | None = None) -> None:
         if self.identity is not None:
             self._sender().append(self.identity, record, name, write)
+
+
+@contextmanager
+def finishing(run: Run) -> Iterator[None]:
+    """Close a run with the status that the work inside ends with."""
+    status: Status = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    except TooManyRejects:
+        status = "FINISHED"
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        run.finish(status)
 
 
 def open_run(

@@ -71,7 +71,7 @@ class MaskedTask:
         self.order = SampleOrder(self.store.sizes, config.seed)
         self.grid = self.store.grid(config.ids)
         self.text = self._text_encoder()
-        self.codes = int(self.store.config["codebook_size"])
+        self.codes = self.store.codes(config.ids)
         empty_ids = torch.from_numpy(self.store.empty.text_ids.astype(np.int64))
         self.empty_states, self.empty_pooled = self._said(
             empty_ids, self.store.empty.text_states, self.store.empty.pooled
@@ -102,7 +102,11 @@ class MaskedTask:
         }
         if isinstance(self.config, SuperresConfig):
             batch["low_ids"] = add_low_noise(
-                torch.from_numpy(_low(rows.low_ids)), positions, self.config.seed, self.config.low_noise, self.codes
+                torch.from_numpy(_low(rows.low_ids)),
+                positions,
+                self.config.seed,
+                self.config.low_noise,
+                self.store.codes("low_ids"),
             )
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
@@ -183,7 +187,7 @@ class MaskedTask:
             "encoder_hidden_size": self.empty_states.shape[-1],
             "codebook_size": self.codes,
             "vocab_size": self.codes + 64,
-            "low_vocab_size": self.codes,
+            "low_vocab_size": self.store.codes("low_ids"),
             "low_grid": max(low),
             "high_grid": max(self.grid),
         }
