@@ -10,7 +10,7 @@ from typing import Any
 from raymuse.clusters.local import session
 from raymuse.config.base import StageConfig
 from raymuse.config.errors import UserError
-from raymuse.tracking.run import Run, open_run
+from raymuse.tracking.run import Run, finishing, open_run
 from raymuse.tracking.server import Server
 
 _FEWEST_CPUS = 4  # logical: a pipeline of actors needs a few even where the machine has only two cores
@@ -49,7 +49,7 @@ def local_ray() -> contextlib.AbstractContextManager[object]:
 def _tracked(config: StageConfig, mlflow: str | None) -> Iterator[Run]:
     uri = mlflow or os.environ.get("MLFLOW_TRACKING_URI")
     name = str(type(config).model_fields["stage"].default)
-    run = open_run(uri, os.environ.get("MLFLOW_EXPERIMENT_NAME", "raymuse"), name) if uri else Run.off()
+    run = open_run(uri, os.environ.get("MLFLOW_EXPERIMENT_NAME", "raymuse"), name)
     with finishing(run):
         yield run
 
