@@ -36,10 +36,9 @@ class Codebook:
         self.revived = 0
 
     def start(self, latents: Tensor, step: int) -> None:
-        """First codes: k-means over the global batch's latents (N, D). Collective."""
+        """First codes: k-means++ over the global batch's latents (N, D). Collective."""
         pool = _gather(latents)
-        chosen = self._generator(step).choice(len(pool), len(self.weight), replace=len(pool) < len(self.weight))
-        codes = pool[torch.from_numpy(chosen).to(pool.device)].clone()
+        codes = spread(pool, len(self.weight), None, self._generator(step))
         for _ in range(KMEANS_ROUNDS):
             counts, sums = _assign(pool, torch.cdist(pool, codes).argmin(dim=1), len(codes))
             codes = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], codes)
@@ -80,15 +79,31 @@ class Codebook:
         self.started, self.revived = bool(state["started"][0]), int(state["started"][1])
 
     def _revive(self, dead: Tensor, latents: Tensor, step: int) -> None:
-        pool = _gather(latents)
-        chosen = torch.from_numpy(self._generator(step).integers(len(pool), size=int(dead.sum()))).to(pool.device)
-        self.weight[dead] = pool[chosen]
-        self.sums[dead] = pool[chosen]
+        fresh = spread(_gather(latents), int(dead.sum()), self.weight[~dead], self._generator(step))
+        self.weight[dead] = fresh
+        self.sums[dead] = fresh
         self.counts[dead] = 1.0
         self.revived += int(dead.sum())
 
     def _generator(self, step: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(key=np.array([self.seed, step], dtype=np.uint64)))
+
+
+def spread(pool: Tensor, count: int, codes: Tensor | None, generator: np.random.Generator) -> Tensor:
+    """`count` of the latents (N, D), each drawn with probability proportional to its squared distance from all codes.
+
+    So what is rare and badly served gets a code, and the background, which is most of any batch, does not get them
+    all (k-means++, Arthur & Vassilvitskii 2007). `codes` (K, D) are those that stand already.
+    """
+    distances = torch.full((len(pool),), math.inf) if codes is None else torch.cdist(pool, codes).amin(dim=1).cpu()
+    chosen: list[Tensor] = []
+    for draw in generator.random(count):
+        weights = distances.square() if distances.isfinite().all() else torch.ones(len(pool))
+        cumulative = weights.double().cumsum(0) + 1e-12
+        place = min(int(torch.searchsorted(cumulative, draw * cumulative[-1], right=True)), len(pool) - 1)
+        chosen.append(pool[place])
+        distances = torch.minimum(distances, (pool - pool[place]).norm(dim=1).cpu())
+    return torch.stack(chosen)
 
 
 def _assign(latents: Tensor, ids: Tensor, codes: int) -> tuple[Tensor, Tensor]:
