@@ -62,7 +62,7 @@ class VqganConfig(TrainConfig):
         50, ge=0, description="first steps without quantisation; the codebook then starts from data"
     )
     codebook_decay: float = Field(0.95, gt=0, lt=1, description="moving average that moves the codes")
-    revive_below: float = Field(0.02, ge=0, description="a code used less than this often a step restarts from data")
+    revive_below: float = Field(0.1, ge=0, description="a code used less than this often a step restarts from data")
     revive_until: float = Field(0.7, ge=0, le=1, description="share of the steps in which dead codes are revived")
 
 

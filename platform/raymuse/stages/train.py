@@ -109,6 +109,8 @@ def _train_on_ray(config: TrainConfig, run: Run) -> None:
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
+    # Ray Train would answer Ctrl-C itself, end the process with 1, and keep its handler after the training.
+    trainer._register_sigint_handler = lambda controller: None
     with _following(progress):
         try:
             trainer.fit()
