@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,9 @@ from raymuse.stages.export import export
 from raymuse.stages.pretokenize import pretokenize
 from raymuse.stages.train import train
 from raymuse.tracking.run import Run
+
+# Whoever starts the tests in the background has them ignore Ctrl-C, and all that they start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",

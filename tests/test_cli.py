@@ -11,6 +11,7 @@ import psutil
 import pytest
 import yaml
 
+import tiny
 from raymuse.cli.app import _failed, main, version_problem
 from raymuse.cli.words import is_folder, split
 from raymuse.config.errors import ConfigError, TooManyRejects, UserError
@@ -122,12 +123,15 @@ def test_recipes_are_listed_shown_copied_and_checked(tmp_path: Path, capsys: pyt
     assert "name it something.yaml" in said(capsys, "config", "copy", "demo", str(tmp_path / "it"), code=2)
 
 
-def test_dry_runs_print_a_plan_and_start_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_runs_print_a_plan_and_start_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = said(capsys, "demo", "--recipe", "smoke", "--dry-run", "base.steps=30", "workdir=/w")
     assert "train-base      -> /w/base  30 steps x 8 = 240 samples" in plan
-    plan = said(capsys, "train", "demo:vqgan", "--dry-run", "steps=10")
-    assert "steps: 10" in plan
-    assert "10 steps x 32 = 320 samples on 2 workers" in plan
+    shards = tiny.write_shards(tmp_path / "shards")
+    plan = said(capsys, "train", "demo:vqgan", "--dry-run", "steps=10", f"input={shards}", f"output={tmp_path / 'out'}")
+    assert "10 steps of 32 on 2 workers" in plan
+    assert " parameters, " in plan
+    assert not (tmp_path / "out").exists()
+    assert "no such file or folder" in said(capsys, "train", "demo:vqgan", "--dry-run", "workdir=/nowhere", code=2)
 
 
 def test_cluster_files_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

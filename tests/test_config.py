@@ -2,10 +2,11 @@
 
 import pickle
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from raymuse.config.base import Config
+from raymuse.config.base import Config, MaskingSchedule
 from raymuse.config.describe import describe
 from raymuse.config.errors import ConfigError, TooManyRejects, UserError
 from raymuse.config.flow import FlowConfig
@@ -14,6 +15,7 @@ from raymuse.config.reading import parse, parse_value
 from raymuse.config.recipe import SECTIONS, read, recipe_text, recipes
 from raymuse.config.stages import STAGES
 from raymuse.config.training import BaseConfig
+from raymuse.masking import SCHEDULES
 
 
 def write(folder: Path, text: str, name: str = "my.yaml") -> str:
@@ -88,6 +90,10 @@ def test_overrides_reach_every_depth() -> None:
     assert (config.optimizer.lr, config.seed, config.gradient_checkpointing) == (1e-4, 3, True)
     assert config.model["hidden_size"] == 64
     assert config.model["num_hidden_layers"] == 4
+
+
+def test_configs_know_the_masking_schedules_by_name() -> None:
+    assert set(get_args(MaskingSchedule)) == set(SCHEDULES)
 
 
 def test_all_errors_are_said_at_once_with_place_and_suggestion(tmp_path: Path) -> None:

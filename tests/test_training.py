@@ -306,7 +306,6 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "base heads": ("base", {"model": {**tiny.UVIT, "num_attention_heads": 3}}, "not a multiple of num_attention_heads"),
     "superres field": ("superres", {"model": {"layers": 3}}, "model.layers: no such field; it has"),
     "superres sizes": ("superres", {"model": {**tiny.SUPERRES, "high_grid": 9}}, "is not a multiple of low_grid"),
-    "schedule": ("base", {"masking": "cosin"}, "masking=cosin: it is one of cosine, "),
     "vqgan field": ("vqgan", {"model": {**tiny.VQGAN, "depth": 3}}, "depth"),
     "vqgan groups": ("vqgan", {"model": {**tiny.VQGAN, "norm_num_groups": 3}}, "must be divisible by num_groups"),
     "vqgan crop": ("vqgan", {"crop": 14}, "crop=14 is no multiple of the VQGAN's factor 4"),

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from raymuse.config.errors import ConfigError, UserError
 from raymuse.config.export import SamplingConfig
 from raymuse.config.training import BaseConfig, MaskedConfig, SuperresConfig
-from raymuse.masking import CAPTION, DROPOUT, LOW_NOISE, SCHEDULES, hide, uniforms
+from raymuse.masking import CAPTION, DROPOUT, LOW_NOISE, hide, uniforms
 from raymuse.models.superres import SuperRes, SuperResConfig
 from raymuse.models.text import TextEncoder
 from raymuse.models.uvit import UVit, UVitConfig
@@ -63,8 +63,6 @@ class MaskedTask:
     """
 
     def __init__(self, config: BaseConfig | SuperresConfig, device: str = "cpu") -> None:
-        if config.masking not in SCHEDULES:
-            raise ConfigError(config.stage, [f"masking={config.masking}: it is one of {', '.join(SCHEDULES)}"])
         self.config = config
         self.device = device
         self.store = TokenStore(config.input)
