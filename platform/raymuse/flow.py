@@ -93,12 +93,13 @@ def _run_stages(config: FlowConfig, root: Path, record: Record, uri: str, parent
         run = open_run(
             uri, config.name, name, parent=parent, resume=record.runs.get(name), spool=root / "mlflow" / "spool"
         )
+        record.runs[name] = run.id or ""
+        record.save()  # before the work: what is interrupted goes on in the same run
         began = time.perf_counter()
         with finishing(run):
             stage(section, run)
         if (seconds := time.perf_counter() - began) > 1 or name not in record.seconds:
             record.seconds[name] = record.seconds.get(name, 0.0) + seconds
-        record.runs[name] = run.id or ""
         record.save()
 
 
