@@ -96,11 +96,13 @@ def _run_stages(config: FlowConfig, root: Path, record: Record, uri: str, parent
         record.runs[name] = run.id or ""
         record.save()  # before the work: what is interrupted goes on in the same run
         began = time.perf_counter()
-        with finishing(run):
-            stage(section, run)
-        if (seconds := time.perf_counter() - began) > 1 or name not in record.seconds:
-            record.seconds[name] = record.seconds.get(name, 0.0) + seconds
-        record.save()
+        try:
+            with finishing(run):
+                stage(section, run)
+        finally:  # an interrupted stage took its time as well
+            if (seconds := time.perf_counter() - began) > 1 or name not in record.seconds:
+                record.seconds[name] = record.seconds.get(name, 0.0) + seconds
+            record.save()
 
 
 @contextlib.contextmanager
