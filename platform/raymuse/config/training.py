@@ -6,11 +6,18 @@ from pydantic import Field
 
 from raymuse.config.base import Address, AddressMark, Config, MaskingSchedule, StageConfig, runtime
 
+Precision = Literal["fp32", "bf16"]
+
 
 class OptimizerConfig(Config):
-    """AdamW (decoupled weight decay on matrices only) with warm-up and a schedule."""
+    """AdamW or Muon (decoupled weight decay on matrices only) with warm-up and a schedule."""
 
-    lr: float = Field(1e-3, gt=0)
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: Muon for the hidden matrices, AdamW for embeddings, first and last layers, vectors"
+    )
+    lr: float = Field(1e-3, gt=0, description="of what AdamW trains")
+    muon_lr: float = Field(0.02, gt=0, description="of what Muon trains; warm-up and schedule are the same")
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.96, ge=0, lt=1)
     epsilon: float = Field(1e-8, gt=0)
@@ -35,6 +42,9 @@ class TrainConfig(StageConfig):
     batch_size: int = Field(64, ge=1, description="samples a step, over all workers")
     micro_batch_size: int | None = runtime(None, "samples a worker holds at once; None: its whole share", ge=1)
     seed: int = 0
+    precision: Precision = Field(
+        "fp32", description="of the network's matrix products and convolutions; weights and losses are fp32 always"
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     ema_decay: float | None = Field(None, gt=0, lt=1)
     checkpoint: CheckpointConfig = runtime(CheckpointConfig(), "checkpoints")

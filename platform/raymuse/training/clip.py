@@ -17,34 +17,39 @@ import torch.distributed.nn.functional as dist_nn
 from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import pre_tokenizers, trainers
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from raymuse.config.errors import ConfigError
-from raymuse.config.training import ClipConfig
+from raymuse.config.training import ClipConfig, Precision
 from raymuse.models.clip import Clip, normalise
 from raymuse.training.engine import Engine
 from raymuse.training.pictures import PictureStream
-from raymuse.training.task import Batch, network_weights, sheet
+from raymuse.training.task import Batch, Loss, network_weights, sheet
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 SHAPE = {"width": 512, "layers": 12, "heads": 8, "projection": 512, "patch_size": 16}
 
 
-class ClipLoss(nn.Module):
+class ClipLoss(Loss):
     """Symmetric cross-entropy of every picture against all captions of the global batch, and back; summed over rows.
 
     Pairs whose captions are equal share the target: neither is a wrong answer for the other.
     """
 
-    def __init__(self, network: CLIPModel) -> None:
-        super().__init__()
+    def __init__(self, network: CLIPModel, precision: Precision) -> None:
+        super().__init__(precision)
         self.network = network
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def sums(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         seen = self.network.visual_projection(self.network.vision_model(pixel_values=batch["pixels"]).pooler_output)
         read = self.network.text_projection(self.network.text_model(input_ids=batch["text_ids"]).pooler_output)
+        with torch.autocast(seen.device.type, enabled=False):
+            return self._contrast(seen.float(), read.float(), batch)
+
+    def _contrast(self, seen: Tensor, read: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of pictures and captions as projected, (B of this rank, P) each."""
         seen, read = F.normalize(seen, dim=-1), F.normalize(read, dim=-1)
         scale = self.network.logit_scale.exp().clamp(max=100)
         everywhere = [_gathered(tensor) for tensor in (seen, read, batch["text_ids"], batch["weights"])]
@@ -76,7 +81,7 @@ class ClipTask:
         captions = (self.pictures.index.captions(number)[0] for number in range(len(self.pictures.index)))
         self.tokenizer = train_tokenizer(captions, config.vocabulary, config.text_length)
         self.network = build_clip(config, len(self.tokenizer), self.tokenizer.eos_token_id)
-        self.module = ClipLoss(self.network)
+        self.module = ClipLoss(self.network, config.precision)
 
     def batch(self, positions: NDArray[np.int64], weights: NDArray[np.float32]) -> Batch:
         side = self.config.resolution

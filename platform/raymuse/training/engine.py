@@ -13,9 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from raymuse.config.training import OptimizerConfig
-from raymuse.training.optimizers import build_optimizer
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from raymuse.training.optimizers import build_optimizer, moments
 
 
 class Engine(Protocol):
@@ -36,6 +34,9 @@ class Engine(Protocol):
 
     def shards(self) -> list[Tensor]:
         """The fp32 weights this rank updates, as the tensors themselves (an EMA follows them in place)."""
+
+    def moments(self, name: str) -> tuple[str, ...]:
+        """The names of a parameter's optimizer moments."""
 
     def read(self, name: str, state: str | None = None) -> Tensor:
         """A full fp32 parameter, or one of its optimizer moments. Collective."""
@@ -74,6 +75,7 @@ class PlainEngine:
         self.rank, self.world = rank_and_world()
         self.module = model.to(device)
         self.optimizer = build_optimizer(model, config)
+        self._moments = moments(self.optimizer)
         self.clip_norm = config.clip_norm
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -101,6 +103,9 @@ class PlainEngine:
     def shards(self) -> list[Tensor]:
         return [parameter.data for parameter in self.parameters.values()]
 
+    def moments(self, name: str) -> tuple[str, ...]:
+        return self._moments[self.parameters[name]]
+
     def read(self, name: str, state: str | None = None) -> Tensor:
         parameter = self.parameters[name]
         value: Tensor = parameter.data if state is None else self._state(parameter)[state]
@@ -124,7 +129,7 @@ class PlainEngine:
         state: dict[str, Tensor] = self.optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros(())
-            for moment in MOMENTS:
+            for moment in self._moments[parameter]:
                 state[moment] = torch.zeros_like(parameter)
         return state
 

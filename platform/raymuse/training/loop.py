@@ -4,7 +4,7 @@ Nothing here knows Ray: the same loop runs in Ray Train's workers, under torchru
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from raymuse.config.errors import UserError
 from raymuse.config.training import TrainConfig
 from raymuse.storage import checkpoint as store
 from raymuse.tracking.run import Run
 from raymuse.training.ema import Ema
-from raymuse.training.engine import MOMENTS, Engine, full_weights, global_sum
+from raymuse.training.engine import Engine, full_weights, global_sum
 from raymuse.training.optimizers import learning_rate_scale
 from raymuse.training.order import share
 from raymuse.training.task import Task
@@ -154,7 +155,8 @@ class Loop:
         tensors: dict[str, Tensor] = {}
         average = self.ema.weights() if self.ema is not None else {}
         for number, name in enumerate(self._names()):
-            values = {"weight": self.engine.read(name), **{m: self.engine.read(name, m) for m in MOMENTS}}
+            moments = {moment: self.engine.read(name, moment) for moment in self.engine.moments(name)}
+            values = {"weight": self.engine.read(name), **moments}
             if number % self.engine.world == self.engine.rank:
                 tensors.update({f"{kind}/{name}": value.clone() for kind, value in values.items()})
                 if name in average:
@@ -169,12 +171,13 @@ class Loop:
         if found is None:
             return 0
         tensors = found.tensors()
+        self._require_moments(tensors, found.folder)
         if self.ema is not None:
             average = {name: tensors[f"ema/{name}"] for name in self._names()}
             self.ema.restore(average, found.state["ema_updates"])
         for name in self._names():
             self.engine.write(name, tensors[f"weight/{name}"])
-            for moment in MOMENTS:
+            for moment in self.engine.moments(name):
                 self.engine.write(name, tensors[f"{moment}/{name}"], moment)
         self.engine.set_updates(found.state["updates"])
         self.engine.publish()
@@ -183,6 +186,17 @@ class Loop:
         if self.engine.rank == 0:
             self.say(f"going on from step {found.step} ({found.folder})")
         return found.step
+
+    def _require_moments(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        """Raise UserError where another optimizer wrote the checkpoint: its moments say nothing to this one."""
+        for name in self._names():
+            for moment in self.engine.moments(name):
+                if f"{moment}/{name}" not in tensors:
+                    raise UserError(
+                        f"{folder}: the checkpoint holds no {moment} of {name}, which optimizer.name: "
+                        f"{self.config.optimizer.name} needs: another optimizer wrote it. Go on with that one, or "
+                        "train into another output."
+                    )
 
     def _warn(self, sentence: str) -> None:
         if self.engine.rank == 0:

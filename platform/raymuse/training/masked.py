@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from raymuse.config.errors import ConfigError, UserError
 from raymuse.config.export import SamplingConfig
-from raymuse.config.training import BaseConfig, MaskedConfig, SuperresConfig
+from raymuse.config.training import BaseConfig, MaskedConfig, Precision, SuperresConfig
 from raymuse.masking import CAPTION, DROPOUT, LOW_NOISE, hide, uniforms
 from raymuse.models.superres import SuperRes, SuperResConfig
 from raymuse.models.text import TextEncoder
@@ -27,20 +27,20 @@ from raymuse.pipeline import load_uvit, sample_ids, save_network
 from raymuse.storage.tokens import TokenStore
 from raymuse.training.engine import Engine
 from raymuse.training.order import SampleOrder
-from raymuse.training.task import Batch, network_weights, sheet
+from raymuse.training.task import Batch, Loss, network_weights, sheet
 
 SAMPLES = 16
 
 
-class MaskedLoss(nn.Module):
+class MaskedLoss(Loss):
     """Cross-entropy on the masked positions alone, summed; normalised by the global count elsewhere."""
 
-    def __init__(self, network: UVit | SuperRes, label_smoothing: float) -> None:
-        super().__init__()
+    def __init__(self, network: UVit | SuperRes, label_smoothing: float, precision: Precision = "fp32") -> None:
+        super().__init__(precision)
         self.network = network
         self.label_smoothing = label_smoothing
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def sums(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         features = self.network.features(batch["ids"], self.condition(batch))
         logits_NC = self.network.head(features[batch["mask"]])
         targets_N = batch["targets"][batch["mask"]]
@@ -75,7 +75,7 @@ class MaskedTask:
             empty_ids, self.store.empty.text_states, self.store.empty.pooled
         )
         self.network = self._build()
-        self.module = MaskedLoss(self.network, config.label_smoothing)
+        self.module = MaskedLoss(self.network, config.label_smoothing, config.precision)
 
     def batch(self, positions: NDArray[np.int64], weights: NDArray[np.float32]) -> Batch:
         rows = self.store.rows(self.order.rows(positions), uniforms(self.config.seed, CAPTION, positions, 1)[:, 0])

@@ -1,28 +1,71 @@
 """Optimizers and learning-rate schedules."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 
 from raymuse.config.training import OptimizerConfig
+from raymuse.training.muon import Muon, is_muon
+
+FIRST_AND_LAST = (
+    *("encoder.conv_in", "decoder.conv_out"),  # VQModel
+    *("vision_model.embeddings.patch_embedding", "visual_projection", "text_projection"),  # CLIPModel
+    "mlm_layer.conv2",  # UVit
+    "mlm_head.logits",  # SuperRes
+)
+"""Endings of the names of modules that read pixels, or whose output is the answer: AdamW trains them, as embeddings."""
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices and kernels only: not on biases, norms or embeddings."""
+    """AdamW; or Muon for the hidden matrices, and AdamW for the rest.
+
+    Weight decay on matrices and kernels only: not on biases, norms or embeddings.
+    """
     kept = [p for p in model.parameters() if p.requires_grad]
     plain = {id(p) for p in _undecayed(model)}
+    hidden = {id(p) for p in hidden_matrices(model)} if config.name == "muon" else set()
+    rest = [p for p in kept if id(p) not in hidden]
     groups = [
-        {"params": [p for p in kept if id(p) not in plain], "weight_decay": config.weight_decay},
-        {"params": [p for p in kept if id(p) in plain], "weight_decay": 0.0},
+        {"params": [p for p in rest if id(p) not in plain], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if id(p) in plain], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    adamw = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
     )
+    if config.name == "adamw":
+        return adamw
+    matrices = [p for p in kept if id(p) in hidden]
+    return Muon(matrices, adamw, lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=config.weight_decay)
+
+
+def moments(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, tuple[str, ...]]:
+    """The names of each parameter's moments in the optimizer's state; before anything shards the parameters."""
+    return {
+        parameter: ("momentum_buffer",) if is_muon(group) else ("exp_avg", "exp_avg_sq")
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+def hidden_matrices(model: nn.Module) -> Iterator[nn.Parameter]:
+    """What Muon is for: weights of linears and convolutions between the first layer and the last.
+
+    That is, a module's `weight` of two or more dimensions, but for embeddings, for grouped convolutions (many small
+    kernels side by side, no linear map of the whole input), and for the modules of `FIRST_AND_LAST`. Projections that
+    are stacked in one weight (GEGLU's value and gate, an adaptive norm's scale and shift) count as the one matrix
+    that they are; a transposed convolution's is (input, rest).
+    """
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter) or weight.ndim < 2 or isinstance(module, nn.Embedding):
+            continue
+        if getattr(module, "groups", 1) == 1 and not f".{name}".endswith(tuple(f".{end}" for end in FIRST_AND_LAST)):
+            yield weight
 
 
 def learning_rate_scale(step: int, steps: int, config: OptimizerConfig) -> float:

@@ -1,28 +1,48 @@
 """What is trained: a module whose forward pass is the loss, and the data that feeds it."""
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from raymuse.config.training import Precision
 from raymuse.training.engine import Engine
 
 Batch = dict[str, Tensor]
 
 
-class Task(Protocol):
-    """One of the four trainings.
+class Loss(nn.Module, ABC):
+    """A loss as a module: `loss(batch) -> (loss, metrics)`, both *sums* over the batch's rows.
 
-    Attributes:
-        module: the loss as a module: `module(batch) -> (loss, metrics)`, both *sums* over the batch's rows. Its child
-            `network` is what is trained, so that every parameter's name starts with `network.`.
+    Its child `network` is what is trained, so that every parameter's name starts with `network.`. With `precision`
+    bf16 the matrix products and convolutions of `sums` are in bf16; a subclass takes what the network made to fp32
+    before it computes the loss of it. Autocast is entered in here since DeepSpeed leaves one that it is called in.
     """
 
+    def __init__(self, precision: Precision) -> None:
+        super().__init__()
+        self.precision = precision
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        device = next(iter(batch.values())).device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.sums(batch)
+
+    @abstractmethod
+    def sums(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics."""
+
+
+class Task(Protocol):
+    """One of the four trainings: its loss, whose `network` is trained, and the data that feeds it."""
+
     @property
-    def module(self) -> nn.Module: ...
+    def module(self) -> Loss: ...
 
     def batch(self, positions: NDArray[np.int64], weights: NDArray[np.float32]) -> Batch:
         """The rows at these positions of the training stream; rows of weight 0 are padding."""

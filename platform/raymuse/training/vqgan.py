@@ -13,7 +13,7 @@ import torch
 from diffusers import VQModel
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from raymuse.config.errors import ConfigError
 from raymuse.config.training import VqganConfig
@@ -22,34 +22,34 @@ from raymuse.models.vqgan import Vqgan, nearest_codes, to_unit
 from raymuse.training.codebook import Codebook
 from raymuse.training.engine import Engine
 from raymuse.training.pictures import PictureStream
-from raymuse.training.task import Batch, network_weights, sheet
+from raymuse.training.task import Batch, Loss, network_weights, sheet
 
 SAMPLES = 16
 
 
-class VqganLoss(nn.Module):
+class VqganLoss(Loss):
     """Reconstruction (L1 and L2), L1 of the edges, and commitment of the latents to their codes; summed over rows.
 
     Codes are moved by the codebook's averages, not by gradients; before `quantise` is set the latents pass unrounded.
     """
 
     def __init__(self, network: VQModel, config: VqganConfig) -> None:
-        super().__init__()
+        super().__init__(config.precision)
         self.network = network
         self.config = config
         self.quantise = False
         self.latents: list[Tensor] = []
         self.ids: list[Tensor] = []
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def sums(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         pictures, weights = batch["pixels"], batch["weights"]
-        latents = self.network.encode(pictures).latents
+        latents = self.network.encode(pictures).latents.float()
         real = weights > 0  # padding must not move the codes, or the world size would
         codes, commitment = latents, latents.new_zeros(len(latents))
         if self.quantise:
             codes, commitment = self._quantised(latents, real)
         self.latents.append(latents.detach()[real].permute(0, 2, 3, 1).reshape(-1, latents.shape[1]))
-        drawn = self.network.decoder(self.network.post_quant_conv(codes))
+        drawn = self.network.decoder(self.network.post_quant_conv(codes)).float()
         error = drawn - pictures
         squared = error.square().flatten(1).mean(dim=1)
         loss = (
@@ -62,7 +62,8 @@ class VqganLoss(nn.Module):
 
     def _quantised(self, latents: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest codes (B, D, h, w) with straight-through gradients, and each row's commitment loss (B,)."""
-        ids = nearest_codes(latents.detach(), self.network.quantize.embedding.weight)
+        with torch.autocast(latents.device.type, enabled=False):
+            ids = nearest_codes(latents.detach(), self.network.quantize.embedding.weight)
         codes = self.network.quantize.embedding(ids).permute(0, 3, 1, 2)
         self.ids.append(ids[real].flatten())
         commitment = (latents - codes.detach()).square().flatten(1).mean(dim=1)

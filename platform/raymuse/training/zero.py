@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from raymuse.config.training import OptimizerConfig
-from raymuse.training.engine import MOMENTS, rank_and_world
-from raymuse.training.optimizers import build_optimizer
+from raymuse.training.engine import rank_and_world
+from raymuse.training.muon import Muon, Place, Shards
+from raymuse.training.optimizers import build_optimizer, moments
 
 
 class DeepSpeedEngine:
@@ -26,6 +27,7 @@ class DeepSpeedEngine:
         self.zero_stage = zero_stage
         self.accumulation = accumulation
         optimizer = build_optimizer(model, config)
+        self._moments = moments(optimizer)
         self.rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # ZeRO-3 takes a step while it is set up, which must not decay any weight
@@ -37,6 +39,8 @@ class DeepSpeedEngine:
         self.module: nn.Module = self.engine.module
         self.parameters = dict(self.module.named_parameters())
         self._start_moments()
+        if isinstance(optimizer, Muon) and zero_stage > 0:
+            optimizer.layout = self._layout()
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         loss, metrics = self.engine(batch)
@@ -58,8 +62,11 @@ class DeepSpeedEngine:
 
     def shards(self) -> list[Tensor]:
         if self.zero_stage > 0:
-            return [flat.data for flat in self._flat_shards()]
+            return [flat.data for flat, _ in self._flat_shards()]
         return [self.parameters[name].data for name in self.names]
+
+    def moments(self, name: str) -> tuple[str, ...]:
+        return self._moments[self.parameters[name]]
 
     def read(self, name: str, state: str | None = None) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -126,17 +133,44 @@ class DeepSpeedEngine:
     def _start_moments(self) -> None:
         """Zero moments and count, at once and at every stage: a checkpoint can then be written into them."""
         parameters = [self.parameters[name] for name in self.names]
-        for tensor in parameters if self.zero_stage == 0 else self._flat_shards():
-            zeros = {moment: torch.zeros_like(tensor, dtype=torch.float32) for moment in MOMENTS}
+        held = [(p, [p]) for p in parameters] if self.zero_stage == 0 else self._flat_shards()
+        for tensor, whole in held:
+            zeros = {name: torch.zeros_like(tensor, dtype=torch.float32) for name in self._moments[whole[0]]}
             self._inner().state[tensor] = {"step": torch.tensor(0.0), **zeros}
         if self.zero_stage in (1, 2):
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _flat_shards(self) -> list[Tensor]:
-        """The flat fp32 tensors that this rank's optimizer updates."""
+    def _flat_shards(self) -> list[tuple[Tensor, list[Any]]]:
+        """The flat fp32 tensors that this rank's optimizer updates, each with the parameters that it is cut from."""
+        zero = self.optimizer
         if self.zero_stage == 3:
-            return list(self.optimizer.fp32_partitioned_groups_flat)
-        return list(self.optimizer.single_partition_of_fp32_groups)
+            return list(zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True))
+        return list(zip(zero.single_partition_of_fp32_groups, zero.round_robin_bit16_groups, strict=True))
+
+    def _layout(self) -> Shards:
+        """Where each parameter lies: one after another, then cut (stages 1 and 2), or each cut by itself (stage 3)."""
+        flats = self._flat_shards()
+        if self.zero_stage == 3:
+            places = [_cut_apart(parameters, self.world) for _, parameters in flats]
+        else:
+            offsets = self.optimizer.round_robin_bit16_offsets
+            places = [
+                [Place(p.shape, ((start, start + p.numel()),)) for p, start in zip(parameters, starts, strict=True)]
+                for (_, parameters), starts in zip(flats, offsets, strict=True)
+            ]
+        return Shards(self.rank, self.world, {flat: found for (flat, _), found in zip(flats, places, strict=True)})
+
+
+def _cut_apart(parameters: list[Any], world: int) -> list[Place]:
+    """ZeRO-3's places: a rank's shard is its slice of each parameter in turn, the last ranks' padded to one length."""
+    size = sum(p.partition_numel() for p in parameters)
+    places, first = [], 0
+    for p in parameters:
+        part, count = p.partition_numel(), p.ds_numel
+        held = [(rank * size + first, min(part, count - rank * part)) for rank in range(world)]
+        places.append(Place(p.ds_shape, tuple((start, start + length) for start, length in held if length > 0)))
+        first += part
+    return places
 
 
 def _deepspeed_config(config: OptimizerConfig, stage: int, micro_batch: int, accumulation: int) -> Mapping[str, Any]:
