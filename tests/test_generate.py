@@ -135,13 +135,13 @@ def test_the_contact_sheets_show_the_prompts(drawn: GenerateConfig) -> None:
 # --- the same pictures, whatever happens
 
 
-def test_a_replica_killed_in_the_middle_and_parts_of_another_size_change_no_picture(
+def test_a_replica_killed_in_the_middle_other_parts_and_fewer_cores_change_no_picture(
     drawn: GenerateConfig, tmp_path: Path
 ) -> None:
     killed: list[int] = []
     killer = threading.Thread(target=_kill_after_the_first_part, args=(tmp_path, killed), daemon=True)
     killer.start()
-    generate(changed(drawn, tmp_path, pictures_per_part=4, in_flight=1), Run.off())
+    generate(changed(drawn, tmp_path, pictures_per_part=4, in_flight=1, cpus_per_replica=1), Run.off())
     killer.join()
     assert len(killed) == 1
     assert len(list((tmp_path / "parts").glob("*.tar"))) == 6

@@ -48,6 +48,7 @@ class SuperResConfig:
     low_vocab_size: int = 8256  # ids the low-res grid may hold; its VQGAN may be another
     low_grid: int = 16  # largest low-res side
     high_grid: int = 64  # largest high-res side, a multiple of low_grid
+    low_res_skip: bool = False  # add to each high-res cell what lies under it; not in the paper
     qk_norm: bool = False  # RMSNorm on each head's queries and keys
     layer_norm_eps: float = 1e-6
     dropout: float = 0.0
@@ -136,6 +137,7 @@ class SuperRes(nn.Module):
         self.low_layers = nn.ModuleList(LowResLayer(config) for _ in range(config.low_res_layers))
         self.low_norm = RMSNorm(width, eps)
         self.embed = nn.Embedding(config.vocab_size, width)
+        self.low_skip = LowResSkip(width, config.scale) if config.low_res_skip else None
         self.layers = nn.ModuleList(HighResLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(width, eps)
         self.mlm_head = MlmHead(width, config.codebook_size, eps)
@@ -159,6 +161,8 @@ class SuperRes(nn.Module):
         self._check_grid(ids_BHW, condition)
         context = () if condition.prepared else (_join(condition),)
         embedded = self.embed(ids_BHW) + self.positions(ids_BHW, coarse=False)
+        if self.low_skip is not None:
+            embedded = embedded + self.low_skip(condition.low)
         x_BHWD = run_blocks(self.layers, embedded, context, condition.prepared, recompute=self.gradient_checkpointing)
         out: Tensor = self.norm(x_BHWD)
         return out
@@ -214,6 +218,23 @@ class GridPositions(nn.Module):
         group = self.scale if coarse else 1
         vectors: Tensor = table(torch.arange(cells * group, device=table.weight.device))
         return vectors.reshape(cells, group, -1).mean(1)
+
+
+class LowResSkip(nn.Module):
+    """Low-res cells (B, h, w, D) spread over the high-res grid (B, H, W, D), one linear map a sub-cell.
+
+    Attention has to learn first which low-res cell lies under a high-res one; this says it.
+    """
+
+    def __init__(self, width: int, scale: int) -> None:
+        super().__init__()
+        self.scale = scale
+        self.linear = nn.Linear(width, scale * scale * width, bias=False)
+
+    def forward(self, low_BhwD: Tensor) -> Tensor:
+        batch, height, width, channels = low_BhwD.shape
+        spread: Tensor = self.linear(low_BhwD).view(batch, height, width, self.scale, self.scale, channels)
+        return spread.permute(0, 1, 3, 2, 4, 5).reshape(batch, height * self.scale, width * self.scale, channels)
 
 
 class LowResLayer(Block):

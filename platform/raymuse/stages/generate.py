@@ -10,8 +10,9 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,13 @@ import pyarrow.parquet as pq
 import ray
 from ray import serve
 from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.generate import GenerateConfig
 from raymuse.models.weights import weights_sha256
 from raymuse.pipeline import SETTINGS, Pipeline, image_seed
-from raymuse.serving.generator import Drawing, DrawRequest, deployed
+from raymuse.serving.generator import Drawing, DrawRequest, batches_at_a_time, deployed
 from raymuse.serving.instance import join_serve
 from raymuse.storage.contact_sheet import Entry, sheet_html, sheet_png
 from raymuse.storage.folder import Folder
@@ -64,6 +64,22 @@ class Wanted:
     @property
     def key(self) -> str:
         return f"{self.prompt.index:09d}-{self.sample}"
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A part that is on its way.
+
+    Attributes:
+        wanted: its pictures that have a prompt.
+        rejects: the others.
+        batches: the answers for `wanted`.
+    """
+
+    part: str
+    wanted: list[Wanted]
+    rejects: list[Reject]
+    batches: list[Future[Sequence[Drawing | Exception]]]
 
 
 def generate(config: GenerateConfig, run: Run) -> str:
@@ -204,68 +220,66 @@ def _parts(
     address: str,
     facts: dict[str, Any],
 ) -> Iterator[PartRecord]:
-    """Records of the parts as they are written, with at most `in_flight` parts on their way."""
-    todo = iter(pending.items())
-    running: set[Future[PartRecord]] = set()
-    with ThreadPoolExecutor(config.in_flight) as pool:
-        for part, wanted in todo:
-            running.add(pool.submit(_make_part, handle, part, wanted, config, address, facts))
-            if len(running) >= config.in_flight:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-        while running:
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in done)
+    """Records of the parts, in their order; while one is written the next are drawn, `in_flight` in all."""
+    begun: deque[_Begun] = deque()
+    # Two with the replicas for each that they draw at a time: the next is at hand, and Serve's router never has to make
+    # one wait. Where it has to, it tries again after half a second, and replicas draw batches of a few pictures.
+    pool = ThreadPoolExecutor(2 * config.replicas * batches_at_a_time(config.cpus_per_replica, config.gpus_per_replica))
+    try:
+        for part, wanted in pending.items():
+            begun.append(_begin(pool, handle, part, wanted, config))
+            if len(begun) == config.in_flight:
+                yield _finish(begun.popleft(), config, address, facts)
+        while begun:
+            yield _finish(begun.popleft(), config, address, facts)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _make_part(
-    handle: DeploymentHandle,
-    part: str,
-    wanted: list[Wanted],
-    config: GenerateConfig,
-    address: str,
-    facts: dict[str, Any],
-) -> PartRecord:
-    """Draw a part's pictures and have them written."""
+def _begin(
+    pool: ThreadPoolExecutor, handle: DeploymentHandle, part: str, wanted: list[Wanted], config: GenerateConfig
+) -> _Begun:
+    """Have a part's pictures drawn, in batches."""
     good = [one for one in wanted if one.prompt.prompt.strip()]
+    requests = [
+        DrawRequest(one.prompt.prompt, one.seed, config.negative, config.steps, config.guidance, config.temperature)
+        for one in good
+    ]
+    batches = [requests[start : start + config.batch_size] for start in range(0, len(good), config.batch_size)]
     rejects = [
         Reject(config.prompts, one.key, Reason.EMPTY_PROMPT, "the prompt is empty")
         for one in wanted
         if not one.prompt.prompt.strip()
     ]
-    requests = [
-        DrawRequest(one.prompt.prompt, one.seed, config.negative, config.steps, config.guidance, config.temperature)
-        for one in good
-    ]
-    rows, drawings = [], []
-    for one, drawing in zip(good, _draw_all(handle, requests), strict=True):
-        if isinstance(drawing, Exception):
-            rejects.append(Reject(config.prompts, one.key, Reason.GENERATION_FAILED, str(drawing)[:500]))
+    return _Begun(part, good, rejects, [pool.submit(_draw, handle, batch) for batch in batches])
+
+
+def _finish(begun: _Begun, config: GenerateConfig, address: str, facts: dict[str, Any]) -> PartRecord:
+    """Wait for a part's pictures and have them written."""
+    answers = [answer for batch in begun.batches for answer in batch.result()]
+    rows, drawings, rejects = [], [], list(begun.rejects)
+    for one, answer in zip(begun.wanted, answers, strict=True):
+        if isinstance(answer, Exception):
+            rejects.append(Reject(config.prompts, one.key, Reason.GENERATION_FAILED, str(answer)[:500]))
             continue
-        rows.append(_row(one, drawing, config, part, facts))
-        drawings.append(drawing)
-    return _ask(_write_part.remote(address, part, rows, drawings, rejects, config.keep_base))
+        rows.append(_row(one, answer, config, begun.part, facts))
+        drawings.append(answer)
+    return _ask(_write_part.remote(address, begun.part, rows, drawings, rejects, config.keep_base))
 
 
-def _draw_all(handle: DeploymentHandle, requests: list[DrawRequest]) -> list[Drawing | Exception]:
-    """Send requests together, and again those that met a full queue or a dying replica."""
-    answers: dict[int, Drawing | Exception] = {}
-    todo = list(range(len(requests)))
+def _draw(handle: DeploymentHandle, requests: list[DrawRequest]) -> Sequence[Drawing | Exception]:
+    """Send one batch, and again where it met a dying replica; what fails otherwise is the answer for all."""
+    failure: Exception
     for attempt in range(TRIES):
-        responses = [(place, handle.draw.remote(requests[place])) for place in todo]
-        todo = []
-        for place, response in responses:
-            try:
-                answers[place] = response.result()
-            except (BackPressureError, RayActorError) as error:
-                answers[place] = error
-                todo.append(place)
-            except Exception as error:
-                answers[place] = error
-        if not todo:
-            break
-        time.sleep(0.5 * 2**attempt)
-    return [answers[place] for place in range(len(requests))]
+        try:
+            drawings: list[Drawing] = handle.draw_batch.remote(requests).result()
+            return drawings
+        except RayActorError as error:
+            failure = error
+            time.sleep(0.5 * 2**attempt)
+        except Exception as error:
+            return [error] * len(requests)
+    return [failure] * len(requests)
 
 
 def _row(one: Wanted, drawing: Drawing, config: GenerateConfig, part: str, facts: dict[str, Any]) -> PictureRow:
