@@ -1,6 +1,7 @@
 """Recipes, overrides, and every error at once in sentences."""
 
 import pickle
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -138,9 +139,10 @@ def test_missing_keys_say_what_they_want(tmp_path: Path) -> None:
 
 
 def test_rules_between_fields_are_sentences() -> None:
-    assert problems("demo", "pretokenize.low_resolution=64") == [
-        "pretokenize: low_resolution=64 must be below resolution=64 (demo.yaml line 39)"
-    ]
+    (problem,) = problems("demo", "pretokenize.low_resolution=64")
+    sentence, line = re.fullmatch(r"(.*) \(demo\.yaml line (\d+)\)", problem).groups()  # type: ignore[union-attr]
+    assert sentence == "pretokenize: low_resolution=64 must be below resolution=64"
+    assert recipe_text("demo").splitlines()[int(line) - 1] == "pretokenize:"
 
 
 def test_duplicate_keys_are_refused(tmp_path: Path) -> None:

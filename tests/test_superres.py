@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from raymuse.models.layers import Block
-from raymuse.models.superres import SuperRes, SuperResConfig
+from raymuse.models.superres import LowResSkip, SuperRes, SuperResConfig
 
 TINY = SuperResConfig(
     hidden_size=48,
@@ -50,6 +50,20 @@ def test_logits_fit_the_grid(low_grid: tuple[int, int], qk_norm: bool) -> None:
     logits = seeded(config)(*inputs_for(config, low_grid=low_grid))
     assert logits.shape == (3, 2 * low_grid[0], 2 * low_grid[1], config.codebook_size)
     assert torch.isfinite(logits).all()
+
+
+def test_the_skip_gives_every_high_res_cell_what_lies_under_it() -> None:
+    skip = LowResSkip(width=5, scale=2)
+    with torch.no_grad():
+        skip.linear.weight.copy_(torch.cat([factor * torch.eye(5) for factor in (1, 2, 3, 4)]))
+    low = torch.randn(2, 3, 4, 5)
+    high = skip(low)
+    assert high.shape == (2, 6, 8, 5)
+    for number, (row, column) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)], start=1):
+        torch.testing.assert_close(high[:, row::2, column::2], number * low)
+    config = replace(TINY, low_res_skip=True)
+    logits = seeded(config)(*inputs_for(config, low_grid=(3, 2)))
+    assert logits.shape == (3, 6, 4, config.codebook_size)
 
 
 def test_muse_sizes_build() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import VQModel
 from torch import Tensor
 
 import tiny
@@ -17,6 +18,7 @@ from raymuse.config.errors import ConfigError, UserError
 from raymuse.config.training import ClipConfig, SuperresConfig, TrainConfig, VqganConfig
 from raymuse.models.clip import Clip
 from raymuse.models.text import TextEncoder
+from raymuse.models.vqgan import nearest_codes
 from raymuse.storage.checkpoint import newest
 from raymuse.tracking.run import Run
 from raymuse.training.build import build_engine, build_task
@@ -393,6 +395,43 @@ def test_a_vqgan_training_reports_usage_and_gets_better(data: Data, tmp_path: Pa
     care = task.after_step(3, build_engine(config, task))
     assert 0 < care["codebook_usage"] <= 1
     assert care["codebook_perplexity"] > 2
+
+
+def test_the_nearest_code_is_the_one_of_least_distortion_and_price() -> None:
+    weight = torch.tensor([[0.0, 0.0], [1.0, 0.0], [9.0, 0.0]])
+    codebook = Codebook(weight, decay=0.5, revive_below=0.0, seed=0)
+    latents = torch.tensor([[0.1, 0.0]] * 90 + [[0.9, 0.0]] * 8 + [[8.9, 0.0]] * 2)
+    ids = torch.tensor([0] * 90 + [1] * 8 + [2] * 2)
+    for step in range(20):
+        codebook.update(latents, ids, step, revive=False, rate=2.0)
+    nats = -(codebook.counts / codebook.counts.sum()).log()
+    torch.testing.assert_close(weight[:, 1].square(), 2.0 * codebook.distortion * nats)
+    probes = torch.cat([torch.linspace(0, 9, 91)[:, None], torch.zeros(91, 1)], dim=1)
+    costs = (probes[:, :1] - weight[:, 0]).square() + 2.0 * codebook.distortion * nats
+    chosen = nearest_codes(probes.T[None, :, :, None], weight)[0, :, 0]
+    assert chosen.tolist() == costs.argmin(dim=1).tolist()
+    assert set(chosen.tolist()) == {0, 1, 2}
+
+
+def test_a_priced_vqgan_spends_fewer_bits_and_stays_a_plain_vqmodel(data: Data, tmp_path: Path) -> None:
+    entropies = []
+    for rate in (0.0, 2.0):
+        config = vqgan(tmp_path / str(rate), data, rate_weight=rate, **logged(40))
+        fit(config)
+        network = VQModel.from_pretrained(Path(config.output) / "model", low_cpu_mem_usage=False)
+        pixels = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            latents = network.encode(pixels).latents
+            _, _, (_, _, ids) = network.quantize(latents)
+        assert ids.flatten().tolist() == nearest_codes(latents, network.quantize.embedding.weight).flatten().tolist()
+        counts = torch.bincount(ids.flatten()).float()
+        share = counts[counts > 0] / counts.sum()
+        entropies.append(float(-(share * share.log()).sum()))
+        if rate:
+            assert torch.count_nonzero(latents[:, -1]) == 0
+            assert torch.count_nonzero(network.post_quant_conv.weight[:, -1]) == 0
+            assert torch.count_nonzero(network.quantize.embedding.weight[:, -1]) > 0
+    assert entropies[1] < entropies[0]
 
 
 # --- CLIP

@@ -73,6 +73,9 @@ class VqganConfig(TrainConfig):
     )
     codebook_decay: float = Field(0.95, gt=0, lt=1, description="moving average that moves the codes")
     revive_below: float = Field(0.1, ge=0, description="a code used less than this often a step restarts from data")
+    rate_weight: float = Field(
+        0.0, ge=0, description="price of a code's -log share, in mean squared distances: fewer bits a picture"
+    )
     revive_until: float = Field(0.7, ge=0, le=1, description="share of the steps in which dead codes are revived")
 
 

@@ -1,7 +1,8 @@
 """Care of a VQGAN's codebook: start from data, moving averages, revival of dead codes; alike on every rank.
 
 Moving-average updates after van den Oord et al. (arXiv 1711.00937, appendix A.1), revival after Jukebox
-(arXiv 2005.00341, section 3.1). All ranks see the same gathered latents and counts, so all hold the same codes.
+(arXiv 2005.00341, section 3.1), prices after Chou, Lookabaugh & Gray, "Entropy-constrained vector quantization"
+(1989). All ranks see the same gathered latents and counts, so all hold the same codes.
 """
 
 import math
@@ -14,6 +15,7 @@ from torch import Tensor
 from raymuse.training.engine import global_sum, rank_and_world
 
 KMEANS_ROUNDS = 10
+LEAST_SHARE = 1e-5  # of the ids, that a code is taken to have when its price is set
 
 
 class Codebook:
@@ -33,6 +35,7 @@ class Codebook:
         self.started = False
         self.counts = torch.ones(len(weight), device=weight.device)
         self.sums = weight.detach().clone()
+        self.distortion = torch.zeros(1, device=weight.device)  # moving average of a latent's squared distance
         self.revived = 0
 
     def start(self, latents: Tensor, step: int) -> None:
@@ -47,16 +50,23 @@ class Codebook:
         self.sums = codes.clone()
         self.started = True
 
-    def update(self, latents: Tensor, ids: Tensor, step: int, *, revive: bool) -> dict[str, float]:
-        """Move the codes towards the latents (N, D) that chose them; usage of this step. Collective."""
+    def update(self, latents: Tensor, ids: Tensor, step: int, *, revive: bool, rate: float = 0.0) -> dict[str, float]:
+        """Move the codes towards the latents (N, D) that chose them; usage of this step. Collective.
+
+        With a `rate` above 0 the last coordinate of all latents must be 0: see `_price`.
+        """
         counts, sums = _assign(latents, ids, len(self.weight))
         counts, sums = global_sum(counts), global_sum(sums)
+        if rate > 0:
+            self._follow_distortion(latents, ids, counts)
         self.counts.lerp_(counts, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
         alive = self.counts >= self.revive_below
         self.weight[alive] = self.sums[alive] / self.counts[alive, None]
         if revive and not bool(alive.all()):
             self._revive(~alive, latents, step)
+        if rate > 0:
+            self._price(rate)
         share = counts / counts.sum()
         entropy = -(share * share.clamp(min=1e-12).log()).sum()
         return {
@@ -70,12 +80,14 @@ class Codebook:
             "codes": self.weight.detach().clone(),
             "counts": self.counts,
             "sums": self.sums,
+            "distortion": self.distortion,
             "started": torch.tensor([int(self.started), self.revived]),
         }
 
     def load(self, state: dict[str, Tensor]) -> None:
         self.weight.copy_(state["codes"])
         self.counts, self.sums = state["counts"].clone(), state["sums"].clone()
+        self.distortion = state["distortion"].clone()
         self.started, self.revived = bool(state["started"][0]), int(state["started"][1])
 
     def _revive(self, dead: Tensor, latents: Tensor, step: int) -> None:
@@ -84,6 +96,20 @@ class Codebook:
         self.sums[dead] = fresh
         self.counts[dead] = 1.0
         self.revived += int(dead.sum())
+
+    def _follow_distortion(self, latents: Tensor, ids: Tensor, counts: Tensor) -> None:
+        """Mean squared distance of the latents to the codes that they chose, prices apart. Collective."""
+        squared = global_sum((latents - self.weight[ids])[:, :-1].square().sum().view(1)) / counts.sum()
+        self.distortion.lerp_(squared, 1 - self.decay if bool(self.distortion > 0) else 1.0)
+
+    def _price(self, rate: float) -> None:
+        """Write the price of every code, `rate` times the mean distortion times -log p(code), into its last coordinate.
+
+        Latents are 0 there, so the squared distance to a code is that of before plus its price, and the nearest code
+        is the one of least distortion + price x rate: what differs too little to be worth the bits shares a code.
+        """
+        nats = -(self.counts / self.counts.sum()).clamp(min=LEAST_SHARE).log()
+        self.weight[:, -1] = (rate * self.distortion * nats).sqrt()
 
     def _generator(self, step: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(key=np.array([self.seed, step], dtype=np.uint64)))

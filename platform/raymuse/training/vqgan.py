@@ -103,7 +103,9 @@ class VqganTask:
                 self.module.quantise = True
             return {}
         assert ids is not None
-        return self.codebook.update(latents, ids, step, revive=step < self.config.revive_until * self.config.steps)
+        progress = step / self.config.steps
+        revive = progress < self.config.revive_until
+        return self.codebook.update(latents, ids, step, revive=revive, rate=self.config.rate_weight)
 
     def extra_state(self) -> dict[str, Tensor]:
         return self.codebook.state()
@@ -149,6 +151,8 @@ def build_vqgan(config: VqganConfig) -> VQModel:
         ConfigError: for fields that VQModel does not know, or sizes that do not fit.
     """
     shape = dict(config.model)
+    if config.rate_weight > 0:
+        shape["vq_embed_dim"] = (shape.get("vq_embed_dim") or shape.get("latent_channels", 3)) + 1
     channels = shape.get("block_out_channels", [128, 256, 256, 512, 768])
     torch.manual_seed(config.seed)
     try:
@@ -167,7 +171,22 @@ def build_vqgan(config: VqganConfig) -> VQModel:
         raise ConfigError(config.stage, [f"model: {error}"]) from error
     if problems := _misfits(config, 2 ** (len(channels) - 1)):
         raise ConfigError(config.stage, problems)
+    if config.rate_weight > 0:
+        _keep_place_for_prices(network)
     return network.train()
+
+
+def _keep_place_for_prices(network: VQModel) -> None:
+    """Hold the latents' last coordinate at 0, and out of the decoder: there the codes carry their prices.
+
+    So the network stays a plain VQModel, whose nearest code is the entropy-constrained one for everybody.
+    """
+    to_codes, from_codes = network.quant_conv, network.post_quant_conv
+    for parameter, axis in ((to_codes.weight, 0), (to_codes.bias, 0), (from_codes.weight, 1)):
+        kept = torch.ones_like(parameter)
+        kept.select(axis, -1).zero_()
+        parameter.data.mul_(kept)
+        parameter.register_hook(lambda gradient, kept=kept: gradient * kept.to(gradient.device))
 
 
 def _misfits(config: VqganConfig, factor: int) -> list[str]:
