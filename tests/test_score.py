@@ -10,12 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from raymuse.config.errors import UserError
 from raymuse.config.score import ScoreConfig
+from raymuse.datasets.scenes import parse
+from raymuse.datasets.shapes import draw
 from raymuse.encoding.pictures import decode, downscale
 from raymuse.models.clip import Clip
-from raymuse.stages.score import flat, markdown, read_scores, score, summarise
+from raymuse.stages.score import flat, markdown, read_scores, render_error, score, summarise
 from raymuse.storage.generated import PictureRow, rows_table
 from raymuse.storage.images import Picture, list_shards, read_shard
 from raymuse.storage.manifest import Manifest
@@ -157,6 +160,8 @@ def row(kind: str, fit: float, **attributes: bool) -> dict[str, Any]:
         "clip_score": fit,
         "attributes": attributes or None,
         "correct": all(attributes.values()) if attributes else None,
+        "key": "0",
+        "render_error": None,
     }
 
 
@@ -178,3 +183,27 @@ def test_the_summary_is_the_mean_of_its_rows() -> None:
     assert "accuracy.truth.two_objects" not in flat(summary)
     assert flat(summary)["accuracy.base.attributes.colour"] == pytest.approx(2 / 3)
     assert "| one_object | 1.000 | 0.500 |" in markdown(summary)
+
+
+def test_base_and_cascade_are_compared_in_pairs() -> None:
+    errors = {"base": {"a": 30.0, "b": 40.0, "c": 50.0, "d": None}, "cascade": {"c": 44.0, "b": 36.0, "a": 28.0}}
+    rows = [
+        {**row(kind, 0.5, colour=True), "key": key, "render_error": error}
+        for kind, by_key in errors.items()
+        for key, error in by_key.items()
+    ]
+    compared = summarise(rows)["render_error"]
+    assert (compared["base"], compared["cascade"], compared["difference"]) == (40.0, 36.0, -4.0)
+    half = 1.96 * 2.0 / 3**0.5
+    assert compared["difference_low"] == pytest.approx(-4 - half)
+    assert compared["difference_high"] == pytest.approx(-4 + half)
+
+
+def test_the_render_error_of_a_clean_picture_is_small_and_of_a_blurred_one_larger() -> None:
+    scene = parse("a large red circle on a white background")
+    clean = draw(scene, 64, np.random.default_rng(0))
+    caption = "a large red circle on a white background"
+    sharp = render_error(np.asarray(clean), caption, 64)
+    blurred = render_error(np.asarray(clean.resize((32, 32), Image.Resampling.BILINEAR)), caption, 64)
+    other = render_error(np.asarray(clean), "a large blue circle on a white background", 64)
+    assert sharp < 3 < blurred < other

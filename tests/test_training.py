@@ -434,6 +434,18 @@ def test_a_priced_vqgan_spends_fewer_bits_and_stays_a_plain_vqmodel(data: Data, 
     assert entropies[1] < entropies[0]
 
 
+def test_the_last_steps_are_on_whole_pictures_the_same_ones_in_any_world(data: Data, tmp_path: Path) -> None:
+    task = VqganTask(vqgan(tmp_path, data, steps=4, batch_size=8, whole_share=0.5))  # type: ignore[arg-type]
+    cropped = task.batch(np.arange(8, 16), np.ones(8, np.float32))["pixels"]
+    assert cropped.shape[2:] == (tiny.LOW_SIDE, tiny.LOW_SIDE)
+    alone = task.batch(np.arange(16, 24), np.ones(8, np.float32))
+    assert alone["pixels"].shape == (2, 3, tiny.SIDE, tiny.SIDE)
+    ranks = [task.batch(np.arange(start, start + 2), np.ones(2, np.float32)) for start in range(16, 24, 2)]
+    assert [rank["weights"].tolist() for rank in ranks] == [[1.0], [0.0], [1.0], [0.0]]
+    counted = torch.cat([rank["pixels"][rank["weights"] > 0] for rank in ranks])
+    torch.testing.assert_close(counted, alone["pixels"], rtol=0, atol=0)
+
+
 # --- CLIP
 
 

@@ -64,6 +64,9 @@ class VqganConfig(TrainConfig):
     input: Address = Field(description="image shards")
     resolutions: tuple[int, ...] = Field((32, 64), description="short sides that the pictures are resized to")
     crop: int = Field(32, ge=8, description="side of the square training crops, pixels")
+    whole_share: float = Field(
+        0.0, ge=0, le=1, description="last share of the steps on whole squares of the largest resolution, so fewer"
+    )
     l1_weight: float = Field(1.0, ge=0)
     l2_weight: float = Field(1.0, ge=0)
     gradient_weight: float = Field(0.5, ge=0, description="L1 of horizontal and vertical differences (edges)")

@@ -1,7 +1,7 @@
 """How good the pictures are: the judge and CLIP, for base and cascade beside the truth and the VQGAN's round trip.
 
-rows.parquet   one row a picture and kind: the judge's word on every attribute, and the CLIP score
-scores.json    means over the rows: whole captions, one and two objects, each attribute
+rows.parquet   one row a picture and kind: the judge's word on every attribute, the CLIP score, the render error
+scores.json    means over the rows: whole captions, one and two objects, each attribute; base against cascade
 """
 
 import io
@@ -15,12 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 from numpy.typing import NDArray
+from PIL import Image
 from ray.data import ActorPoolStrategy
 
 from raymuse.clusters.quiet import quiet_data
 from raymuse.config.errors import UserError
 from raymuse.config.score import ScoreConfig
-from raymuse.datasets.judge import judge
+from raymuse.datasets.judge import judge, nearest_render
 from raymuse.datasets.scenes import parse
 from raymuse.encoding.pictures import crop, decode, downscale
 from raymuse.models.clip import Clip
@@ -80,7 +81,19 @@ def summarise(rows: Iterable[Row]) -> dict[str, Any]:
     }
     if any(row["attributes"] is not None for row in by_kind[kinds[0]]):
         summary["accuracy"] = {kind: _accuracy(by_kind[kind]) for kind in kinds}
+    if len(pairs := _pairs(by_kind["base"], by_kind["cascade"])) > 1:
+        summary["render_error"] = _compare(pairs)
     return summary
+
+
+def render_error(pixels: NDArray[np.uint8], caption: str, side: int) -> float:
+    """Root mean square of a picture, enlarged to `side` (bicubic), against the clean render that fits it best.
+
+    In grey levels of 255. The render is fitted to the enlarged picture: see `judge.nearest_render`.
+    """
+    enlarged = np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC))
+    difference = enlarged.astype(np.float64) - nearest_render(enlarged, caption)
+    return float(np.sqrt((difference**2).mean()))
 
 
 def flat(summary: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -103,6 +116,10 @@ def markdown(summary: dict[str, Any]) -> str:
     for name in names:
         cells = (f"{table[kind][name]:.3f}" if name in table[kind] else "" for kind in kinds)
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    if (errors := summary.get("render_error")) is not None:
+        means = f"base {errors['base']:.1f}, cascade {errors['cascade']:.1f} grey levels"
+        interval = f"{errors['difference_low']:.1f} to {errors['difference_high']:.1f}"
+        lines += ["", f"Error against the nearest clean render: {means}; difference {interval}."]
     return "\n".join(lines) + "\n"
 
 
@@ -149,7 +166,8 @@ class _Scorer:
         for kind, pictures in self._kinds(generated).items():
             scores = self.clip.score(pictures, captions)
             for one, pixels, fit in zip(generated, pictures, scores, strict=True):
-                verdict = judge(pixels, one.row.prompt) if self._judged(one.row.prompt) else None
+                judged = self._judged(one.row.prompt)
+                verdict = judge(pixels, one.row.prompt) if judged else None
                 rows.append(
                     {
                         "key": one.row.key,
@@ -158,6 +176,7 @@ class _Scorer:
                         "clip_score": float(fit),
                         "attributes": None if verdict is None else dict(verdict.attributes),
                         "correct": None if verdict is None else verdict.correct,
+                        "render_error": render_error(pixels, one.row.prompt, one.pixels.shape[0]) if judged else None,
                     }
                 )
         return rows
@@ -220,6 +239,26 @@ def _accuracy(rows: list[Row]) -> dict[str, Any]:
         "attributes": {
             name: _mean([row["attributes"][name] for row in judged if name in row["attributes"]]) for name in attributes
         },
+    }
+
+
+def _pairs(base: list[Row], cascade: list[Row]) -> NDArray[np.float64]:
+    """Render errors (N, 2) of the pictures that have them as base and as cascade."""
+    errors = {row["key"]: row["render_error"] for row in base}
+    both = [(errors.get(row["key"]), row["render_error"]) for row in cascade]
+    return np.array([pair for pair in both if None not in pair], dtype=np.float64)
+
+
+def _compare(pairs: NDArray[np.float64]) -> dict[str, float]:
+    """Mean errors, and cascade - base with its 95 % interval (normal, paired): below 0 the cascade is nearer."""
+    differences = pairs[:, 1] - pairs[:, 0]
+    middle, half = float(differences.mean()), 1.96 * float(differences.std(ddof=1)) / len(differences) ** 0.5
+    return {
+        "base": float(pairs[:, 0].mean()),
+        "cascade": float(pairs[:, 1].mean()),
+        "difference": middle,
+        "difference_low": middle - half,
+        "difference_high": middle + half,
     }
 
 

@@ -84,9 +84,26 @@ class VqganTask:
         self.module = VqganLoss(self.network, config)
 
     def batch(self, positions: NDArray[np.int64], weights: NDArray[np.float32]) -> Batch:
+        if positions[0] // self.config.batch_size >= (1 - self.config.whole_share) * self.config.steps:
+            return self._whole(positions, weights)
         draws = uniforms(self.config.seed, CHOICE, positions, 1)[:, 0]
         sides = np.array(self.config.resolutions)[(draws * len(self.config.resolutions)).astype(np.int64)]
         pixels, _ = self.pictures.crops(positions, sides, self.config.crop)
+        return self._batch(pixels, weights)
+
+    def _whole(self, positions: NDArray[np.int64], weights: NDArray[np.float32]) -> Batch:
+        """Every n-th position as a whole square of the largest resolution, n being how many crops one holds.
+
+        Group norm sees all of what it normalises: a network that saw crops alone tints larger pictures at their edges.
+        """
+        side = max(self.config.resolutions)
+        counted = positions % (side // self.config.crop) ** 2 == 0
+        weights = weights * counted.astype(np.float32)
+        counted[0] = True  # a rank with no such position holds one row of weight 0
+        pixels, _ = self.pictures.crops(positions[counted], np.full(int(counted.sum()), side), side)
+        return self._batch(pixels, weights[counted])
+
+    def _batch(self, pixels: NDArray[np.uint8], weights: NDArray[np.float32]) -> Batch:
         return {"pixels": to_unit(pixels, self.device), "weights": torch.from_numpy(weights).to(self.device)}
 
     def count(self, batch: Batch) -> float:
@@ -197,7 +214,11 @@ def _misfits(config: VqganConfig, factor: int) -> list[str]:
         for name, side in {f"crop={config.crop}": config.crop, **sides}.items()
         if side % factor
     ]
-    return problems + [f"{name} is below crop={config.crop}" for name, side in sides.items() if side < config.crop]
+    problems += [f"{name} is below crop={config.crop}" for name, side in sides.items() if side < config.crop]
+    crops = (max(config.resolutions) // config.crop) ** 2
+    if config.whole_share > 0 and config.batch_size < crops:
+        problems.append(f"whole_share={config.whole_share} takes one picture in {crops}: batch_size is below that")
+    return problems
 
 
 def _edges(error: Tensor) -> Tensor:
