@@ -438,6 +438,7 @@ def test_the_last_steps_are_on_whole_pictures_the_same_ones_in_any_world(data: D
     task = VqganTask(vqgan(tmp_path, data, steps=4, batch_size=8, whole_share=0.5))  # type: ignore[arg-type]
     cropped = task.batch(np.arange(8, 16), np.ones(8, np.float32))["pixels"]
     assert cropped.shape[2:] == (tiny.LOW_SIDE, tiny.LOW_SIDE)
+    assert task.batch(np.arange(24, 32), np.ones(8, np.float32))["pixels"].shape[2:] == cropped.shape[2:]
     alone = task.batch(np.arange(16, 24), np.ones(8, np.float32))
     assert alone["pixels"].shape == (2, 3, tiny.SIDE, tiny.SIDE)
     ranks = [task.batch(np.arange(start, start + 2), np.ones(2, np.float32)) for start in range(16, 24, 2)]

@@ -65,7 +65,10 @@ class VqganConfig(TrainConfig):
     resolutions: tuple[int, ...] = Field((32, 64), description="short sides that the pictures are resized to")
     crop: int = Field(32, ge=8, description="side of the square training crops, pixels")
     whole_share: float = Field(
-        0.0, ge=0, le=1, description="last share of the steps on whole squares of the largest resolution, so fewer"
+        0.0,
+        ge=0,
+        le=1,
+        description="in this last share every second step is on whole squares of the largest resolution",
     )
     l1_weight: float = Field(1.0, ge=0)
     l2_weight: float = Field(1.0, ge=0)

@@ -84,7 +84,8 @@ class VqganTask:
         self.module = VqganLoss(self.network, config)
 
     def batch(self, positions: NDArray[np.int64], weights: NDArray[np.float32]) -> Batch:
-        if positions[0] // self.config.batch_size >= (1 - self.config.whole_share) * self.config.steps:
+        step = positions[0] // self.config.batch_size
+        if step % 2 == 0 and step >= (1 - self.config.whole_share) * self.config.steps:
             return self._whole(positions, weights)
         draws = uniforms(self.config.seed, CHOICE, positions, 1)[:, 0]
         sides = np.array(self.config.resolutions)[(draws * len(self.config.resolutions)).astype(np.int64)]
