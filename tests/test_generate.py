@@ -17,7 +17,8 @@ from processes import children_named, wait_until
 from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.generate import GenerateConfig
 from raymuse.pipeline import Pipeline, image_seed
-from raymuse.stages.generate import generate, read_prompts
+from raymuse.serving.generator import Drawing, DrawRequest
+from raymuse.stages.generate import _deploy, _draw, generate, read_prompts
 from raymuse.storage.pictures import png_facts
 from raymuse.tracking.run import Run
 
@@ -155,6 +156,22 @@ def _kill_after_the_first_part(folder: Path, killed: list[int]) -> None:
     for replica in children_named("ServeReplica:raymuse-generate"):
         replica.kill()
         killed.append(replica.pid)
+
+
+def test_a_request_that_fails_costs_its_neighbours_nothing(drawn: GenerateConfig) -> None:
+    good = [DrawRequest(prompt, seed, "", 2, 1.0, 0.5) for seed, prompt in enumerate(["a red circle", "a blue star"])]
+    bad = DrawRequest("a green square", 7, "", 0, 1.0, 0.5)  # no steps leave every id masked
+    handle = _deploy(drawn, "neighbours")
+    try:
+        together = _draw(handle, good)
+        answers = _draw(handle, [good[0], bad, good[1]])
+    finally:
+        serve.delete("neighbours")
+    assert isinstance(answers[1], Exception)
+    for answer, expected in zip((answers[0], answers[2]), together, strict=True):
+        assert isinstance(answer, Drawing)
+        assert isinstance(expected, Drawing)
+        assert np.array_equal(answer.pixels, expected.pixels)
 
 
 def test_a_lost_part_is_drawn_again_to_the_same_bytes(drawn: GenerateConfig) -> None:

@@ -268,7 +268,7 @@ def _finish(begun: _Begun, config: GenerateConfig, address: str, facts: dict[str
 
 
 def _draw(handle: DeploymentHandle, requests: list[DrawRequest]) -> Sequence[Drawing | Exception]:
-    """Send one batch, and again where it met a dying replica; what fails otherwise is the answer for all."""
+    """Send one batch, and again where it met a dying replica; one that fails otherwise is sent again one by one."""
     failure: Exception
     for attempt in range(TRIES):
         try:
@@ -278,7 +278,9 @@ def _draw(handle: DeploymentHandle, requests: list[DrawRequest]) -> Sequence[Dra
             failure = error
             time.sleep(0.5 * 2**attempt)
         except Exception as error:
-            return [error] * len(requests)
+            if len(requests) == 1:
+                return [error]
+            return [answer for request in requests for answer in _draw(handle, [request])]
     return [failure] * len(requests)
 
 

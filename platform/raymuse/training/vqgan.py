@@ -169,8 +169,6 @@ def build_vqgan(config: VqganConfig) -> VQModel:
         ConfigError: for fields that VQModel does not know, or sizes that do not fit.
     """
     shape = dict(config.model)
-    if config.rate_weight > 0:
-        shape["vq_embed_dim"] = (shape.get("vq_embed_dim") or shape.get("latent_channels", 3)) + 1
     channels = shape.get("block_out_channels", [128, 256, 256, 512, 768])
     torch.manual_seed(config.seed)
     try:
@@ -195,7 +193,7 @@ def build_vqgan(config: VqganConfig) -> VQModel:
 
 
 def _keep_place_for_prices(network: VQModel) -> None:
-    """Hold the latents' last coordinate at 0, and out of the decoder: there the codes carry their prices.
+    """Hold the last of the latents' channels at 0, and out of the decoder: there the codes carry their prices.
 
     So the network stays a plain VQModel, whose nearest code is the entropy-constrained one for everybody.
     """
