@@ -81,7 +81,7 @@ def summarise(rows: Iterable[Row]) -> dict[str, Any]:
     }
     if any(row["attributes"] is not None for row in by_kind[kinds[0]]):
         summary["accuracy"] = {kind: _accuracy(by_kind[kind]) for kind in kinds}
-    if len(pairs := _pairs(by_kind["base"], by_kind["cascade"])) > 1:
+    if len(pairs := _pairs(by_kind.get("base", []), by_kind.get("cascade", []))) > 1:
         summary["render_error"] = _compare(pairs)
     return summary
 

@@ -106,7 +106,7 @@ class Codebook:
         """Write the price of every code, `rate` times the mean distortion times -log p(code), into its last coordinate.
 
         Latents are 0 there, so the squared distance to a code is that of before plus its price, and the nearest code
-        is the one of least distortion + price x rate: what differs too little to be worth the bits shares a code.
+        is the one of least distortion and price together: what differs too little to be worth the bits shares a code.
         """
         nats = -(self.counts / self.counts.sum()).clamp(min=LEAST_SHARE).log()
         self.weight[:, -1] = (rate * self.distortion * nats).sqrt()

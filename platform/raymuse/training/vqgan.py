@@ -185,6 +185,8 @@ def build_vqgan(config: VqganConfig) -> VQModel:
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(config.stage, [f"model: {error}"]) from error
+    if config.rate_weight > 0 and network.quant_conv.out_channels < 2:
+        raise ConfigError(config.stage, [f"rate_weight={config.rate_weight} needs latent_channels of 2 or more"])
     if problems := _misfits(config, 2 ** (len(channels) - 1)):
         raise ConfigError(config.stage, problems)
     if config.rate_weight > 0:
