@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test check format soak clean
+.PHONY: venv demo test check format soak bench bench-pretokenize clean
 
 venv: $(STAMP)
 
@@ -30,6 +30,11 @@ test: check
 
 soak: $(STAMP)
 	$(BIN)/pytest -m soak --timeout 7200 tests
+
+bench: bench-pretokenize
+
+bench-pretokenize: $(STAMP)
+	$(BIN)/python tests/benchmarks/pretokenize.py
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -6,6 +6,18 @@ from collections.abc import Callable
 
 import psutil
 
+# `python -c PRETOKENIZE CONFIG_JSON`: the stage in a Ray of its own, which dies with the process.
+PRETOKENIZE = """
+import sys
+from raymuse.clusters.local import session
+from raymuse.config.pretokenize import PretokenizeConfig
+from raymuse.stages.pretokenize import pretokenize
+from raymuse.tracking.run import Run
+
+with session(num_cpus=4, object_store_gib=0.1, dashboard=False):
+    pretokenize(PretokenizeConfig.model_validate_json(sys.argv[1]), Run.off())
+"""
+
 
 def children_named(word: str) -> list[psutil.Process]:
     """Living descendants of this process (Ray's workers among them) with `word` in their title."""

@@ -13,12 +13,13 @@ import yaml
 
 import tiny
 from raymuse.cli.app import _failed, main, version_problem
-from raymuse.cli.words import is_folder, split
+from raymuse.cli.words import is_data, split
 from raymuse.config.errors import ConfigError, TooManyRejects, UserError
 from raymuse.config.load import load
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["demo", "data", "train", "pretokenize", "export", "generate", "serve", "score", "ui", "config", "cluster"]
+COMMANDS = ["demo", "data", "train", "pretokenize", "tokens", "export", "generate", "serve", "score", "ui"]
+COMMANDS += ["config", "cluster"]
 HEAVY = {"ray", "torch", "deepspeed", "mlflow", "pydantic", "rich", "numpy"}
 
 
@@ -148,12 +149,12 @@ def test_the_first_word_is_a_recipe_a_folder_or_an_override(tmp_path: Path) -> N
     assert split(["demo:base", "a=1"]) == ("demo:base", ["a=1"])
     assert split(["a=1", "b=2"]) == (None, ["a=1", "b=2"])
     assert split(None) == (None, [])
-    assert is_folder(str(tmp_path))
-    assert is_folder("s3://bucket/pictures")
-    assert is_folder("./missing")
-    assert not is_folder("demo:data")
-    assert not is_folder("mine/data.yaml")
-    assert not is_folder("mine/flow.yaml:data")
+    assert is_data(str(tmp_path))
+    assert is_data("s3://bucket/pictures")
+    assert is_data("./missing")
+    assert not is_data("demo:data")
+    assert not is_data("mine/data.yaml")
+    assert not is_data("mine/flow.yaml:data")
 
 
 def test_config_errors_are_counted() -> None:

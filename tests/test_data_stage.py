@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 from PIL import Image
@@ -89,6 +91,17 @@ def test_a_folder_of_mixed_formats_is_split_without_loss(tmp_path: Path) -> None
     assert {row.data: row.captions[0] for row in [*train, *test]} == said
     names = {name for row in webdataset.WebDataset(str(folder / "train/00000.tar"), shardshuffle=False) for name in row}
     assert {"png", "jpg", "webp"} <= names
+    assert [row["prompt"] for row in prompts(folder)] == [row.captions[0] for row in test]
+
+
+def test_a_parquet_file_is_split_without_loss(tmp_path: Path) -> None:
+    said = write_folder(tmp_path / "mine", 30)
+    table = pa.table({"image": list(said), "caption": list(said.values())})
+    pq.write_table(table, tmp_path / "mine.parquet", row_group_size=4)
+    folder = made(tmp_path / "data", source=str(tmp_path / "mine.parquet"), train=1000, test=1000)
+    train, test = pictures(folder / "train"), pictures(folder / "test")
+    assert (len(train), len(test)) == (27, 3)
+    assert {row.data: row.captions[0] for row in [*train, *test]} == said
     assert [row["prompt"] for row in prompts(folder)] == [row.captions[0] for row in test]
 
 

@@ -1,6 +1,7 @@
 """Decoding: every kind of picture file that the web holds, each compared with what it shows; and the crop."""
 
 import io
+import itertools
 import struct
 import warnings
 import zlib
@@ -11,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, TiffImagePlugin
 
-from raymuse.encoding.pictures import MAX_ASPECT, Crop, crop, crop_rng, decode, downscale
+from raymuse.encoding.pictures import MAX_ASPECT, Crop, crop, crop_rng, decode, downscale, read_header, read_pixels
 from raymuse.storage.rejects import Reason, Unreadable
 
 
@@ -32,6 +33,10 @@ def pixels(data: bytes, **options: Any) -> NDArray[np.uint8]:
     image = decode(data, **options)
     assert image.mode == "RGB"
     return np.asarray(image)
+
+
+def noticed(data: bytes) -> tuple[str, ...]:
+    return read_pixels(read_header(data)).notes
 
 
 def refusal(data: bytes, **options: Any) -> Reason:
@@ -203,9 +208,56 @@ def test_bombs_are_refused_by_their_header() -> None:
     assert decode(save(smooth(), "JPEG"), max_pixels=48 * 32).size == (48, 32)
 
 
-def test_small_pictures_are_refused_where_asked() -> None:
-    assert refusal(save(smooth(), "PNG"), min_side=33) is Reason.TOO_SMALL
-    assert decode(save(smooth(), "PNG"), min_side=32).size == (48, 32)
+def test_what_was_noticed() -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    plain = smooth()
+    frames = {"save_all": True, "append_images": [smooth().rotate(180)]}
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP"):
+        assert noticed(save(plain, kind)) == (), kind
+    for kind in ("GIF", "WEBP", "PNG", "TIFF"):
+        assert noticed(save(plain, kind, **frames)) == ("animations",), kind
+    assert noticed(save(plain, "MPO", **frames)) == ()  # a phone's second view of the same
+    assert noticed(save(plain, "JPEG", icc_profile=srgb)) == ()
+    assert noticed(save(plain, "JPEG", icc_profile=b"garbage")) == ()
+    assert noticed(save(plain, "JPEG", icc_profile=swapped_profile(srgb))) == ("icc_converted",)
+    assert noticed(save(plain.convert("RGBA"), "PNG", icc_profile=swapped_profile(srgb))) == ("icc_converted",)
+    assert noticed(save(plain.convert("CMYK"), "JPEG")) == ("cmyk_without_profile",)
+    assert noticed(save(plain.convert("CMYK"), "TIFF", icc_profile=srgb)) == ("cmyk_without_profile",)  # it misfits
+    assert noticed(save(plain.convert("CMYK"), "TIFF", icc_profile=ink_profile())) == ("icc_converted",)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_cmyk_goes_through_its_profile(kind: str) -> None:
+    inks = Image.new("CMYK", (16, 8), (0, 0, 0, 0))
+    inks.paste((255, 0, 0, 0), (8, 0, 16, 8))  # cyan, says everyone; red, says the profile
+    options: dict[str, Any] = {"JPEG": {"quality": 95}}.get(kind, {})
+    shown = pixels(save(inks, kind, icc_profile=ink_profile(), **options))
+    assert distance(shown[:, :8], np.full((8, 8, 3), 255)) <= 3
+    assert distance(shown[:, 8:], np.full((8, 8, 3), (255, 0, 0))) <= 12
+    naive = pixels(save(inks, kind, **options))
+    assert distance(naive[:, 8:], np.full((8, 8, 3), (0, 255, 255))) <= 3
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG"])
+def test_a_broken_second_frame_loses_nothing(kind: str) -> None:
+    first, second = Image.new("RGB", (64, 64), "red"), smooth(64, 64)
+    alone = save(first, kind)
+    whole = save(first, kind, save_all=True, append_images=[second])
+    for cut in range(len(alone) + 100, len(whole), 7):
+        assert distance(pixels(whole[:cut]), first) == 0
+
+
+def test_a_png_whose_text_fills_the_memory_is_refused() -> None:
+    text = b"zTXt" + b"Comment\0\0" + zlib.compress(bytes(50_000_000), 9)
+    plain = save(smooth(), "PNG")
+    end_of_header = 8 + 25
+    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    assert refusal(plain[:end_of_header] + chunk + plain[end_of_header:]) is Reason.UNDECODABLE
+
+
+def test_a_thin_picture_is_refused_by_its_header() -> None:
+    assert refusal(png(MAX_ASPECT + 1, 1, depth=8, colour=2, body=b"")) is Reason.BAD_ASPECT
+    assert refusal(png(1, MAX_ASPECT, depth=8, colour=2, body=b"")) is Reason.TRUNCATED
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"])
@@ -345,3 +397,20 @@ def swapped_profile(srgb: bytes) -> bytes:
     red, green = places[b"rXYZ"], places[b"gXYZ"]
     data[red : red + 8], data[green : green + 8] = data[green : green + 8], data[red : red + 8]
     return bytes(data)
+
+
+def ink_profile() -> bytes:
+    """A CMYK profile by which cyan ink is red, paper white and black black; every other mixture is grey."""
+    red, grey, white, black = (136, 208, 195), (128, 128, 128), (255, 128, 128), (0, 128, 128)  # 8-bit L, a, b
+    colours = [
+        black if inks[3] else {(0, 0, 0): white, (1, 0, 0): red}.get(inks[:3], grey)
+        for inks in itertools.product((0, 1), repeat=4)
+    ]
+    ramp = bytes(range(256))
+    identity = struct.pack(">9i", *(65536 * (i % 4 == 0) for i in range(9)))
+    table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + identity + ramp * 4 + bytes(sum(colours, ())) + ramp * 3
+    start = 128 + 4 + 12
+    illuminant = struct.pack(">3i", 0xF6D6, 0x10000, 0xD32D)
+    header = struct.pack(">I4sI4s4s4s", start + len(table), bytes(4), 0x02400000, b"prtr", b"CMYK", b"Lab ")
+    header += struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp" + bytes(28) + illuminant
+    return header.ljust(128, b"\0") + struct.pack(">I4sII", 1, b"A2B0", start, len(table)) + table

@@ -1,6 +1,7 @@
 """Image shards to token shards on a real cluster: every row accounted for, every byte repeated, whatever was killed."""
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -21,18 +22,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from processes import wait_until
+from processes import PRETOKENIZE, wait_until
 from raymuse.clusters.local import _processes
 from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.pretokenize import PretokenizeConfig
+from raymuse.datasets import shapes
 from raymuse.encoding.pictures import crop, decode, downscale
 from raymuse.models.text import TextEncoder
 from raymuse.models.vqgan import Vqgan
-from raymuse.stages.pretokenize import pretokenize
+from raymuse.stages.pretokenize import plan_text, pretokenize
 from raymuse.storage.images import Picture, list_shards, read_shard
 from raymuse.storage.manifest import read_finished
 from raymuse.storage.tokens import EMPTY, TokenStore
-from raymuse.storage.webdataset_writer import encode, write_tar
+from raymuse.storage.webdataset_writer import encode, write_shard, write_tar
 from raymuse.tracking.run import Run
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -156,7 +158,132 @@ def assert_text_ids_without_states(config: PretokenizeConfig) -> None:
     np.testing.assert_array_equal(np.stack(table["text_ids"].to_numpy()), ids.numpy())
 
 
+# --- what the config asks for
+
+
+def write_pictures(folder: Path, pictures: dict[str, tuple[Image.Image, str, dict[str, object]]]) -> str:
+    """One tar of named pictures with captions and metadata."""
+    folder.mkdir(parents=True)
+    write_shard(folder / "00000.tar", ((key, *sample) for key, sample in pictures.items()))
+    return str(folder)
+
+
+def test_every_picture_goes_into_the_bucket_of_its_shape(token_config: PretokenizeConfig, tmp_path: Path) -> None:
+    sizes = {"a": (64, 64), "b": (120, 60), "c": (60, 110), "d": (70, 64), "e": (200, 90), "f": (64, 60)}
+    drawn = {
+        key: (Image.fromarray(np.random.default_rng(7).integers(0, 256, (height, width, 3), np.uint8)), key, {})
+        for key, (width, height) in sizes.items()
+    }
+    config = changed(
+        token_config,
+        input=write_pictures(tmp_path / "in", drawn),
+        output=str(tmp_path / "out"),
+        buckets=["64x64", "48x96", "96x48"],
+        chunk_size=2,
+        flip=True,
+    )
+    pretokenize(config, Run.off())
+    files = {path.stem: pq.read_table(path) for path in sorted((tmp_path / "out/tokens").glob("*"))}
+    assert {name: table["key"].to_pylist() for name, table in files.items()} == {
+        "part-000000-48x96": ["b", "b", "e", "e"],
+        "part-000000-64x64": ["a", "a", "d", "d", "f", "f"],
+        "part-000000-96x48": ["c", "c"],
+    }
+    grids = {name: (table["height"][0].as_py(), table["width"][0].as_py()) for name, table in files.items()}
+    assert grids == {"part-000000-48x96": (12, 24), "part-000000-64x64": (16, 16), "part-000000-96x48": (24, 12)}
+    assert files["part-000000-48x96"]["low_height"][0].as_py() == 6
+    (record,) = [record for record in read_finished(config.output, "pretokenize").values() if record.source]
+    assert (record.rows, record.counts["pictures"], record.counts["captions"]) == (12, 6, 6)
+    with pytest.raises(UserError, match=r"crops of several shapes \(buckets\)"):
+        TokenStore(config.output)
+
+
+def test_several_sources_make_one_data_set_and_what_filters_leave_out_is_no_fault(
+    token_config: PretokenizeConfig, tmp_path: Path
+) -> None:
+    scores = {"fine": 6.5, "dull": 3.0, "silent": None}
+    drawn = {
+        key: (picture(number), key, {} if score is None else {"aesthetic": score})
+        for number, (key, score) in enumerate(scores.items())
+    }
+    loose = tmp_path / "loose"
+    loose.mkdir()
+    picture(9).save(loose / "better.png")
+    (loose / "better.json").write_text('{"caption": "better", "aesthetic": 7}')
+    config = changed(
+        token_config,
+        input=[write_pictures(tmp_path / "tars", drawn), str(loose)],
+        output=str(tmp_path / "out"),
+        filters={"min_aesthetic": 5.0, "unknown": "drop"},
+        max_reject_fraction=0.0,
+    )
+    pretokenize(config, Run.off())
+    kept = pq.read_table(tmp_path / "out/tokens")
+    assert list(zip(kept["source"].to_pylist(), kept["key"].to_pylist(), strict=True)) == [
+        ("0/00000.tar", "fine"),
+        ("1/pictures-000000", "better"),
+    ]
+    rejects = pq.read_table(tmp_path / "out/rejects").to_pylist()
+    assert {row["key"]: row["reason"] for row in rejects} == {"dull": "low_aesthetic", "silent": "filtered_unknown"}
+    counts = json.loads((tmp_path / "out/_SUCCESS").read_text())["counts"]
+    assert counts["rejects/low_aesthetic"] == counts["rejects/filtered_unknown"] == 1
+    assert counts["pictures"] == 2
+
+
+@pytest.mark.parametrize(("what", "precision"), [("count", "bf16"), ("drop", "fp32")])
+def test_duplicates_of_all_shards_are_found_and_a_lower_precision_is_measured(
+    what: str, precision: str, token_config: PretokenizeConfig, tmp_path: Path
+) -> None:
+    scenes = [sample.image for sample in shapes.samples(4, 0, 64, held_out=False)]
+    (tmp_path / "in").mkdir()
+    for number, chosen in enumerate([(0, 1), (2, 0), (1, 3)]):
+        rows = ((f"{number}-{scene}", scenes[scene], f"scene {scene}", {}) for scene in chosen)
+        write_shard(tmp_path / f"in/{number:05d}.tar", rows)
+    config = changed(token_config, input=str(tmp_path / "in"), output=str(tmp_path / "out"), duplicates=what)
+    pretokenize(changed(config, precision=precision), Run.off())
+    found = pq.read_table(tmp_path / "out/duplicates.parquet").to_pylist()
+    assert {(row["part"], row["key"], row["reason"]) for row in found} == {
+        ("part-000001", "1-0", "duplicate_picture"),
+        ("part-000002", "2-1", "duplicate_picture"),
+    }
+    assert "0-0" in found[0]["detail"]
+    assert "00000.tar" in found[0]["detail"]
+    keys = pq.read_table(tmp_path / "out/tokens", columns=["key"])["key"].to_pylist()
+    assert keys == (["0-0", "0-1", "1-2", "2-3"] if what == "drop" else ["0-0", "0-1", "1-2", "1-0", "2-1", "2-3"])
+    assert not (tmp_path / "out/_hashes").exists()
+    summary = json.loads((tmp_path / "out/_SUCCESS").read_text())
+    assert ("code_agreement" in summary) == (precision == "bf16")
+    assert 0.5 < summary.get("code_agreement", 1.0) <= 1
+
+
+def test_the_plan_says_rows_bytes_time_and_cost(token_config: PretokenizeConfig, tmp_path: Path) -> None:
+    config = changed(token_config, output=str(tmp_path / "out"), crops_per_picture=2, price_per_hour=3.5)
+    text = plan_text(config)
+    assert "12 parts, one a shard: 00000.tar ... 00011.tar" in text
+    assert "about 96 pictures, 192 crops" in text
+    assert "time about" in text
+    assert "cost about" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_crops_that_do_not_fit_the_vqgan_are_refused_before_anything_is_written(
+    token_config: PretokenizeConfig, tmp_path: Path
+) -> None:
+    config = changed(token_config, output=str(tmp_path / "out"), resolution=66, low_resolution=None)
+    with pytest.raises(UserError, match=r"crop of 66 x 66 pixels is no multiple of the VQGAN's factor 4"):
+        pretokenize(config, Run.off())
+    assert not (tmp_path / "out").exists()
+
+
 # --- the same bytes, again and again
+
+
+def test_four_encoders_that_come_as_work_waits_write_the_same_bytes(
+    tokens: str, token_config: PretokenizeConfig, tmp_path: Path
+) -> None:
+    config = changed(token_config, output=str(tmp_path / "out"), encoders=4, min_encoders=1, decoders=3)
+    pretokenize(config, Run.off())
+    assert sums(tmp_path / "out") == sums(tokens)
 
 
 def test_a_second_run_does_nothing_and_is_quick(tokens: str, token_config: PretokenizeConfig) -> None:
@@ -181,18 +308,6 @@ def test_other_vqgan_weights_on_the_same_output_are_refused(
     assert sums(tokens) == before
 
 
-DRIVER = """
-import sys
-from raymuse.clusters.local import session
-from raymuse.config.pretokenize import PretokenizeConfig
-from raymuse.stages.pretokenize import pretokenize
-from raymuse.tracking.run import Run
-
-with session(num_cpus=4, object_store_gib=0.1, dashboard=False):
-    pretokenize(PretokenizeConfig.model_validate_json(sys.argv[1]), Run.off())
-"""
-
-
 @pytest.fixture
 def own_ray() -> Iterator[tuple[dict[str, str], Path]]:
     """The environment of a process that starts a Ray of its own, and the folder that will hold it."""
@@ -211,7 +326,7 @@ def test_a_run_killed_in_the_middle_and_resumed_with_two_encoders_writes_the_byt
     config = changed(token_config, output=str(tmp_path))
     environment, folder = own_ray
     driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, config.model_dump_json()], env=environment, stdout=subprocess.DEVNULL
+        [sys.executable, "-c", PRETOKENIZE, config.model_dump_json()], env=environment, stdout=subprocess.DEVNULL
     )
 
     def committed() -> int:

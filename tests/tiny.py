@@ -55,11 +55,11 @@ SUPERRES = {
 }
 
 
-def write_shards(folder: Path, count: int = 48, per_shard: int = 16) -> str:
-    """Shards of shapes with captions, at SIDE pixels."""
+def write_shards(folder: Path, count: int = 48, per_shard: int = 16, side: int = SIDE) -> str:
+    """Shards of shapes with captions, at `side` pixels."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count // per_shard):
-        drawn = shapes.samples(per_shard, 0, SIDE, held_out=False, start=number * per_shard)
+        drawn = shapes.samples(per_shard, 0, side, held_out=False, start=number * per_shard)
         write_shard(folder / f"{number:05d}.tar", ((one.key, one.image, one.caption, {}) for one in drawn))
     return str(folder)
 

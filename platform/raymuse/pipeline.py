@@ -40,7 +40,7 @@ from raymuse.models.superres import SuperRes, SuperResConfig
 from raymuse.models.text import TextEncoder
 from raymuse.models.uvit import UVit, UVitConfig
 from raymuse.models.vqgan import Vqgan
-from raymuse.models.weights import require_safetensors
+from raymuse.models.weights import hub_id, require_safetensors
 
 SETTINGS = "generation_config.json"
 
@@ -333,8 +333,8 @@ def _load_weights(network: nn.Module, folder: Path) -> None:
 def _local_folder(folder_or_id: str) -> Path:
     """The model folder on this disk; a Hugging Face id is downloaded, safetensors only."""
     folder = Path(folder_or_id)
-    if not folder.exists():
-        name, _ = require_safetensors(folder_or_id, "transformer")
+    name = hub_id(folder_or_id, "transformer")
+    if name is not None:
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"]))

@@ -4,11 +4,23 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from raymuse.cli import cluster, config
-from raymuse.cli.words import config_for, is_folder, split
+from raymuse.cli import cluster, config, tokens
+from raymuse.cli.words import config_for, is_data, split
+
+
+class InOrder(TyperGroup):
+    """Typer names groups after all commands; `tokens` belongs to the stage that writes them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        names = [name for name in super().list_commands(ctx) if name != "tokens"]
+        names.insert(names.index("pretokenize") + 1, "tokens")
+        return names
+
 
 app = typer.Typer(
+    cls=InOrder,
     help="Captioned images to a trained MUSE/aMUSEd text-to-image model, and prompts to pictures, on Ray.",
     epilog="Every stage takes a RECIPE (a shipped one, one of its sections like demo:base, or your YAML file) and "
     "KEY=VALUE changes; running the same command again resumes.",
@@ -68,8 +80,8 @@ def data(
 ) -> None:
     """Draw or gather captioned pictures as shards.
 
-    SOURCE is `shapes` (drawn here), `emoji` (of Debian's font), or a folder of images with captions; the rest is as in
-    the recipe demo:data, or emoji:data for `emoji`.
+    SOURCE is `shapes` (drawn here), `emoji` (of Debian's font), or captioned images: a folder, tars, Parquet or a
+    Hugging Face data set; the rest is as in the recipe demo:data, or emoji:data for `emoji`.
     """
     from raymuse.config.data import DataConfig
     from raymuse.config.load import load
@@ -79,7 +91,7 @@ def data(
         loaded = load("demo:data", changes, "data")
     elif word == "emoji":
         loaded = load("emoji:data", changes, "data")
-    elif is_folder(word):
+    elif is_data(word):
         loaded = load("demo:data", changes, "data").model_copy(update={"source": word})
     else:
         loaded = load(word, changes, "data")
@@ -158,7 +170,7 @@ def serve(
     word, changes = split(words)
     if word is None and not any(change.startswith("model=") for change in changes):
         raise UserError("raymuse serve needs a model folder: raymuse serve runs/demo/model port=8000")
-    if word is None or is_folder(word):
+    if word is None or is_data(word):
         loaded = from_values("serve", {} if word is None else {"model": word}, changes)
     else:
         loaded = load(word, changes, "serve")
@@ -192,5 +204,6 @@ def ui(
     show_tracking(workdir)
 
 
+app.add_typer(tokens.app, name="tokens")
 app.add_typer(config.app, name="config")
 app.add_typer(cluster.app, name="cluster")

@@ -20,11 +20,11 @@ def split(words: Sequence[str] | None) -> tuple[str | None, list[str]]:
     return None, rest
 
 
-def is_folder(word: str) -> bool:
-    """Whether a word is meant as a folder or address, and not as a recipe's name or file."""
+def is_data(word: str) -> bool:
+    """Whether a word is meant as a folder, file or address of data, and not as a recipe's name or file."""
     if word.partition(":")[0].endswith((".yaml", ".yml")):
         return False
-    return "/" in word or Path(word).is_dir()
+    return "/" in word or word.endswith((".tar", ".parquet")) or Path(word).is_dir()
 
 
 def config_for(model: "type[C]", command: str, words: Sequence[str] | None, stages: Collection[str]) -> "C":

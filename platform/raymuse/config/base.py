@@ -55,6 +55,8 @@ class Config(BaseModel):
                 updates[name] = value._map_addresses(change)
             elif isinstance(value, str) and is_address(field):
                 updates[name] = change(value)
+            elif isinstance(value, tuple) and is_address(field):
+                updates[name] = tuple(change(address) for address in value)
         return self.model_copy(update=updates)
 
 

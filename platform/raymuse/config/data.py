@@ -11,7 +11,9 @@ class DataConfig(StageConfig):
     """Draw, or gather, captioned pictures: `output/train`, `output/test` and `output/prompts.jsonl`."""
 
     stage: Literal["data"] = "data"
-    source: str = Field("shapes", description="`shapes`, `emoji`, or a folder of captioned images")
+    source: str = Field(
+        "shapes", description="`shapes`, `emoji`, or captioned images: a folder, tars, Parquet, a Hugging Face data set"
+    )
     train: int = Field(6000, ge=1, description="training pictures; a folder gives at most what it has")
     test: int = Field(256, ge=1, description="held-out pictures, whose captions become the test prompts")
     resolution: int = Field(64, ge=16, description="side of a drawn picture, pixels")

@@ -148,9 +148,11 @@ def _section(name: str, section: str, raw: Raw, workdir: str | None) -> Raw:
 
 def _moved(model: type[Config], key: str, value: Any, root: str) -> Any:
     known = model.model_fields.get(key)
-    if known is not None and is_address(known) and isinstance(value, str):
-        return address_within(root, value)
-    return value
+    if known is None or not is_address(known):
+        return value
+    if isinstance(value, list):
+        return [address_within(root, address) if isinstance(address, str) else address for address in value]
+    return address_within(root, value) if isinstance(value, str) else value
 
 
 def _text(name: str, folder: Path) -> tuple[str, Path | None]:

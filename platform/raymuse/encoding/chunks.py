@@ -3,17 +3,22 @@
 N crops of a chunk, H W pixels.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from raymuse.config.pretokenize import PretokenizeConfig
-from raymuse.encoding.pictures import Crop, crop, crop_rng, decode
-from raymuse.storage.images import Picture, Shard, read_shard
+from raymuse.encoding.filters import AESTHETIC, check_metadata, check_size, fitting_captions, number, original_size
+from raymuse.encoding.pictures import Crop, crop, crop_rng, read_header, read_pixels
+from raymuse.storage.images import Picture, Reading, Shard, read_shard
 from raymuse.storage.rejects import Reject, Unreadable
+
+Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -34,69 +39,177 @@ class CropFacts:
 
 @dataclass
 class Chunk:
-    """Up to `chunk_size` crops, uint8 (N, H, W, 3), and the rows refused while they were gathered."""
+    """Up to `chunk_size` crops of one shape, uint8 (N, H, W, 3), and what happened while they were gathered.
+
+    Args:
+        number: counted from 0 over the chunks of a shard, whatever their shapes.
+        shape: (H, W) of its crops, pixels: one of the config's shapes.
+        rejects: rows refused.
+        counts: what was noticed and mended, by name (animations, captions_repaired, ...), to be summed; `pictures`
+            are those that gave crops.
+        last: of the shard.
+    """
 
     number: int
+    shape: Shape
     pixels: list[NDArray[np.uint8]] = field(default_factory=list)
     facts: list[CropFacts] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
     last: bool = False
 
 
-def decode_chunks(shard: Shard, config: PretokenizeConfig) -> Iterator[Chunk]:
-    """Read, decode and crop a shard; the last chunk says so, and may be empty. One bad row costs only itself."""
-    chunk = Chunk(0)
-    for row in read_shard(shard):
-        if isinstance(row, Reject):
-            chunk.rejects.append(row)
-            continue
-        try:
-            crops = _crops(row, config)
-        except Unreadable as error:
-            chunk.rejects.append(Reject(shard.name, row.key, error.reason, error.detail))
-            continue
-        for number, flip, cut in crops:
-            if len(chunk.facts) == config.chunk_size:
-                yield chunk
-                chunk = Chunk(chunk.number + 1)
-            chunk.pixels.append(cut.pixels[:, ::-1] if flip else cut.pixels)
-            chunk.facts.append(_facts(row, cut, number, flip, shard.name, config.aesthetic))
-    chunk.last = True
-    yield chunk
-
-
-def _crops(picture: Picture, config: PretokenizeConfig) -> list[tuple[int, bool, Crop]]:
-    """Every crop of a picture, each with its mirrored twin where asked for."""
-    image = decode(picture.data, max_pixels=config.max_pixels)
-    cuts = [
-        crop(image, config.resolution, mode=config.crop, rng=crop_rng(config.seed, picture.key, number))
-        for number in range(config.crops_per_picture)
-    ]
-    flips = (False, True) if config.flip else (False,)
-    return [(number, flip, cut) for number, cut in enumerate(cuts) for flip in flips]
-
-
-def _facts(picture: Picture, cut: Crop, number: int, flip: bool, source: str, aesthetic: float) -> CropFacts:
-    said: dict[str, Any] = picture.metadata
-    return CropFacts(
-        key=picture.key,
-        captions=picture.captions,
-        original_width=_size(said, "original_width", cut.original_width),
-        original_height=_size(said, "original_height", cut.original_height),
-        crop_top=cut.top,
-        crop_left=cut.left,
-        aesthetic=_number(said.get("aesthetic"), aesthetic),
-        flip=flip,
-        crop=number,
-        source=source,
+def reading_of(config: PretokenizeConfig) -> Reading:
+    """How the config wants its input read."""
+    return Reading(
+        image_column=config.image_column,
+        caption_column=config.caption_column,
+        caption_prefix=config.caption_prefix,
+        repair_captions=config.bad_captions == "repair",
+        split=config.split,
     )
 
 
-def _size(said: dict[str, Any], name: str, measured: int) -> int:
-    """The size before any earlier resize, where the metadata knows it."""
-    value = said.get(name)
-    return int(value) if isinstance(value, int | float) and value > 0 else measured
+def decode_chunks(shard: Shard, config: PretokenizeConfig, drop: Mapping[str, Reject] = {}) -> Iterator[Chunk]:
+    """Read, decode and crop a shard. One bad row costs only itself.
+
+    A chunk comes when it is full; those that are not full at the end come in the order of the config's shapes. The
+    last says so, and may be empty. Rejects and counts ride with the next chunk that comes.
+
+    Args:
+        shard: of `list_shards`.
+        config: with `shard` and `drop` it decides every byte of the chunks.
+        drop: by key, pictures to leave out undecoded, and the reject that says why.
+    """
+    gathering = _Gathering(config)
+    for row in read_shard(shard, reading_of(config)):
+        if isinstance(row, Reject):
+            gathering.rejects.append(row)
+            continue
+        if row.key in drop:
+            gathering.rejects.append(drop[row.key])
+            continue
+        try:
+            image, captions = admit(row, config)
+            decoded = read_pixels(image, config.background_rgb)
+            shape = nearest_shape(decoded.image.size, config.shapes)
+            crops = _crops(decoded.image, row.key, shape, config)
+        except Unreadable as error:
+            gathering.rejects.append(Reject(shard.name, row.key, error.reason, error.detail))
+            continue
+        left_out = len(row.captions) - len(captions)
+        gathering.count({"pictures": 1, "captions_left_out": left_out, **Counter([*row.notes, *decoded.notes])})
+        for index, flip, cut in crops:
+            pixels = cut.pixels[:, ::-1] if flip else cut.pixels
+            yield from gathering.add(shape, pixels, _facts(row, captions, cut, index, flip, shard.name, config))
+    yield from gathering.rest()
 
 
-def _number(value: object, otherwise: float) -> float:
-    return float(value) if isinstance(value, int | float) else otherwise
+def admit(picture: Picture, config: PretokenizeConfig) -> tuple[Image.Image, tuple[str, ...]]:
+    """The picture with its header read and no pixel decoded, and the captions that the filters leave it.
+
+    What costs least is asked first: the metadata, the captions, the header.
+
+    Raises:
+        Unreadable: a filter leaves it out, or its header says that it cannot be used.
+    """
+    check_metadata(picture.metadata, config.filters)
+    captions = fitting_captions(picture.captions, config.filters, config.caption_prefix)
+    original = original_size(picture.metadata)
+    if original is not None:
+        check_size(original, config.filters)
+    image = read_header(picture.data, max_pixels=config.max_pixels)
+    if original is None:
+        check_size(image.size, config.filters)
+    return image, captions
+
+
+def nearest_shape(size: tuple[int, int], shapes: tuple[Shape, ...]) -> Shape:
+    """Of the shapes (H, W) the one nearest to a picture's (width, height) in log aspect ratio; of equals the first."""
+    if len(shapes) == 1:
+        return shapes[0]
+
+    def distance(shape: Shape) -> Fraction:  # exact, where logarithms would let rounding break a tie
+        ours, theirs = size[0] * shape[0], size[1] * shape[1]
+        return Fraction(max(ours, theirs), min(ours, theirs))
+
+    return min(shapes, key=distance)
+
+
+class _Gathering:
+    """The open chunks of a shard, one a shape, and the rejects and counts that wait for the next to come."""
+
+    def __init__(self, config: PretokenizeConfig) -> None:
+        self.shapes, self.size = config.shapes, config.chunk_size
+        self.open: dict[Shape, Chunk] = {}
+        self.rejects: list[Reject] = []
+        self.counts: Counter[str] = Counter()
+        self.closed = 0
+        self.full: Chunk | None = None  # waits for one crop more: without one, it is the last
+
+    def count(self, noticed: Mapping[str, int]) -> None:
+        self.counts.update({name: times for name, times in noticed.items() if times})
+
+    def add(self, shape: Shape, pixels: NDArray[np.uint8], facts: CropFacts) -> Iterator[Chunk]:
+        """Put a crop into the chunk of its shape; yields the chunk that was full before it, if any."""
+        if self.full is not None:
+            yield self.full
+            self.full = None
+        chunk = self.open.setdefault(shape, Chunk(-1, shape))
+        chunk.pixels.append(pixels)
+        chunk.facts.append(facts)
+        if len(chunk.facts) == self.size:
+            self.full = self._close(shape)
+
+    def rest(self) -> Iterator[Chunk]:
+        """The full chunk that waits and those that never became full; at least one, and the last says so."""
+        chunks = [] if self.full is None else [self.full]
+        chunks += [self._close(shape) for shape in self.shapes if shape in self.open]
+        chunks = chunks or [Chunk(self.closed, self.shapes[0])]
+        last = chunks[-1]
+        last.rejects += self.rejects
+        last.counts = dict(Counter(last.counts) + self.counts)
+        last.last = True
+        yield from chunks
+
+    def _close(self, shape: Shape) -> Chunk:
+        chunk = self.open.pop(shape)
+        chunk.number, chunk.rejects, chunk.counts = self.closed, self.rejects, dict(self.counts)
+        self.closed, self.rejects, self.counts = self.closed + 1, [], Counter()
+        return chunk
+
+
+def _crops(image: Image.Image, key: str, shape: Shape, config: PretokenizeConfig) -> list[tuple[int, bool, Crop]]:
+    """Every crop of a picture with its number, each with its mirrored twin where asked for."""
+    random = config.crop == "random"
+    cuts = [
+        crop(image, shape, mode=config.crop, rng=crop_rng(config.seed, key, index) if random else None)
+        for index in range(config.crops_per_picture)
+    ]
+    flips = (False, True) if config.flip else (False,)
+    return [(index, flip, cut) for index, cut in enumerate(cuts) for flip in flips]
+
+
+def _facts(
+    picture: Picture,
+    captions: tuple[str, ...],
+    cut: Crop,
+    index: int,
+    flip: bool,
+    source: str,
+    config: PretokenizeConfig,
+) -> CropFacts:
+    width, height = original_size(picture.metadata) or (cut.original_width, cut.original_height)
+    aesthetic = number(picture.metadata, AESTHETIC)
+    return CropFacts(
+        key=picture.key,
+        captions=captions,
+        original_width=width,
+        original_height=height,
+        crop_top=cut.top,
+        crop_left=cut.left,
+        aesthetic=config.aesthetic if aesthetic is None else aesthetic,
+        flip=flip,
+        crop=index,
+        source=source,
+    )

@@ -18,8 +18,11 @@ _FULL_SCALES = {"I": (65535.0, 2147483647.0), "F": (1.0, 255.0, 65535.0)}
 _TIFF_PHOTOMETRIC = 262
 
 
-def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """A loaded picture of any mode as mode RGB in sRGB, its transparent pixels over `background`.
+def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> tuple[Image.Image, tuple[str, ...]]:
+    """A loaded picture of any mode as mode RGB in sRGB, its transparent pixels over `background`; and what was noticed.
+
+    Noticed are `icc_converted` (its colours went through its own profile) and `cmyk_without_profile` (ink without a
+    usable profile: the colours are only about right).
 
     Raises:
         Unreadable: values without a known full scale.
@@ -28,11 +31,11 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     if image.mode in _DEEP:
         image = _eight_bit(image)
     if image.has_transparency_data:
-        whole = image.convert("RGBA")
-        alpha = whole.getchannel("A")
+        whole = image if image.mode == "RGBA" else image.convert("RGBA")
+        opaque, noticed = _srgb(whole.convert("RGB"), profile)
         flat = Image.new("RGB", image.size, background)
-        flat.paste(_srgb(whole.convert("RGB"), profile), mask=alpha)
-        return flat
+        flat.paste(opaque, mask=whole.getchannel("A"))
+        return flat, noticed
     return _srgb(image, profile)
 
 
@@ -64,15 +67,17 @@ def _white_is_zero(image: Image.Image) -> bool:
     return tags is not None and tags.get(_TIFF_PHOTOMETRIC) == 0
 
 
-def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+def _srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, tuple[str, ...]]:
     """A picture without transparency as sRGB, through its colour profile where that is sound and fits the mode."""
     if image.mode in ("P", "PA", "1", "LA", "RGBX"):
         image = image.convert("RGB")
     if profile is not None or image.mode == "LAB":
         transform = _transform(None if image.mode == "LAB" else profile, image.mode)
         if transform is not None:
-            return transform.apply(image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+            return transform.apply(image), () if image.mode == "LAB" else ("icc_converted",)
+    if image.mode == "RGB":
+        return image, ()
+    return image.convert("RGB"), ("cmyk_without_profile",) if image.mode == "CMYK" else ()
 
 
 @lru_cache(maxsize=64)  # building one takes milliseconds, and a data set has a handful

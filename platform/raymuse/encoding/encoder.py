@@ -1,10 +1,11 @@
 """The frozen encoders as one batch callable: chunks of crops and captions to the tables of a token shard.
 
-N crops, K captions, T text tokens. Every network call has one fixed shape (padded), so that what comes out does not
-depend on how many rows a chunk happens to hold.
+N crops of H W pixels, K captions, T text tokens. Every network call has one fixed shape a kind of crop (padded), so
+that what comes out does not depend on how many rows a chunk happens to hold.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,59 +14,152 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from raymuse.config.errors import UserError
 from raymuse.config.pretokenize import PretokenizeConfig
 from raymuse.encoding.chunks import Chunk, CropFacts
 from raymuse.encoding.pictures import downscale
+from raymuse.models.precision import Precision, float32_products
 from raymuse.models.text import TextEncoder
 from raymuse.models.vqgan import Vqgan
-from raymuse.storage.rejects import to_table
+from raymuse.storage.rejects import Reason, Reject, to_table
 from raymuse.storage.tokens import caption_id, captions_schema, fixed, tokens_schema
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MOST_CODES = 1 << 16  # ids are stored as uint16
+
+Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The tables of one chunk: crops, captions, refused rows."""
+    """The tables of one chunk: crops, captions, refused rows; and its counts, the encoder's own among them.
+
+    Args:
+        counts: the chunk's, with `captions_truncated`: of its distinct captions, those with more tokens than fit.
+    """
 
     tokens: pa.Table
     captions: pa.Table
     rejects: pa.Table
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Ids of N crops and of their low-resolution twins, where there are any.
+
+    Args:
+        image_ids: (N, h, w).
+        low_ids: (N, h', w').
+        finite: (N,); the ids of the others mean nothing.
+    """
+
+    image_ids: NDArray[np.int64]
+    low_ids: NDArray[np.int64] | None
+    finite: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class CropEncoder:
+    """The VQGAN of the crops and that of their low-resolution twins; often the same."""
+
+    config: PretokenizeConfig
+    vqgan: Vqgan
+    low_vqgan: Vqgan
+
+    @classmethod
+    def load(cls, config: PretokenizeConfig, device: str, precision: Precision) -> "CropEncoder":
+        """Raises UserError where they cannot be read, or have more codes than a stored id can say."""
+        vqgan = Vqgan.load(config.vqgan, device, precision)
+        low = Vqgan.load(config.low_vqgan, device, precision) if config.low_vqgan else vqgan
+        if (codes := max(vqgan.codes, low.codes)) > MOST_CODES:
+            raise UserError(f"a codebook of {codes} does not fit token shards: an id is stored in 16 bits.")
+        return cls(config, vqgan, low)
+
+    def grids(self, shape: Shape) -> tuple[Shape, Shape | None]:
+        """(height, width) of the ids of a crop of (H, W) pixels, and of its low-res ids where the config asks."""
+        low = self.config.low_shape(shape)
+        return _over(shape, self.vqgan.factor), None if low is None else _over(low, self.low_vqgan.factor)
+
+    def __call__(self, shape: Shape, crops: Sequence[NDArray[np.uint8]]) -> Codes:
+        """Crops, each uint8 (H, W, 3), to ids; encoded at the one batch shape."""
+        rows, size = len(crops), self.config.chunk_size
+        ids, finite = self.vqgan.encode_checked(_padded(np.stack(crops), size))
+        if (low := self.config.low_shape(shape)) is None:
+            return Codes(ids[:rows], None, finite[:rows])
+        twins = np.stack([downscale(crop, low) for crop in crops])
+        low_ids, low_finite = self.low_vqgan.encode_checked(_padded(twins, size))
+        return Codes(ids[:rows], low_ids[:rows], (finite & low_finite)[:rows])
 
 
 class ChunkEncoder:
-    """Holds the VQGAN(s) and the text encoder; picklable by its config."""
+    """Holds the VQGAN(s) and the text encoder.
+
+    Args:
+        config: `precision` says how the VQGANs count: fp32, tf32 (on CUDA; fp32 elsewhere) or bf16. The nearest code
+            is always sought in fp32. The text encoder counts in bf16 where that is asked for and in fp32 else; its
+            states are stored as float16.
+        device: of PyTorch.
+    """
 
     def __init__(self, config: PretokenizeConfig, device: str = "cpu") -> None:
         self.config = config
-        dtype = DTYPES[config.precision]
-        self.vqgan = Vqgan.load(config.vqgan, device, dtype)
-        self.low_vqgan = Vqgan.load(config.low_vqgan, device, dtype) if config.low_vqgan else self.vqgan
-        self.text = TextEncoder.load(config.text_encoder, device)
+        self.crops = CropEncoder.load(config, device, config.precision)
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self.text = TextEncoder.load(config.text_encoder, device, dtype, length=config.text_length)
+
+    @property
+    def vqgan(self) -> Vqgan:
+        return self.crops.vqgan
+
+    @property
+    def low_vqgan(self) -> Vqgan:
+        return self.crops.low_vqgan
 
     def __call__(self, chunk: Chunk) -> Encoded:
-        grid, low_grid = self.grids()
-        schema = tokens_schema(grid, low_grid)
-        tokens = self._tokens(chunk, schema) if chunk.facts else schema.empty_table()
-        names = dict.fromkeys(caption for facts in chunk.facts for caption in facts.captions)
-        return Encoded(tokens, self.captions(list(names)), to_table(chunk.rejects))
+        """Encode a chunk. A picture of which an encoder says nothing finite becomes a reject, with all its crops here.
 
-    def grids(self) -> tuple[tuple[int, int], tuple[int, int] | None]:
-        """(height, width) of the ids, and of the low-res ids where the config asks for them."""
-        side = self.config.resolution // self.vqgan.factor
-        if self.config.low_resolution is None:
-            return (side, side), None
-        low = self.config.low_resolution // self.low_vqgan.factor
-        return (side, side), (low, low)
+        Such a reject is taken off the count `pictures`, so that pictures and rejects still add up to the input.
+        """
+        counts = Counter(chunk.counts)
+        schema = tokens_schema(*self.crops.grids(chunk.shape))
+        if not chunk.facts:
+            return Encoded(schema.empty_table(), self.captions([]), to_table(chunk.rejects), dict(counts))
+        codes = self.crops(chunk.shape, chunk.pixels)
+        names = list(dict.fromkeys(caption for facts in chunk.facts for caption in facts.captions))
+        captions, sound, truncated = self._captions(names)
+        wrong = {name for name, finite in zip(names, sound, strict=True) if not finite}
+        refused = _refused(chunk, codes.finite, wrong)
+        rows = [row for row, facts in enumerate(chunk.facts) if facts.key not in refused]
+        if refused:
+            used = {caption for row in rows for caption in chunk.facts[row].captions}
+            captions = captions.filter(pa.array([name in used for name in names]))
+        counts.update({"captions_truncated": truncated} if truncated else {})
+        counts.subtract({"pictures": len(refused)} if refused else {})
+        tokens = _tokens([chunk.facts[row] for row in rows], codes, rows, schema)
+        return Encoded(tokens, captions, to_table([*chunk.rejects, *refused.values()]), dict(counts))
 
     def captions(self, captions: Sequence[str]) -> pa.Table:
-        """The captions table: text ids, and what the encoder says of them where the config asks for states."""
+        """The captions table: text ids, and what the encoder says of them where the config asks for states.
+
+        Raises:
+            UserError: the encoder says of one what is not finite, or what float16 cannot hold.
+        """
+        table, sound, _ = self._captions(captions)
+        if not sound.all():
+            raise UserError(
+                f"{self.config.text_encoder}: the states of the caption {captions[int(sound.argmin())]!r} are not "
+                "finite, or beyond what float16 holds (65504). Set text: ids, which stores none, or take another."
+            )
+        return table
+
+    def _captions(self, captions: Sequence[str]) -> tuple[pa.Table, NDArray[np.bool_], int]:
+        """The captions table, which rows (K,) can be stored, and how many captions were truncated."""
         states = self.config.text == "states"
         schema = captions_schema(
             self.text.length, self.text.width if states else None, self.text.pooled_width if states else None
         )
         if not captions:
-            return schema.empty_table()
+            return schema.empty_table(), np.ones(0, dtype=np.bool_), 0
         text_ids, mask = self.text.tokenize(captions)
         columns = [
             pa.array([caption_id(caption) for caption in captions]),
@@ -73,46 +167,80 @@ class ChunkEncoder:
             fixed(text_ids.numpy().astype(np.int32), pa.int32()),
             fixed(mask.numpy(), pa.bool_()),
         ]
+        sound = np.ones(len(captions), dtype=np.bool_)
         if states:
-            said, pooled = self._said(text_ids)
+            said, pooled, sound = self._said(text_ids)
             columns += [fixed(said, pa.float16()), fixed(pooled, pa.float16())]
-        return pa.Table.from_arrays(columns, schema=schema)
+        full = [caption for caption, real in zip(captions, mask.all(dim=1).tolist(), strict=True) if real]
+        return pa.Table.from_arrays(columns, schema=schema), sound, self.text.truncated(full)
 
-    def _tokens(self, chunk: Chunk, schema: pa.Schema) -> pa.Table:
-        pixels = np.stack(chunk.pixels)
-        columns: dict[str, Any] = {"image_ids": self._ids(self.vqgan.encode, pixels)}
-        if (low := self.config.low_resolution) is not None:
-            small = np.stack([downscale(picture, low) for picture in pixels])
-            columns["low_ids"] = self._ids(self.low_vqgan.encode, small)
-        arrays = []
-        for field in schema:
-            ids = "low_ids" if field.name.startswith("low_") else "image_ids"
-            if field.name in columns:
-                arrays.append(fixed(columns[field.name].astype(np.uint16), pa.uint16()))
-            elif field.name.removeprefix("low_") in ("height", "width"):
-                side = columns[ids].shape[1 if field.name.endswith("height") else 2]
-                arrays.append(pa.array([side] * len(pixels), type=field.type))
-            else:
-                arrays.append(pa.array([_value(facts, field.name) for facts in chunk.facts], type=field.type))
-        return pa.Table.from_arrays(arrays, schema=schema)
-
-    def _ids(self, encode: Callable[[NDArray[np.uint8]], NDArray[np.int64]], pixels: NDArray[np.uint8]) -> NDArray[Any]:
-        """Ids (N, h, w) of pictures (N, H, W, 3), encoded at the one batch shape."""
-        return encode(_padded(pixels, self.config.chunk_size))[: len(pixels)]
-
-    def _said(self, text_ids: torch.Tensor) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
-        """States (K, T, E) and pooled vectors (K, P), encoded in batches of one shape."""
-        size, states, pooled = self.config.chunk_size, [], []
+    def _said(self, text_ids: torch.Tensor) -> tuple[NDArray[np.float16], NDArray[np.float16], NDArray[np.bool_]]:
+        """States (K, T, E), pooled vectors (K, P), and which rows (K,) are finite; encoded in batches of one shape."""
+        size, pieces = self.config.chunk_size, []
         for start in range(0, len(text_ids), size):
             piece = text_ids[start : start + size]
-            said, summary = self.text.encode(torch.from_numpy(_padded(piece.numpy(), size)))
-            states.append(said[: len(piece)].cpu().numpy().astype(np.float16))
-            pooled.append(summary[: len(piece)].cpu().numpy().astype(np.float16))
-        return np.concatenate(states), np.concatenate(pooled)
+            with float32_products("ieee"):
+                said = self.text.encode(torch.from_numpy(_padded(piece.numpy(), size)))
+            states, pooled = (tensor[: len(piece)].half() for tensor in said)
+            finite = states.isfinite().flatten(1).all(dim=1) & pooled.isfinite().all(dim=1)
+            pieces.append([tensor.cpu().numpy() for tensor in (states, pooled, finite)])
+        states_KTE, pooled_KP, finite_K = (np.concatenate(column) for column in zip(*pieces, strict=True))
+        return states_KTE, pooled_KP, finite_K
+
+
+def code_agreement(config: PretokenizeConfig, chunk: Chunk, device: str = "cpu") -> float:
+    """Share of a chunk's ids, low-res ones included, that the config's precision and fp32 agree on; 0 to 1."""
+    if not chunk.pixels:
+        raise ValueError("a chunk without crops says nothing of the precision")
+    precisions: tuple[Precision, Precision] = (config.precision, "fp32")
+    ours, exact = (CropEncoder.load(config, device, kind)(chunk.shape, chunk.pixels) for kind in precisions)
+    same = []
+    for mine, theirs in ((ours.image_ids, exact.image_ids), (ours.low_ids, exact.low_ids)):
+        if mine is not None and theirs is not None:
+            same.append((mine == theirs).flatten())
+    return float(np.concatenate(same).mean())
+
+
+def _refused(chunk: Chunk, finite: NDArray[np.bool_], wrong: set[str]) -> dict[str, Reject]:
+    """By key, the pictures that an encoder says nothing finite of: by their latents, or by a caption's states."""
+    refused: dict[str, Reject] = {}
+    for facts, sound in zip(chunk.facts, finite, strict=True):
+        detail = None
+        if not sound:
+            detail = f"the VQGAN's latents of crop {facts.crop} are not finite"
+        elif wrong.intersection(facts.captions):
+            detail = "the text encoder's states of a caption are not finite, or beyond what float16 holds"
+        if detail is not None:
+            refused.setdefault(facts.key, Reject(facts.source, facts.key, Reason.NOT_FINITE, detail))
+    return refused
+
+
+def _tokens(facts: Sequence[CropFacts], codes: Codes, rows: Sequence[int], schema: pa.Schema) -> pa.Table:
+    """The tokens table of the `rows` of `codes` that are kept, with their facts."""
+    if not rows:
+        return schema.empty_table()
+    ids = {"image_ids": codes.image_ids[rows]}
+    if codes.low_ids is not None:
+        ids["low_ids"] = codes.low_ids[rows]
+    arrays = []
+    for field in schema:
+        if field.name in ids:
+            arrays.append(fixed(ids[field.name].astype(np.uint16), pa.uint16()))
+        elif field.name.removeprefix("low_") in ("height", "width"):
+            grid = ids["low_ids" if field.name.startswith("low_") else "image_ids"]
+            side = grid.shape[1 if field.name.endswith("height") else 2]
+            arrays.append(pa.array([side] * len(rows), type=field.type))
+        else:
+            arrays.append(pa.array([_value(one, field.name) for one in facts], type=field.type))
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def _value(facts: CropFacts, name: str) -> Any:
     return [caption_id(caption) for caption in facts.captions] if name == "caption_ids" else getattr(facts, name)
+
+
+def _over(shape: Shape, factor: int) -> Shape:
+    return shape[0] // factor, shape[1] // factor
 
 
 def _padded(rows: NDArray[Any], size: int) -> NDArray[Any]:

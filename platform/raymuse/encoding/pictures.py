@@ -17,7 +17,7 @@ from PIL import Image
 from raymuse.encoding.colour import to_rgb
 from raymuse.storage.rejects import Reason, Unreadable
 
-__all__ = ["Crop", "Unreadable", "crop", "crop_rng", "decode", "downscale"]
+__all__ = ["Crop", "Decoded", "Unreadable", "crop", "crop_rng", "decode", "downscale", "read_header", "read_pixels"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow's others are never asked: fewer parsers to attack
 MAX_ASPECT = 32  # long side / short side; a 1 x 50,000,000 picture would fill the memory when its short side grows
@@ -32,6 +32,19 @@ _TURNS = {
 }
 _EXIF_ORIENTATION = 0x0112
 _FOREIGN = {b"<svg": "SVG", b"<?xml": "XML", b"%PDF": "PDF", b"8BPS": "Photoshop", b"\0\0\1\0": "ICO"}
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """An upright sRGB picture of mode RGB, and what was noticed on the way.
+
+    Args:
+        image: the picture.
+        notes: of `animations` (the first frame, or page, was taken), `icc_converted`, `cmyk_without_profile`.
+    """
+
+    image: Image.Image
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,33 +65,53 @@ class Crop:
 
 
 def decode(
-    data: bytes,
-    *,
-    max_pixels: int = 50_000_000,
-    min_side: int = 1,
-    background: tuple[int, int, int] = (255, 255, 255),
+    data: bytes, *, max_pixels: int = 50_000_000, background: tuple[int, int, int] = (255, 255, 255)
 ) -> Image.Image:
     """A file's bytes as an upright sRGB picture of mode RGB; of an animation its first frame.
 
     Args:
         data: JPEG, PNG, WebP, BMP, GIF or TIFF.
-        max_pixels: refused above, by the header, before a pixel is decoded. Pillow refuses 179 million on its own.
-        min_side: refused where the short side has fewer pixels.
+        max_pixels: see `read_header`.
         background: what transparent pixels show.
 
     Raises:
         Unreadable: with the reason; nothing else, whatever the bytes are (but for MemoryError).
     """
+    return read_pixels(read_header(data, max_pixels=max_pixels), background).image
+
+
+def read_header(data: bytes, *, max_pixels: int = 50_000_000) -> Image.Image:
+    """The picture with its size known and no pixel decoded; `read_pixels` goes on from there.
+
+    Args:
+        data: JPEG, PNG, WebP, BMP, GIF or TIFF.
+        max_pixels: refused above. Pillow refuses 179 million on its own.
+
+    Raises:
+        Unreadable: no picture that is read, TOO_LARGE, or BAD_ASPECT; nothing else but MemoryError.
+    """
     image = _open(data)
-    _check_size(image.size, max_pixels, min_side)
+    if image.width * image.height > max_pixels:
+        raise Unreadable(Reason.TOO_LARGE, f"{image.width} x {image.height} is more than {max_pixels} pixels")
+    _check_aspect(image)
+    return image
+
+
+def read_pixels(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255)) -> Decoded:
+    """What `read_header` opened, decoded: upright, sRGB, over the background.
+
+    Raises:
+        Unreadable: the pixels are broken; nothing else but MemoryError.
+    """
     try:
         image.load()
-        return to_rgb(_upright(image), background)
+        rgb, noticed = to_rgb(_upright(image), background)
     except (Unreadable, MemoryError):
         raise
     except Exception as error:  # Pillow's parsers raise a dozen kinds; one bad picture must never end a run
         cut = isinstance(error, EOFError) or any(word in str(error) for word in ("truncated", "unexpected end"))
         raise Unreadable(Reason.TRUNCATED if cut else Reason.UNDECODABLE, _sentence(error)) from error
+    return Decoded(rgb, (*noticed, "animations") if _is_animated(image) else noticed)
 
 
 def crop(
@@ -99,8 +132,7 @@ def crop(
         Unreadable: BAD_ASPECT for a picture more than MAX_ASPECT times as long as it is wide.
     """
     height, width = _pair(resolution)
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        raise Unreadable(Reason.BAD_ASPECT, f"{image.width} x {image.height} is longer than {MAX_ASPECT} to 1")
+    _check_aspect(image)
     resized = _cover(image, height, width)
     spare_height, spare_width = resized.height - height, resized.width - width
     if mode == "random":
@@ -142,12 +174,17 @@ def _open(data: bytes) -> Image.Image:
         raise Unreadable(Reason.UNDECODABLE, _what(data)) from error
 
 
-def _check_size(size: tuple[int, int], max_pixels: int, min_side: int) -> None:
-    width, height = size
-    if width * height > max_pixels:
-        raise Unreadable(Reason.TOO_LARGE, f"{width} x {height} is more than {max_pixels} pixels")
-    if min(size) < min_side:
-        raise Unreadable(Reason.TOO_SMALL, f"{width} x {height} is smaller than {min_side} pixels on a side")
+def _check_aspect(image: Image.Image) -> None:
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise Unreadable(Reason.BAD_ASPECT, f"{image.width} x {image.height} is longer than {MAX_ASPECT} to 1")
+
+
+def _is_animated(image: Image.Image) -> bool:
+    """Whether frames follow the first. A phone's JPEG with a second view (MPO) is no animation."""
+    try:
+        return image.format != "MPO" and bool(getattr(image, "is_animated", False))
+    except Exception:  # as above; what follows the first frame is broken, and not asked for
+        return False
 
 
 def _upright(image: Image.Image) -> Image.Image:

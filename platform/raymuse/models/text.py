@@ -1,64 +1,234 @@
-"""The frozen CLIP text encoder: captions to the states and the pooled vector that condition the transformers.
+"""Frozen text encoders: captions to the states and the pooled vector that condition the transformers.
 
-B captions, T tokens, E width, P pooled width. States are `hidden_states[-2]` (not normed), pooled is the projected
-`text_embeds`; every caption is padded to T and no attention mask is used (aMUSEd).
+B captions, T tokens, E width, P pooled width. Every caption is padded to T.
+
+CLIP, as aMUSEd uses it: states are `hidden_states[-2]` (not normed), pooled is the projected `text_embeds`, and no
+attention mask is used. T5, as Muse uses it (Chang et al., arXiv 2301.00704, section 2.1): states are the encoder's
+last hidden state, under the attention mask, zero where there is only padding. Muse has no pooled vector; aMUSEd's
+adaptive norms need one, so ours is the mean of the states over the real tokens (P = E).
 """
 
-from collections.abc import Sequence
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPTextModelWithProjection
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    CLIPTextModelWithProjection,
+    MT5EncoderModel,
+    T5EncoderModel,
+    UMT5EncoderModel,
+)
 
+from raymuse.config.errors import UserError
 from raymuse.models.weights import require_safetensors, without_bars
+
+T5_LENGTH = 256
 
 
 @dataclass(frozen=True)
-class TextEncoder:
-    """A frozen CLIP text tower with its tokenizer."""
+class TextEncoder(ABC):
+    """A frozen text tower with its tokenizer.
 
-    network: CLIPTextModelWithProjection
+    Args:
+        network: transformers' model.
+        tokenizer: transformers' tokenizer.
+        length: T, tokens that every caption is padded or cut to.
+    """
+
+    network: Any
     tokenizer: Any
+    length: int
 
-    @classmethod
-    def load(cls, folder_or_id: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "TextEncoder":
-        """Load `text_encoder/` and `tokenizer/` from a model folder or a Hugging Face id; safetensors only."""
+    @staticmethod
+    def load(
+        folder_or_id: str, device: str = "cpu", dtype: torch.dtype = torch.float32, *, length: int | None = None
+    ) -> "TextEncoder":
+        """Load from a model folder (`text_encoder/` and `tokenizer/`), or a folder or Hugging Face id with all in one.
+
+        Args:
+            folder_or_id: safetensors only. A full T5 does: of its weights only the encoder's are read.
+            device: where it runs.
+            dtype: that it computes in.
+            length: T; by default what the tokenizer says, at most CLIP's positions (77) or 256 for T5.
+
+        Raises:
+            UserError: for what is missing, pickled, damaged, neither CLIP nor T5, or too short for the length.
+        """
         without_bars()
-        root, subfolder = require_safetensors(folder_or_id, "text_encoder")
-        network = CLIPTextModelWithProjection.from_pretrained(
-            root, subfolder=subfolder or "", use_safetensors=True, dtype=dtype
-        )
-        tokenizer = AutoTokenizer.from_pretrained(root, subfolder="tokenizer" if subfolder else "")
-        return cls(network.eval().requires_grad_(False).to(device), tokenizer)
+        root, folder, (encoder, tower) = _found(folder_or_id)
+        network = _network(tower, folder, dtype).eval().requires_grad_(False).to(device)
+        return encoder(network, _tokenizer(root), text_length(folder_or_id, length))
+
+    @staticmethod
+    @abstractmethod
+    def longest(config: Any) -> tuple[int, bool]:
+        """Tokens a caption by default, and whether the network can read no more."""
 
     @property
-    def length(self) -> int:
-        """Tokens that every caption is padded or cut to."""
-        return int(min(self.tokenizer.model_max_length, self.network.config.max_position_embeddings))
+    @abstractmethod
+    def pooled_width(self) -> int:
+        """P."""
+
+    @abstractmethod
+    def encode(self, text_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Text ids (B, T) to states (B, T, E) and pooled vectors (B, P)."""
 
     @property
     def width(self) -> int:
+        """E."""
         return int(self.network.config.hidden_size)
 
-    @property
-    def pooled_width(self) -> int:
-        return int(self.network.config.projection_dim)
-
     def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Text ids (B, T) and which of them are real (bool, B, T)."""
+        """Text ids (B, T) and which of them are real (bool, B, T): a row's first ones."""
         out = self.tokenizer(
             list(captions), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         )
         return out.input_ids, out.attention_mask.bool()
 
-    @torch.no_grad()
-    def encode(self, text_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Text ids (B, T) to states (B, T, E) and pooled vectors (B, P)."""
-        out = self.network(text_ids.to(self.network.device), output_hidden_states=True)
-        return out.hidden_states[-2], out.text_embeds
+    def truncated(self, captions: Sequence[str]) -> int:
+        """How many captions have more tokens than fit; what is beyond is cut off."""
+        if not captions:
+            return 0
+        tokens = self.tokenizer(list(captions), padding=False, truncation=False, verbose=False).input_ids
+        return sum(len(caption) > self.length for caption in tokens)
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Captions to states (B, T, E) and pooled vectors (B, P)."""
         return self.encode(self.tokenize(captions)[0])
+
+
+class ClipText(TextEncoder):
+    """CLIP's text tower with its projection."""
+
+    @staticmethod
+    def longest(config: Any) -> tuple[int, bool]:
+        return int(getattr(config, "text_config", config).max_position_embeddings), True
+
+    @property
+    def pooled_width(self) -> int:
+        return int(self.network.config.projection_dim)
+
+    @torch.no_grad()
+    def encode(self, text_ids: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.network(text_ids.to(self.network.device), output_hidden_states=True)
+        return out.hidden_states[-2], out.text_embeds
+
+
+class T5Text(TextEncoder):
+    """The encoder of a T5, mT5 or UMT5."""
+
+    @staticmethod
+    def longest(config: Any) -> tuple[int, bool]:
+        return T5_LENGTH, False  # its positions are relative
+
+    @property
+    def pooled_width(self) -> int:
+        return self.width
+
+    @torch.no_grad()
+    def encode(self, text_ids: Tensor) -> tuple[Tensor, Tensor]:
+        ids = text_ids.to(self.network.device)
+        real = self._real(ids)
+        said = self.network(input_ids=ids, attention_mask=real.long()).last_hidden_state
+        states = said.masked_fill(~real[..., None], 0)
+        pooled = states.float().sum(dim=1) / real.sum(dim=1, keepdim=True).clamp(min=1)
+        return states, pooled.to(states.dtype)
+
+    def _real(self, text_ids: Tensor) -> Tensor:
+        """Which tokens are no padding (bool, B, T): all up to the last other one, the </s> that ends every caption.
+
+        So a caption that spells out "<pad>" keeps what follows it.
+        """
+        other = (text_ids != int(self.tokenizer.pad_token_id)).long()
+        return other.flip(1).cumsum(dim=1).flip(1) > 0
+
+
+_KINDS: dict[str, tuple[type[TextEncoder], Any]] = {
+    "clip": (ClipText, CLIPTextModelWithProjection),
+    "clip_text_model": (ClipText, CLIPTextModelWithProjection),
+    "t5": (T5Text, T5EncoderModel),
+    "mt5": (T5Text, MT5EncoderModel),
+    "umt5": (T5Text, UMT5EncoderModel),
+}
+
+
+def text_length(folder_or_id: str, asked: int | None = None) -> int:
+    """T as `TextEncoder.load` sets it, without reading the weights.
+
+    Raises:
+        UserError: as `load`, but for the weights.
+    """
+    root, folder, (encoder, _) = _found(folder_or_id)
+    longest = encoder.longest(AutoConfig.from_pretrained(folder))
+    return _length(longest, _tokenizer(root), asked, folder_or_id)
+
+
+def _found(folder_or_id: str) -> tuple[Path, Path, tuple[type[TextEncoder], Any]]:
+    """The model folder, the one with the weights in it, and what kind of encoder they are."""
+    root, subfolder = require_safetensors(folder_or_id, "text_encoder")
+    folder = Path(root, subfolder or "")
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if kind not in _KINDS:
+        raise UserError(f"{folder_or_id} holds a {kind!r}: a text encoder is CLIP or T5 ({', '.join(_KINDS)}).")
+    return Path(root), folder, _KINDS[kind]
+
+
+def _network(tower: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """transformers' model from a folder. Raises UserError where weights are damaged, or some are missing."""
+    try:
+        with _without_reports():
+            network, loaded = tower.from_pretrained(folder, use_safetensors=True, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # of safetensors, transformers and torch, for files that are cut or do not fit
+        raise UserError(f"{folder}: the weights cannot be read: {' '.join(str(error).split())[:300]}") from error
+    if missing := sorted(loaded["missing_keys"]):
+        raise UserError(
+            f"{folder}: {len(missing)} weights are missing, such as {missing[0]}: they are not its config.json's."
+        )
+    return network
+
+
+def _tokenizer(root: Path) -> Any:
+    """The tokenizer in `tokenizer/`, or beside the weights. Raises UserError where it cannot be read."""
+    folder = root / "tokenizer" if (root / "tokenizer").is_dir() else root
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers raises what its parsers raise, and ImportError for a sentencepiece model
+        raise UserError(
+            f"{folder}: the tokenizer cannot be read: {' '.join(str(error).split())[:300]} "
+            "Save it as tokenizer.json (save_pretrained writes one) where it can be read."
+        ) from error
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    return tokenizer
+
+
+def _length(longest: tuple[int, bool], tokenizer: Any, asked: int | None, name: str) -> int:
+    most, fixed = longest
+    if asked is None:
+        return int(min(tokenizer.model_max_length, most))
+    if fixed and asked > most:
+        raise UserError(f"text_length={asked} is more than {name} can read: it has {most} positions.")
+    if asked <= (added := tokenizer.num_special_tokens_to_add()):
+        raise UserError(
+            f"text_length={asked} leaves no room for a caption: the tokenizer adds {added} tokens of its own."
+        )
+    return asked
+
+
+@contextmanager
+def _without_reports() -> Iterator[None]:
+    """transformers reports a full T5's decoder as unexpected weights; what is missing is checked here."""
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)

@@ -12,23 +12,32 @@ from diffusers import VQModel
 from numpy.typing import NDArray
 from torch import Tensor
 
+from raymuse.models.precision import DTYPES, Precision, float32_products
 from raymuse.models.weights import require_safetensors
 
 
 @dataclass(frozen=True)
 class Vqgan:
-    """A frozen VQGAN with its codebook."""
+    """A frozen VQGAN with its codebook.
+
+    Args:
+        network: diffusers' model. Its encoder may be bf16; all the rest counts in fp32, the nearest code above all.
+        tf32: whether the encoder may use TF32 on CUDA.
+    """
 
     network: VQModel
+    tf32: bool = False
 
     @classmethod
-    def load(cls, folder_or_id: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "Vqgan":
+    def load(cls, folder_or_id: str, device: str = "cpu", precision: Precision = "fp32") -> "Vqgan":
         """Load from a local folder (itself, or its `vqvae/`) or a Hugging Face id; safetensors only."""
         root, subfolder = require_safetensors(folder_or_id, "vqvae")
         network = VQModel.from_pretrained(
-            root, subfolder=subfolder, use_safetensors=True, torch_dtype=dtype, low_cpu_mem_usage=False
+            root, subfolder=subfolder, use_safetensors=True, torch_dtype=torch.float32, low_cpu_mem_usage=False
         )
-        return cls(network.eval().requires_grad_(False).to(device))
+        network = network.eval().requires_grad_(False).to(device)
+        network.encoder.to(DTYPES[precision])
+        return cls(network, precision == "tf32")
 
     @property
     def codes(self) -> int:
@@ -39,12 +48,21 @@ class Vqgan:
         """Pixels a side of one id's cell."""
         return int(2 ** (len(self.network.config.block_out_channels) - 1))
 
-    @torch.no_grad()
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
         """Pictures uint8 (B, H, W, 3) to ids (B, h, w)."""
-        latents = self.network.encode(to_unit(pixels, self.network.device, self.network.dtype)).latents
-        ids = nearest_codes(latents, self.network.quantize.embedding.weight)
-        return ids.cpu().numpy()
+        return self.encode_checked(pixels)[0]
+
+    @torch.no_grad()
+    def encode_checked(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Ids (B, h, w), and of which pictures (B,) all latents are finite: the ids of others mean nothing."""
+        network = self.network
+        weight = next(network.encoder.parameters())
+        with float32_products("tf32" if self.tf32 else "ieee"):
+            seen = network.encoder(to_unit(pixels, weight.device, weight.dtype))
+        with float32_products("ieee"):
+            latents = network.quant_conv(seen.float())
+            ids = nearest_codes(latents, network.quantize.embedding.weight)
+        return ids.cpu().numpy(), latents.isfinite().flatten(1).all(dim=1).cpu().numpy()
 
     @torch.no_grad()
     def decode(self, ids: Tensor | NDArray[np.int64]) -> NDArray[np.uint8]:

@@ -6,45 +6,56 @@ from pathlib import Path
 from raymuse.config.errors import UserError
 
 HUB = "hf://"
+TWINS = ".fp16."  # in the name of half-precision twins, which are never what is loaded
+_READ = ("*.json", "*.safetensors", "*.txt", "*.model")
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 
 
 def require_safetensors(folder_or_id: str, part: str) -> tuple[str, str | None]:
-    """The (root, subfolder) to load from. A local folder may be the part itself or a model folder that holds it.
+    """The (root, subfolder) on this disk to load from: the part itself, or a model folder that holds it.
 
-    A Hugging Face id stands as `hf://owner/name` (inside a flow's recipe, whose bare names are folders), or bare.
+    A Hugging Face id stands as `hf://owner/name` (inside a flow's recipe, whose bare names are folders), or bare; what
+    the part needs of it is downloaded once, to the Hub's own cache.
 
     Raises:
-        UserError: for a local folder that is missing, or that has only pickled weights.
+        UserError: for a folder or id that is missing, or that has only pickled weights.
     """
-    root = Path(folder_or_id)
-    if folder_or_id.startswith(HUB):
-        return folder_or_id.removeprefix(HUB), part
-    if not root.exists():
-        if folder_or_id.startswith(("/", ".")) or folder_or_id.count("/") != 1:
-            raise UserError(f"{folder_or_id} does not exist. Give a folder with {part}/, or a Hugging Face id.")
-        return folder_or_id, part
+    name = hub_id(folder_or_id, part)
+    root = Path(folder_or_id) if name is None else _download(name, part)
     subfolder = part if (root / part / "config.json").exists() else None
     folder = root / subfolder if subfolder else root
     if not (folder / "config.json").exists():
         raise UserError(f"{folder_or_id} holds neither config.json nor {part}/config.json: it is no {part} folder.")
-    if not list(folder.glob("*.safetensors")):
-        pickled = [path.name for path in folder.glob("*") if path.suffix in {".bin", ".pt", ".pth", ".ckpt"}]
+    if not _weights(folder):
+        pickled = [path.name for path in folder.glob("*") if path.suffix in _PICKLES]
         raise UserError(
-            f"{folder} holds no .safetensors file"
+            f"{folder_or_id if name else folder} holds no .safetensors file"
             + (f" ({pickled[0]} is a pickle, which can run code and is not read)" if pickled else "")
+            + (" (pickles can run code and are not read)" if name else "")
             + ". Convert it: load it where you trust it and call save_pretrained(..., safe_serialization=True)."
         )
     return str(root), subfolder
 
 
+def hub_id(folder_or_id: str, part: str) -> str | None:
+    """The Hugging Face id that is meant; None for a folder. Raises UserError for a folder that does not exist."""
+    if folder_or_id.startswith(HUB):
+        return folder_or_id.removeprefix(HUB)
+    if Path(folder_or_id).exists():
+        return None
+    if folder_or_id.startswith(("/", ".")) or folder_or_id.count("/") != 1:
+        raise UserError(f"{folder_or_id} does not exist. Give a folder with {part}/, or a Hugging Face id.")
+    return folder_or_id
+
+
 def weights_sha256(folder_or_id: str, part: str) -> str:
-    """sha256 (hex) over the part's safetensors files, in the order of their names; an id stands for itself."""
+    """sha256 (hex) over the part's safetensors files, in the order of their names, wherever they came from."""
     root, subfolder = require_safetensors(folder_or_id, part)
-    if not Path(root).exists():
-        return f"id:{root}"
     digest = hashlib.sha256()
-    for path in sorted((Path(root) / (subfolder or "")).glob("*.safetensors")):
-        digest.update(path.read_bytes())
+    for path in _weights(Path(root, subfolder or "")):
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 
@@ -55,3 +66,26 @@ def without_bars() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.safetensors") if TWINS not in path.name)
+
+
+def _download(name: str, part: str) -> Path:
+    """The snapshot of a repository with the part and its tokenizer: from folders of their own, or all from its root."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=["config.json", "*/config.json"]))
+        if (folder / part / "config.json").exists():
+            wanted, left = [f"{place}/{kind}" for place in (part, "tokenizer") for kind in _READ], [f"*{TWINS}*"]
+        else:
+            wanted, left = list(_READ), [f"*{TWINS}*", "*/*"]
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=left))
+    except Exception as error:  # of a dozen kinds: no network, no such id, a gated one, an incomplete cache
+        said = " ".join(str(error).split())
+        raise UserError(
+            f"{name} is no folder, and as a Hugging Face id it cannot be fetched: {said[:300]} "
+            "Name a folder that there is, or check the id and the network."
+        ) from error

@@ -23,6 +23,7 @@ from raymuse.storage.folder import Folder
 from raymuse.storage.images import Picture, list_shards
 from raymuse.storage.manifest import FileRecord, Manifest, PartRecord
 from raymuse.storage.picture_index import PictureIndex
+from raymuse.storage.picture_scan import PictureScan
 from raymuse.storage.webdataset_writer import encode, write_tar
 from raymuse.tracking.run import Run
 
@@ -119,8 +120,10 @@ def _encoded(sample: Sample) -> tuple[str, bytes, str, str]:
 
 
 def _folder_source(config: DataConfig) -> tuple[Source, dict[str, int]]:
-    """A folder's own files, unchanged; the pictures whose keys hash lowest are held out."""
-    index = PictureIndex(list_shards(config.source))
+    """The input's own files, unchanged; the pictures whose keys hash lowest are held out."""
+    shards = list_shards(config.source)
+    spans = all(shard.kind in ("tar", "folder") for shard in shards)
+    index = PictureIndex(shards) if spans else PictureScan(shards)
     if len(index) < 2:
         raise UserError(
             f"{config.source} holds {len(index)} usable picture(s) (refused: {index.refused() or 'none'}); "
@@ -133,9 +136,11 @@ def _folder_source(config: DataConfig) -> tuple[Source, dict[str, int]]:
     return partial(_from_index, index=index, splits=splits), sizes
 
 
-def _from_index(part: Part, index: PictureIndex, splits: dict[str, list[int]]) -> Iterator[tuple[str, bytes, str, str]]:
-    for place in range(part.start, part.start + part.count):
-        picture = index[splits[part.split][place]]
+def _from_index(
+    part: Part, index: PictureIndex | PictureScan, splits: dict[str, list[int]]
+) -> Iterator[tuple[str, bytes, str, str]]:
+    pictures = index.take(splits[part.split][part.start : part.start + part.count])
+    for place, picture in enumerate(pictures, part.start):
         yield f"{place:09d}", picture.data, _ending(picture), picture.captions[0]
 
 

@@ -1,4 +1,4 @@
-"""Image shards to token shards on Ray Data, exactly once.
+"""Captioned pictures to token shards on Ray Data, exactly once.
 
     plan: one part a shard -> decode (CPU tasks) -> encode (actors) -> commit (a part, when its chunks are there)
 
@@ -8,13 +8,14 @@ A row between the steps is a chunk: fixed in size and order, so that a part has 
 import hashlib
 import io
 import pickle
-import shutil
+import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
@@ -22,19 +23,35 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 from raymuse.clusters.quiet import quiet_data
 from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.pretokenize import PretokenizeConfig
-from raymuse.encoding.chunks import Chunk, decode_chunks
-from raymuse.encoding.encoder import ChunkEncoder, Encoded
-from raymuse.models.text import TextEncoder
+from raymuse.encoding.chunks import Chunk, decode_chunks, reading_of
+from raymuse.encoding.encoder import ChunkEncoder, code_agreement
+from raymuse.encoding.hashes import find_duplicates
+from raymuse.encoding.tasks import decode_row, hash_row
+from raymuse.models.text import text_length
 from raymuse.models.vqgan import Vqgan
 from raymuse.models.weights import weights_sha256
 from raymuse.storage.folder import Folder
-from raymuse.storage.images import Shard, list_shards
-from raymuse.storage.manifest import FileRecord, Manifest, PartRecord
+from raymuse.storage.images import Shard, estimate_rows, list_shards
+from raymuse.storage.manifest import Manifest, PartRecord
+from raymuse.storage.rejects import Reason, Reject, to_table
+from raymuse.storage.token_parts import (
+    TABLES,
+    MadePart,
+    chunk_file,
+    hashes_file,
+    join_part,
+    read_table,
+    tagged,
+    write_table,
+)
 from raymuse.storage.tokens import EMPTY, parquet_bytes
 from raymuse.tracking.run import Run
 
-TABLES = ("tokens", "captions", "rejects")
 DECODE_CPUS = 0.9  # not 1: Ray Data fuses steps of equal demands, and decoding would then wait for the encoder
+SAME_CODES = 0.99  # share of ids that a lower precision must share with fp32
+DUPLICATES = "duplicates.parquet"
+
+Drops = dict[str, dict[str, Reject]]  # part -> key -> why
 
 
 def pretokenize(config: PretokenizeConfig, run: Run) -> str:
@@ -42,72 +59,223 @@ def pretokenize(config: PretokenizeConfig, run: Run) -> str:
 
     Raises:
         UserError: for input, encoders or output that cannot work, before anything is written.
-        TooManyRejects: after the end, where more rows were refused than the config allows.
+        TooManyRejects: after the end, where more rows were faulty than the config allows.
     """
-    shards = list_shards(config.input, images_per_shard=config.pictures_per_part)
+    plan = plan_of(config)
     facts = fingerprint(config)
-    manifest = Manifest.open(config.output, {**config.identity(), **facts, "shards": _digest(shards)})
-    plan = {f"part-{number:06d}": shard for number, shard in enumerate(shards)}
+    manifest = Manifest.open(config.output, {**config.identity(), **facts, "shards": _digest(plan.values())})
     if not manifest.finished:
+        quiet_data()
         run.params({**config.model_dump(mode="json"), **facts})
         _write_empty(manifest, config, facts)
-        pending = manifest.pending(plan)
-        for record in _commits(manifest, config, {name: plan[name] for name in pending}, facts, run):
+        drops = _duplicates(manifest, config, plan, run)
+        pending = {name: plan[name] for name in manifest.pending(plan)}
+        agreement = _agreement(config, pending, run)
+        for record in _commits(manifest, config, pending, drops, facts, run):
             manifest.record(record)
-        shutil.rmtree(f"{config.output}/_chunks", ignore_errors=True)
-        manifest.finish(**facts)
+        for scratch in ("_chunks", "_hashes"):
+            manifest.folder.remove(scratch)
+        manifest.finish(**facts, **agreement, counts=_totals(manifest))
     manifest.release()
     _report(manifest, config, run)
     return config.output
 
 
-def plan_text(config: PretokenizeConfig) -> str:
-    """The plan as text (`--dry-run`): parts, and what a row will weigh."""
-    shards = list_shards(config.input, images_per_shard=config.pictures_per_part)
-    vqgan, text = Vqgan.load(config.vqgan), TextEncoder.load(config.text_encoder)
-    ids = 2 * (config.resolution // vqgan.factor) ** 2
-    caption = 2 * (text.length * text.width + text.pooled_width) if config.text == "states" else 4 * text.length
-    return (
-        f"{len(shards)} parts, one a shard: {shards[0].name} ... {shards[-1].name}\n"
-        f"a crop takes {ids} bytes of ids, a caption {caption:,} bytes ({config.text})\n"
-        f"{config.decoders} decoders, {config.encoders} encoders, chunks of {config.chunk_size}"
-    )
+def plan_of(config: PretokenizeConfig) -> dict[str, Shard]:
+    """What becomes which part: a function of the input's names and the config alone."""
+    shards = list_shards(config.inputs, images_per_shard=config.pictures_per_part, reading=reading_of(config))
+    return {f"part-{number:06d}": shard for number, shard in enumerate(shards)}
 
 
 def fingerprint(config: PretokenizeConfig) -> dict[str, Any]:
     """What decides the ids and states beside the config: the encoders' weights and sizes.
 
     Raises:
-        UserError: for encoders that cannot be read, or do not fit the resolutions.
+        UserError: for encoders that cannot be read, or do not fit the crops.
     """
     vqgan = Vqgan.load(config.vqgan)
     low = Vqgan.load(config.low_vqgan) if config.low_vqgan else vqgan
-    sides = (("resolution", config.resolution, vqgan), ("low_resolution", config.low_resolution, low))
-    for name, side, network in sides:
-        if side is not None and side % network.factor:
-            raise UserError(f"{name}={side} is no multiple of the VQGAN's factor {network.factor}.")
+    for shape in config.shapes:
+        for name, sides, network in (("crop", shape, vqgan), ("low-resolution twin", config.low_shape(shape), low)):
+            if sides is not None and any(side % network.factor for side in sides):
+                raise UserError(
+                    f"a {name} of {sides[0]} x {sides[1]} pixels is no multiple of the VQGAN's factor "
+                    f"{network.factor}: change resolution, low_resolution or buckets."
+                )
     return {
         "vqgan_sha256": weights_sha256(config.vqgan, "vqvae"),
         "low_vqgan_sha256": weights_sha256(config.low_vqgan, "vqvae") if config.low_vqgan else None,
         "text_encoder_sha256": weights_sha256(config.text_encoder, "text_encoder"),
         "codebook_size": vqgan.codes,
         "low_codebook_size": low.codes,
-        "text_length": TextEncoder.load(config.text_encoder).length,
+        "text_length": text_length(config.text_encoder, config.text_length),
     }
 
 
+# --- the plan as text
+
+
+def plan_text(config: PretokenizeConfig) -> str:
+    """The plan as text (`--dry-run`): parts, rows, bytes; time and cost as one chunk, tried here, foretells them."""
+    fingerprint(config)
+    plan = plan_of(config)
+    shards = list(plan.values())
+    rows = estimate_rows(shards, reading_of(config))
+    decode, encode, crops, size = _trial(config, shards[0])
+    lines = [
+        f"{len(plan)} parts, one a shard: {shards[0].name} ... {shards[-1].name}",
+        f"{config.decoders} decoders, {config.encoders} encoders, chunks of {config.chunk_size}",
+        f"tried here on {crops} crops of the first shard: decoding {crops / decode:,.1f} crops/s a decoder, "
+        f"encoding {crops / encode:,.1f} crops/s an encoder; a crop with its captions takes {size:,.0f} bytes",
+    ]
+    if rows is None:
+        return "\n".join([*lines, "how many rows there are is not known before they are read"])
+    total = rows * config.crops_per_picture * (2 if config.flip else 1)
+    seconds = total * max(decode / config.decoders, encode / config.encoders) / crops
+    cost = f", cost about {seconds / 3600 * config.price_per_hour:,.2f}" if config.price_per_hour else ""
+    return "\n".join(
+        [
+            *lines,
+            f"about {rows:,} pictures, {total:,} crops, {total * size / 2**30:,.2f} GiB",
+            f"time about {_duration(seconds)} on machines like this one{cost}",
+        ]
+    )
+
+
+def _trial(config: PretokenizeConfig, shard: Shard) -> tuple[float, float, int, float]:
+    """Seconds to decode and to encode the first chunk of a shard, its crops, and stored bytes a crop."""
+    encoder = ChunkEncoder(config, _device(config))
+    began = time.perf_counter()
+    chunk = next(chunk for chunk in decode_chunks(shard, config) if chunk.facts or chunk.last)
+    decoded = time.perf_counter()
+    if not chunk.facts:
+        raise UserError(f"{shard.name}: no picture of the first shard can be used, so there is nothing to plan from.")
+    encoder(chunk)  # the first call warms up
+    warm = time.perf_counter()
+    encoded = encoder(chunk)
+    ended = time.perf_counter()
+    stored = sum(len(parquet_bytes(getattr(encoded, table), {})) for table in ("tokens", "captions"))
+    return decoded - began, ended - warm, len(chunk.facts), stored / len(chunk.facts)
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+# --- what is written once a data set
+
+
+def _write_empty(manifest: Manifest, config: PretokenizeConfig, facts: Mapping[str, Any]) -> None:
+    """The empty caption, once a data set: what dropped captions become."""
+    if manifest.pending([EMPTY]):
+        table = ray.get(_encode_empty.options(num_gpus=config.gpus_per_encoder or None).remote(config))
+        data = parquet_bytes(table, tagged(facts))
+        manifest.write_part(EMPTY, {f"captions/{EMPTY}.parquet": data}, rows=0, rejects=0, source="")
+
+
+@ray.remote(num_cpus=1)
+def _encode_empty(config: PretokenizeConfig) -> pa.Table:
+    return ChunkEncoder(config, _device(config)).captions([""])
+
+
+def _agreement(config: PretokenizeConfig, pending: Mapping[str, Shard], run: Run) -> dict[str, float]:
+    """Share of ids that the config's precision and fp32 agree on, measured on the first chunk that is to be done."""
+    if config.precision == "fp32" or not pending:
+        return {}
+    gpus = config.gpus_per_encoder or None
+    share = ray.get(_measure.options(num_gpus=gpus).remote(config, list(pending.values())))
+    if share is None:
+        return {}
+    run.metrics({"code_agreement": share}, 0)
+    print(f"{config.precision} and fp32 give the same id for {share:.2%} of the cells of the first chunk", flush=True)
+    if share < SAME_CODES:
+        print(f"warning: less than {SAME_CODES:.0%}; precision=fp32 is exact.", file=sys.stderr)
+    return {"code_agreement": share}
+
+
+@ray.remote(num_cpus=1)
+def _measure(config: PretokenizeConfig, shards: list[Shard]) -> float | None:
+    """None where no shard has a picture that can be used."""
+    for shard in shards:
+        for chunk in decode_chunks(shard, config):
+            if chunk.facts:
+                return code_agreement(config, chunk, _device(config))
+    return None
+
+
+def _duplicates(manifest: Manifest, config: PretokenizeConfig, plan: Mapping[str, Shard], run: Run) -> Drops:
+    """Which pictures to leave out because an earlier one shows the same: found once, over the whole plan."""
+    if config.duplicates == "keep":
+        return {}
+    if not manifest.folder.exists(DUPLICATES):
+        _hash_all(manifest.folder, config, plan)
+        found = find_duplicates(
+            ((name, shard.name, read_table(manifest.folder, hashes_file(name))) for name, shard in plan.items()),
+            config.near_duplicates,
+        )
+        rows = [(part, reject) for part, keys in found.items() for reject in keys.values()]
+        table = to_table(reject for _, reject in rows).add_column(
+            0, "part", pa.array([p for p, _ in rows], pa.string())
+        )
+        manifest.folder.write(DUPLICATES, parquet_bytes(table, {}))
+    table = pq.read_table(io.BytesIO(manifest.folder.read(DUPLICATES)))
+    reasons = Counter(table["reason"].to_pylist())
+    run.metrics({f"found/{reason}": float(count) for reason, count in reasons.items()}, 0)
+    found_text = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items())) or "none"
+    print(f"duplicates: {found_text} ({'dropped' if config.duplicates == 'drop' else 'counted only'})", flush=True)
+    drops: Drops = {}
+    if config.duplicates == "drop":
+        for row in table.to_pylist():
+            reject = Reject(row["source"], row["key"], Reason(row["reason"]), row["detail"])
+            drops.setdefault(row["part"], {})[row["key"]] = reject
+    return drops
+
+
+def _hash_all(folder: Folder, config: PretokenizeConfig, plan: Mapping[str, Shard]) -> None:
+    there = set(folder.names("_hashes"))
+    rows = [
+        {"part": name, "shard": pickle.dumps(shard)}
+        for name, shard in plan.items()
+        if hashes_file(name).rpartition("/")[2] not in there
+    ]
+    if not rows:
+        return
+    hashed = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        hash_row,
+        batch_size=1,
+        compute=TaskPoolStrategy(size=config.decoders),
+        num_cpus=DECODE_CPUS,
+        fn_kwargs={"config": config, "output": folder.address},
+    )
+    for number, _ in enumerate(hashed.iter_rows(), 1):
+        print(f"looked for duplicates in {number} of {len(rows)} shards", flush=True)
+
+
+# --- the parts
+
+
 def _commits(
-    manifest: Manifest, config: PretokenizeConfig, pending: dict[str, Shard], facts: dict[str, Any], run: Run
+    manifest: Manifest,
+    config: PretokenizeConfig,
+    pending: Mapping[str, Shard],
+    drops: Drops,
+    facts: Mapping[str, Any],
+    run: Run,
 ) -> Iterator[PartRecord]:
     """Stream the pending shards through decode and encode; a part is joined as soon as its last chunk is there."""
     if not pending:
         return
-    quiet_data()
-    rows = [{"part": name, "shard": pickle.dumps(shard)} for name, shard in pending.items()]
+    rows = [{"part": name, "shard": pickle.dumps((shard, drops.get(name, {})))} for name, shard in pending.items()]
     encoded = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
         .map_batches(
-            _decode,
+            decode_row,
             batch_size=1,
             compute=TaskPoolStrategy(size=config.decoders),
             num_cpus=DECODE_CPUS,
@@ -116,20 +284,20 @@ def _commits(
         .map_batches(
             _Encode,
             batch_size=1,
-            compute=ActorPoolStrategy(size=config.encoders),
+            compute=ActorPoolStrategy(min_size=config.min_encoders or config.encoders, max_size=config.encoders),
             num_gpus=config.gpus_per_encoder or None,
             fn_constructor_kwargs={"config": config, "output": manifest.folder.address},
         )
     )
+    join = ray.remote(num_cpus=0.5)(join_part)
     progress = Progress(len(pending), run)
-    arrived: dict[str, dict[int, bool]] = {}
+    coming: dict[str, MadePart] = {}
     joining: list[ray.ObjectRef] = []
     for row in encoded.iter_rows():
-        chunks = arrived.setdefault(row["part"], {})
-        chunks[int(row["chunk"])] = bool(row["last"])
-        if _complete(chunks):
-            shard = pending[row["part"]]
-            joining.append(_join.remote(manifest.folder.address, row["part"], len(chunks), shard.name, facts))
+        part = str(row["part"])
+        if coming.setdefault(part, MadePart()).add(row):
+            made, source = coming.pop(part), pending[part].name
+            joining.append(join.remote(manifest.folder.address, part, made, source, facts, bool(config.buckets)))
         ready, joining = ray.wait(joining, num_returns=len(joining), timeout=0) if joining else ([], [])
         yield from progress.through(ray.get(ready))
     while joining:
@@ -137,70 +305,27 @@ def _commits(
         yield from progress.through(ray.get(ready))
 
 
-def _decode(batch: dict[str, Any], config: PretokenizeConfig) -> Iterator[dict[str, Any]]:
-    """A shard to its chunks, each a row of its own."""
-    for chunk in decode_chunks(pickle.loads(batch["shard"][0]), config):
-        yield {"part": [batch["part"][0]], "chunk": [pickle.dumps(chunk)]}
-
-
 class _Encode:
     """A chunk to its tables, written beside the parts under names that the plan gives; only their numbers go on."""
 
     def __init__(self, config: PretokenizeConfig, output: str) -> None:
-        device = "cuda" if config.gpus_per_encoder > 0 else "cpu"
-        self.encoder = ChunkEncoder(config, device)
+        self.encoder = ChunkEncoder(config, _device(config))
         self.folder = Folder(output)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        part, chunk = batch["part"][0], pickle.loads(batch["chunk"][0])
+        part, chunk = str(batch["part"][0]), pickle.loads(batch["chunk"][0])
         assert isinstance(chunk, Chunk)
-        tables = self.encoder(chunk)
+        encoded = self.encoder(chunk)
         for table in TABLES:
-            self.folder.write(_chunk_file(part, chunk.number, table), _ipc(getattr(tables, table)))
-        return {"part": [part], "chunk": [chunk.number], "last": [chunk.last]}
-
-
-@ray.remote(num_cpus=0.5)
-def _join(address: str, part: str, chunks: int, source: str, facts: dict[str, Any]) -> PartRecord:
-    """Join a shard's chunks into its part and put its files in place."""
-    folder = Folder(address)
-    tables = {
-        name: pa.concat_tables([_read_ipc(folder.read(_chunk_file(part, number, name))) for number in range(chunks)])
-        for name in TABLES
-    }
-    return _put_part(folder, part, Encoded(**tables), source, facts)
-
-
-def _put_part(folder: Folder, part: str, encoded: Encoded, source: str, facts: dict[str, Any]) -> PartRecord:
-    tables = {"tokens": encoded.tokens, "captions": _unique(encoded.captions), "rejects": encoded.rejects}
-    metadata = {"raymuse." + name: str(value) for name, value in facts.items()}
-    files = []
-    for name, table in tables.items():
-        if len(table) == 0 and name != "captions":
-            continue
-        data = parquet_bytes(table, metadata)
-        folder.write(f"{name}/{part}.parquet", data)
-        files.append(FileRecord.of(f"{name}/{part}.parquet", data))
-    for number in range(len(folder.names(f"_chunks/{part}")) // len(TABLES)):
-        for name in TABLES:
-            folder.remove(_chunk_file(part, number, name))
-    keys = {key.as_py() for key in encoded.tokens["key"]} if len(encoded.tokens) else set()
-    counts = {"pictures": float(len(keys)), "captions": float(len(tables["captions"]))}
-    return PartRecord(part, len(encoded.tokens), len(encoded.rejects), source, files, counts)
-
-
-def _write_empty(manifest: Manifest, config: PretokenizeConfig, facts: dict[str, Any]) -> None:
-    """The empty caption, once a data set: what dropped captions become."""
-    if manifest.pending([EMPTY]):
-        gpus = config.gpus_per_encoder
-        table = ray.get(_encode_empty.options(num_gpus=gpus or None).remote(config))
-        data = parquet_bytes(table, {"raymuse." + name: str(value) for name, value in facts.items()})
-        manifest.write_part(EMPTY, {f"captions/{EMPTY}.parquet": data}, rows=0, rejects=0, source="")
-
-
-@ray.remote(num_cpus=1)
-def _encode_empty(config: PretokenizeConfig) -> pa.Table:
-    return ChunkEncoder(config, "cuda" if config.gpus_per_encoder > 0 else "cpu").captions([""])
+            write_table(self.folder, chunk_file(part, chunk.number, table), getattr(encoded, table))
+        return {
+            "part": [part],
+            "chunk": [chunk.number],
+            "shape": ["x".join(map(str, chunk.shape))],
+            "crops": [len(encoded.tokens)],
+            "counts": [pickle.dumps(encoded.counts)],
+            "last": [chunk.last],
+        }
 
 
 class Progress:
@@ -230,43 +355,38 @@ class Progress:
         )
 
 
+# --- the end
+
+
+def _totals(manifest: Manifest) -> dict[str, float]:
+    """Every count of the parts, summed: pictures, captions, rejects by reason, what was mended."""
+    totals: Counter[str] = Counter()
+    for part in manifest.done.values():
+        totals.update(part.counts)
+    return dict(sorted(totals.items()))
+
+
 def _report(manifest: Manifest, config: PretokenizeConfig, run: Run) -> None:
-    """The data set to MLflow, and exit code 3 where too much was refused."""
-    rejects = sum(part.rejects for part in manifest.done.values())
-    pictures = int(sum(part.counts.get("pictures", 0) for part in manifest.done.values()))
-    run.dataset("token shards", _digest(list(manifest.done)), config.output, "pretokenize")
-    if rejects > config.max_reject_fraction * max(1, rejects + pictures):
-        raise TooManyRejects(rejects, rejects + pictures, f"{config.output}/rejects")
+    """The counts to the terminal and MLflow, and exit code 3 where too much was faulty."""
+    totals = _totals(manifest)
+    run.dataset("token shards", _digest(manifest.done), config.output, "pretokenize")
+    run.metrics({f"total/{name}": count for name, count in totals.items()}, len(manifest.done))
+    for name, count in totals.items():
+        print(f"  {name}: {count:,.0f}", flush=True)
+    faults = filtered = 0.0
+    for name, count in totals.items():
+        kind, _, reason = name.partition("/")
+        if kind == "rejects":
+            faults, filtered = (faults, filtered + count) if Reason(reason).is_filter else (faults + count, filtered)
+    inputs = faults + filtered + totals.get("pictures", 0)
+    if faults > config.max_reject_fraction * max(1, inputs):
+        raise TooManyRejects(int(faults), int(inputs), f"{config.output}/rejects")
 
 
-def _complete(chunks: dict[int, bool]) -> bool:
-    last = [number for number, is_last in chunks.items() if is_last]
-    return bool(last) and len(chunks) == last[0] + 1
+def _device(config: PretokenizeConfig) -> str:
+    return "cuda" if config.gpus_per_encoder > 0 else "cpu"
 
 
-def _chunk_file(part: str, number: int, table: str) -> str:
-    return f"_chunks/{part}/{number:06d}.{table}.arrow"
-
-
-def _unique(captions: pa.Table) -> pa.Table:
-    """The first row of every caption, in order."""
-    first: dict[str, int] = {}
-    for row, key in enumerate(captions["caption_id"].to_pylist()):
-        first.setdefault(key, row)
-    return captions.take(list(first.values())).combine_chunks()
-
-
-def _digest(things: list[Any]) -> str:
-    plain = [asdict(thing)["name"] if isinstance(thing, Shard) else str(thing) for thing in things]
+def _digest(things: Iterable[Any]) -> str:
+    plain = [thing.name if isinstance(thing, Shard) else str(thing) for thing in things]
     return hashlib.sha256("\n".join(plain).encode()).hexdigest()[:16]
-
-
-def _ipc(table: pa.Table) -> bytes:
-    sink = io.BytesIO()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue()
-
-
-def _read_ipc(data: bytes) -> pa.Table:
-    return pa.ipc.open_stream(data).read_all()

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ class Folder:
     def create(self) -> None:
         """Make the folder. Raises UserError where it cannot be written."""
         if (path := self.local) is None:
-            self._filesystem().makedirs(self._path(""), exist_ok=True)
+            self._create_remote()
             return
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -41,6 +42,18 @@ class Folder:
         except OSError as error:
             raise UserError(
                 f"cannot write to {path}: {error.strerror or error}. Choose an output folder that you may write to."
+            ) from error
+
+    def _create_remote(self) -> None:
+        """Write and delete a file: an object store has no folders, and says only so that it may be written."""
+        try:
+            self._filesystem().makedirs(self._path(""), exist_ok=True)
+            self.write(f".writable-{os.getpid()}", b"")
+            self.remove(f".writable-{os.getpid()}")
+        except Exception as error:  # every store has errors of its own
+            raise UserError(
+                f"cannot write to {self.address}: {type(error).__name__}: {error}. "
+                "Choose an output that you may write to, and check the credentials."
             ) from error
 
     def require_free(self, needed: int) -> None:
@@ -70,20 +83,34 @@ class Folder:
         path = self._path(name)
         if not filesystem.exists(path):
             return []
-        filesystem.invalidate_cache()
         return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in filesystem.ls(path, detail=False))
 
     def read(self, name: str) -> bytes:
         return bytes(self._filesystem().cat_file(self._path(name)))
 
-    def write(self, name: str, data: bytes) -> None:
-        """Write the file whole: temporary name, fsync, rename locally; a single PUT elsewhere."""
+    def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
+        """Write the file whole: temporary name, fsync, rename locally; a single PUT elsewhere.
+
+        Args:
+            name: of the file in this folder.
+            data: its bytes.
+            durable: False leaves the fsync away, for what a crash of the machine may take.
+        """
         if self.local is None:
             self._filesystem().pipe_file(self._path(name), data)
         else:
-            self.write_local(name, lambda path: path.write_bytes(data))
+            self.write_local(name, lambda path: path.write_bytes(data), durable=durable)
 
-    def write_local(self, name: str, fill: Callable[[Path], object]) -> Path:
+    def write_with(self, name: str, fill: Callable[[Path], object]) -> None:
+        """Let `fill` write a local file and put it in place whole, wherever the folder is."""
+        if self.local is not None:
+            self.write_local(name, fill)
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            fill(Path(scratch, "file"))
+            self._filesystem().put_file(str(Path(scratch, "file")), self._path(name))
+
+    def write_local(self, name: str, fill: Callable[[Path], object], *, durable: bool = True) -> Path:
         """Let `fill` write a temporary file on the local disk, then move it into place."""
         if self.local is None:
             raise UserError(f"{self.address} is not on this machine's disk, which this stage needs.")
@@ -92,11 +119,13 @@ class Folder:
         partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
         try:
             fill(partial)
-            _sync(partial)
+            if durable:
+                _sync(partial)
             partial.rename(final)
         finally:
             partial.unlink(missing_ok=True)
-        _sync(final.parent)
+        if durable:
+            _sync(final.parent)
         return final
 
     def remove(self, name: str) -> None:
@@ -104,8 +133,17 @@ class Folder:
         if self.exists(name):
             self._filesystem().rm(self._path(name), recursive=True)
 
+    def remove_partials(self) -> None:
+        """Delete the temporary files of writers that were killed. Only when nobody writes here any more."""
+        if self.local is not None:
+            for path in self.local.rglob(".*.partial"):
+                path.unlink(missing_ok=True)
+
     def _filesystem(self) -> Any:
-        return fsspec.core.url_to_fs(self.address)[0]
+        """The file system, without the listings it keeps: others write here too."""
+        filesystem = fsspec.core.url_to_fs(self.address)[0]
+        filesystem.invalidate_cache()
+        return filesystem
 
     def _path(self, name: str) -> str:
         root = str(fsspec.core.url_to_fs(self.address)[1])

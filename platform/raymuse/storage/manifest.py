@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -28,15 +29,22 @@ LOCK_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file of a part: its name in the folder, its size in bytes and its sha256 (hex)."""
+    """A file of a part: its name in the folder, its size in bytes, its sha256 (hex), and its rows where it has any."""
 
     name: str
     size: int
     sha256: str
+    rows: int = 0
 
     @classmethod
     def of(cls, name: str, data: bytes) -> "FileRecord":
         return cls(name, len(data), hashlib.sha256(data).hexdigest())
+
+    @classmethod
+    def of_file(cls, name: str, path: Path, rows: int) -> "FileRecord":
+        """The record of a local file that will become `name`."""
+        with path.open("rb") as stream:
+            return cls(name, path.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest(), rows)
 
 
 @dataclass(frozen=True)
@@ -101,9 +109,10 @@ class Manifest:
         return part
 
     def finish(self, **summary: Any) -> None:
-        """Write `_SUCCESS` with the totals, and let go of the folder."""
+        """Write `_SUCCESS` with the totals, sweep out what killed writers left half done, and let go of the folder."""
         parts = self.done.values()
         totals = {"parts": len(parts), "rows": sum(p.rows for p in parts), "rejects": sum(p.rejects for p in parts)}
+        self.folder.remove_partials()
         self.folder.write("_SUCCESS", _json({**totals, **summary}))
         self.release()
 

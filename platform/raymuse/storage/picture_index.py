@@ -1,7 +1,8 @@
 """Random access to the pictures of shards, without unpacking them: for training the VQGAN and CLIP."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from raymuse.storage import sources
@@ -17,10 +18,13 @@ class PictureIndex:
     aesthetic score) and not its texts. Remote addresses work, at one request a picture.
 
     Args:
-        shards: what `list_shards` says, or some of it.
+        shards: what `list_shards` says, or some of it: tars and folders.
 
     Attributes:
         rejects: rows that the shards hold but that cannot be used.
+
+    Raises:
+        UserError: for other kinds of input, whose pictures are no spans of a file.
     """
 
     def __init__(self, shards: Iterable[Shard]) -> None:
@@ -42,7 +46,11 @@ class PictureIndex:
         data = sources.read_span(entry.address, entry.span.offset, entry.span.size)
         if len(data) != entry.span.size:
             raise OSError(f"{entry.address} has changed since it was indexed: {entry.key} is no longer whole")
-        return Picture(entry.key, data, entry.captions, dict(entry.metadata))
+        return replace(entry, metadata=dict(entry.metadata)).picture(data)
+
+    def take(self, numbers: Iterable[int]) -> Iterator[Picture]:
+        """Some of the pictures, in the order of the numbers."""
+        return (self[number] for number in numbers)
 
     def key(self, number: int) -> str:
         return self._entries[number].key
@@ -60,4 +68,4 @@ def _slim(entry: Entry) -> Entry:
     numbers: dict[str, Any] = {
         name: value for name, value in entry.metadata.items() if isinstance(value, (bool, int, float))
     }
-    return Entry(entry.key, entry.captions, numbers, entry.address, entry.span)
+    return replace(entry, metadata=numbers)

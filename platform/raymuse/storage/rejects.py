@@ -8,12 +8,14 @@ import pyarrow as pa
 
 
 class Reason(StrEnum):
-    """Why an input row was refused. Closed: a new reason is a new member, and stands in docs/formats.md."""
+    """Why an input row was refused. Closed: a new reason is a new member, and stands in docs/formats.md.
+
+    First the faults of a row, then what the user's own filters leave out (`is_filter`).
+    """
 
     UNDECODABLE = "undecodable"  # the bytes are no picture, or a broken one
     TRUNCATED = "truncated"  # the picture, or the tar that held it, ends too early
     TOO_LARGE = "too_large"  # more pixels or bytes than allowed: a decompression bomb
-    TOO_SMALL = "too_small"
     BAD_ASPECT = "bad_aspect"  # so long and thin that resizing its short side would fill the memory
     UNSUPPORTED_FORMAT = "unsupported_format"  # a picture, of a kind that we do not read
     NO_PICTURE = "no_picture"  # a caption without its picture
@@ -26,6 +28,39 @@ class Reason(StrEnum):
     SHARD_UNREADABLE = "shard_unreadable"  # nothing of the tar can be read
     EMPTY_PROMPT = "empty_prompt"
     GENERATION_FAILED = "generation_failed"  # the model failed on it; a full queue or a lost replica is tried again
+    NOT_FINITE = "not_finite"  # an encoder says infinity or not-a-number of it, or more than float16 can hold
+
+    TOO_SMALL = "too_small"  # its short side is below filters.min_side
+    FILTERED_ASPECT = "filtered_aspect"  # it is longer than filters.max_aspect
+    LOW_AESTHETIC = "low_aesthetic"  # its aesthetic score is below filters.min_aesthetic
+    WATERMARK = "watermark"  # its pwatermark is above filters.max_watermark
+    UNSAFE = "unsafe"  # its punsafe is above filters.max_unsafe
+    LANGUAGE = "language"  # its language is none of filters.languages
+    CAPTION_LENGTH = "caption_length"  # no caption of it is within filters.min_caption and max_caption
+    FILTERED_UNKNOWN = "filtered_unknown"  # its metadata lacks what a filter asks, and filters.unknown is drop
+    DUPLICATE_PICTURE = "duplicate_picture"  # a picture before it has the same pixels, and duplicates is drop
+    NEAR_DUPLICATE = "near_duplicate"  # one before it has nearly the same perceptual hash, and duplicates is drop
+
+    @property
+    def is_filter(self) -> bool:
+        """Whether the user's own wish left the row out: no fault, so max_reject_fraction does not count it."""
+        return self in _FILTERS
+
+
+_FILTERS = frozenset(
+    {
+        Reason.TOO_SMALL,
+        Reason.FILTERED_ASPECT,
+        Reason.LOW_AESTHETIC,
+        Reason.WATERMARK,
+        Reason.UNSAFE,
+        Reason.LANGUAGE,
+        Reason.CAPTION_LENGTH,
+        Reason.FILTERED_UNKNOWN,
+        Reason.DUPLICATE_PICTURE,
+        Reason.NEAR_DUPLICATE,
+    }
+)
 
 
 class Unreadable(Exception):  # noqa: N818 - a verdict on the data, not a failure of the program

@@ -1,14 +1,19 @@
 """Reading files at local paths and fsspec addresses. Local files go past fsspec: it expands `*` and `::` in names."""
 
+import errno
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import fsspec
 
+from raymuse.config.errors import UserError
+
 BUFFER_BYTES = 1 << 20
+BLOCK_BYTES = 8 << 20  # fetched at once of a remote file that is read in parts
 
 
 def local_path(address: str) -> Path | None:
@@ -19,15 +24,45 @@ def local_path(address: str) -> Path | None:
 
 
 def join(folder: str, name: str) -> str:
-    return f"{folder.rstrip('/')}/{name}"
+    """The address of a name in a folder; "" is where the program runs."""
+    return f"{folder.rstrip('/')}/{name}" if folder else name
 
 
 def kind_of(address: str) -> Literal["file", "folder"] | None:
-    """What stands at the address; None where nothing does."""
+    """What stands at the address now; None where nothing does.
+
+    Raises:
+        UserError: a store that cannot be reached, or whose package is not installed.
+    """
     if (path := local_path(address)) is not None:
         return "folder" if path.is_dir() else "file" if path.is_file() else None
-    filesystem, remote = _remote(address)
-    return "folder" if filesystem.isdir(remote) else "file" if filesystem.isfile(remote) else None
+    try:
+        filesystem, remote = _fresh(address)
+        return "folder" if filesystem.isdir(remote) else "file" if filesystem.isfile(remote) else None
+    except UserError:
+        raise
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # every store has errors of its own
+        raise UserError(
+            f"{address} cannot be reached: {type(error).__name__}: {error}. Check the address, the network and the "
+            "credentials."
+        ) from error
+
+
+def present(addresses: Iterable[str]) -> set[str]:
+    """Those at which something stands. A remote folder is listed once, however many of its files are asked for."""
+    found: set[str] = set()
+    folders: dict[str, list[str]] = {}
+    for address in addresses:
+        if (path := local_path(address)) is None:
+            folders.setdefault(address.rpartition("/")[0], []).append(address)
+        elif path.exists():
+            found.add(address)
+    for folder, wanted in folders.items():
+        there = _names(folder)
+        found |= {address for address in wanted if address.rpartition("/")[2] in there or kind_of(address)}
+    return found
 
 
 def list_files(folder: str) -> list[str]:
@@ -35,7 +70,7 @@ def list_files(folder: str) -> list[str]:
     if (path := local_path(folder)) is not None:
         names = _walk(path)
     else:
-        filesystem, remote = _remote(folder)
+        filesystem, remote = _fresh(folder)
         root = remote.rstrip("/") + "/"
         names = [str(name).removeprefix(root) for name in filesystem.find(remote)]
     return sorted(name for name in names if not any(part.startswith((".", "__MACOSX")) for part in name.split("/")))
@@ -87,11 +122,35 @@ def open_seekable(address: str) -> IO[bytes]:
     return copy
 
 
+def open_in_parts(address: str) -> IO[bytes]:
+    """The file, open for reading at any place. Of a remote one only the blocks that are read are fetched."""
+    if (path := local_path(address)) is not None:
+        return path.open("rb", buffering=BUFFER_BYTES)
+    filesystem, remote = _remote(address)
+    stream: IO[bytes] = filesystem.open(remote, "rb", block_size=BLOCK_BYTES)
+    return stream
+
+
 def glob(pattern: str) -> list[str]:
     """Addresses of the files that match, sorted."""
-    filesystem, path = fsspec.core.url_to_fs(pattern)
+    filesystem, path = _fresh(pattern)
     remote = local_path(pattern) is None
     return sorted(str(filesystem.unstrip_protocol(name) if remote else name) for name in filesystem.glob(path))
+
+
+def is_final(error: OSError) -> bool:
+    """Whether trying again cannot help: no such file, not ours to read, or a name that no file can have."""
+    gone = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+    return isinstance(error, gone) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
+
+
+def _names(folder: str) -> set[str]:
+    """What a remote folder holds; nothing where it cannot be listed, as on a plain web server."""
+    try:
+        filesystem, remote = _fresh(folder)
+        return {str(name).rstrip("/").rpartition("/")[2] for name in filesystem.ls(remote, detail=False)}
+    except Exception:  # every store has errors of its own; whoever asks then tries file by file
+        return set()
 
 
 def _walk(folder: Path) -> list[str]:
@@ -102,6 +161,20 @@ def _walk(folder: Path) -> list[str]:
     ]
 
 
+def _fresh(address: str) -> tuple[Any, str]:
+    """As `_remote`, without the listings that fsspec keeps: a resume in the same process asks what is there now."""
+    filesystem, path = _remote(address)
+    filesystem.invalidate_cache()
+    return filesystem, path
+
+
 def _remote(address: str) -> tuple[Any, str]:
-    filesystem, path = fsspec.core.url_to_fs(address)
+    """Raises UserError where a package is missing, FileNotFoundError for a protocol that nobody knows."""
+    try:
+        filesystem, path = fsspec.core.url_to_fs(address)
+    except ImportError as error:
+        install = 'pip install "raymuse[s3]"' if address.startswith(("s3://", "s3a://")) else "install it with pip"
+        raise UserError(f"{address} needs a package that is not installed ({error}): {install}.") from error
+    except ValueError as error:
+        raise FileNotFoundError(errno.ENOENT, f"no file system of this kind ({error})", address) from error
     return filesystem, str(path)

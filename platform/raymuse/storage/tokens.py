@@ -1,6 +1,6 @@
 """Token shards: Parquet parts of crops as ids, and captions as text ids or as what the encoder said of them.
 
-tokens/part-000000.parquet     one row a crop
+tokens/part-000000.parquet     one row a crop; with buckets tokens/part-000000-320x192.parquet, one file a shape
 captions/part-000000.parquet   one row a caption that the part uses
 captions/empty.parquet         the empty caption: what dropped captions become
 rejects/part-000000.parquet    refused rows, with reasons
@@ -9,10 +9,11 @@ rejects/part-000000.parquet    refused rows, with reasons
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,10 @@ from numpy.typing import NDArray
 
 from raymuse.config.errors import UserError
 from raymuse.storage.folder import Folder
-from raymuse.storage.manifest import read_finished
+from raymuse.storage.manifest import FileRecord, read_finished
 
 EMPTY = "empty"
+ROW_GROUP_BYTES = 32 << 20
 
 
 def tokens_schema(grid: tuple[int, int], low_grid: tuple[int, int] | None) -> pa.Schema:
@@ -88,6 +90,48 @@ def parquet_bytes(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
     return buffer.getvalue()
 
 
+def write_parquet(folder: Folder, name: str, tables: Iterable[pa.Table], metadata: Mapping[str, str]) -> FileRecord:
+    """One Parquet file of many tables of one schema, never all in memory; the same bytes for the same tables.
+
+    A row group takes tables until it has ROW_GROUP_BYTES.
+    """
+    records: list[FileRecord] = []
+
+    def fill(path: Path) -> None:
+        rows = 0
+        writer: pq.ParquetWriter | None = None
+        for group in _groups(tables):
+            tagged = group.replace_schema_metadata({key: str(value) for key, value in metadata.items()})
+            writer = writer or pq.ParquetWriter(path, tagged.schema, compression="zstd", use_dictionary=False)
+            writer.write_table(tagged, row_group_size=max(1, len(tagged)))
+            rows += len(tagged)
+        if writer is None:
+            raise ValueError(f"{name} has no table, not even an empty one: its columns are unknown")
+        writer.close()
+        records.append(FileRecord.of_file(name, path, rows))
+
+    folder.write_with(name, fill)
+    return records[0]
+
+
+def _groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Tables joined until they have ROW_GROUP_BYTES; where all are empty, the first as it is."""
+    gathered: list[pa.Table] = []
+    empty: pa.Table | None = None
+    given = False
+    for table in tables:
+        empty = table.schema.empty_table() if empty is None else empty
+        if len(table):
+            gathered.append(table)
+        if sum(part.nbytes for part in gathered) >= ROW_GROUP_BYTES:
+            yield pa.concat_tables(gathered)
+            gathered, given = [], True
+    if gathered:
+        yield pa.concat_tables(gathered)
+    elif empty is not None and not given:
+        yield empty
+
+
 @dataclass(frozen=True)
 class TokenPart:
     """One part in memory as arrays: N crops, K captions, T text tokens, E text width, P pooled width."""
@@ -128,6 +172,12 @@ class TokenStore:
         self.sizes = [records[name].rows for name in self.names]
         if not self.names:
             raise UserError(f"{address} holds no rows: every picture was rejected. See its rejects folder.")
+        plain = {f"tokens/{name}.parquet" for name in self.names}
+        if not plain <= {file.name for name in self.names for file in records[name].files}:
+            raise UserError(
+                f"{address} holds crops of several shapes (buckets), which training cannot read yet. "
+                "Pretokenize without buckets."
+            )
         self.starts = [0, *accumulate(self.sizes)]
         sums = [file.sha256 for record in records.values() for file in record.files]
         self._fingerprint = hashlib.sha256(json.dumps([self.config, sums], sort_keys=True).encode()).hexdigest()

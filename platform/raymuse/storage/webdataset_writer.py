@@ -4,7 +4,6 @@ import io
 import json
 import os
 import tarfile
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -63,12 +62,7 @@ def write_tar(path: str | Path, members: Iterable[tuple[str, bytes]]) -> None:
     """
     parent, _, name = str(path).rpartition("/")
     folder = Folder(parent or ("/" if str(path).startswith("/") else "."))
-    if folder.local is not None:
-        folder.write_local(name, lambda partial: _fill(partial, members))
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        _fill(Path(scratch, name), members)
-        folder.write(name, Path(scratch, name).read_bytes())
+    folder.write_with(name, lambda partial: _fill(partial, members))
 
 
 def encode(image: Image.Image, image_format: ImageFormat = "png") -> bytes:

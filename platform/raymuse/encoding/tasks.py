@@ -1,0 +1,25 @@
+"""What Ray Data's tasks run on CPUs, as functions of one-row batches. Imports no torch: a worker starts in a second."""
+
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+from raymuse.config.pretokenize import PretokenizeConfig
+from raymuse.encoding.chunks import decode_chunks
+from raymuse.encoding.hashes import hash_shard
+from raymuse.storage.folder import Folder
+from raymuse.storage.token_parts import hashes_file, write_table
+
+
+def decode_row(batch: dict[str, Any], config: PretokenizeConfig) -> Iterator[dict[str, Any]]:
+    """A shard to its chunks, each a row of its own."""
+    shard, drop = pickle.loads(batch["shard"][0])
+    for chunk in decode_chunks(shard, config, drop):
+        yield {"part": [batch["part"][0]], "chunk": [pickle.dumps(chunk)]}
+
+
+def hash_row(batch: dict[str, Any], config: PretokenizeConfig, output: str) -> dict[str, Any]:
+    """A shard to the hashes of its pictures, written beside the parts."""
+    part = str(batch["part"][0])
+    write_table(Folder(output), hashes_file(part), hash_shard(pickle.loads(batch["shard"][0]), config))
+    return {"part": [part]}

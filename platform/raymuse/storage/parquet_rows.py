@@ -1,0 +1,125 @@
+"""Parquet files with pictures, or with their addresses, as shards and rows.
+
+A shard is a run of row groups; a row group is never split, and is read a few rows at a time.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raymuse.config.errors import UserError
+from raymuse.storage import sources
+from raymuse.storage.places import Place, ending_of
+from raymuse.storage.rejects import Reason, Reject
+from raymuse.storage.rows import Blocks, Picture, Reading, Shard, block_shards, cut_blocks
+from raymuse.storage.table_rows import TableReader, choose_columns, is_damage
+
+BATCH_ROWS = 16  # decoded at a time: pictures of a few MB each are common
+BUFFER_BYTES = 1 << 20  # of each column; without it Arrow reads a row group's whole column at once
+LISTING_THREADS = 16
+
+
+def list_shards(place: Place, images_per_shard: int, reading: Reading) -> list[Shard]:
+    """Runs of row groups, by the footers of the files. A file whose footer cannot be read is a shard that is refused.
+
+    Raises:
+        UserError: no file can be read, none has a row, or a file lacks a column.
+    """
+    names = [name for name in place.files if ending_of(name) == "parquet"]
+    with ThreadPoolExecutor(LISTING_THREADS) as threads:  # a footer is a few small requests
+        footers = list(threads.map(lambda name: _read_footer(place.within(name), reading), names))
+    if all(isinstance(footer, str) for footer in footers):
+        raise UserError(f"{place.address}: no Parquet file can be read; {names[0]}: {footers[0]}")
+    shards: list[Shard] = []
+    for name, footer in zip(names, footers, strict=True):
+        if isinstance(footer, str):
+            shards.append(Shard(name, place.within(name), "parquet"))
+        else:
+            shards += block_shards(name, place.within(name), "parquet", cut_blocks(footer, images_per_shard))
+    if not shards:
+        raise UserError(f"{place.address}: the {len(names)} Parquet file(s) have no rows.")
+    return shards
+
+
+def read_shard(shard: Shard, reading: Reading) -> Iterator[Picture | Reject]:
+    """The rows of a run of row groups; a file or row group that is damaged is one Reject."""
+    try:
+        with _opened(shard.address) as file:
+            columns = choose_columns(file.schema_arrow, reading, shard.address)
+            folder, _, base = shard.address.rpartition("/")
+            reader = TableReader(columns, reading, shard.name, folder, base.rpartition(".")[0])
+            for piece in _batches(file, shard, columns.names):
+                if isinstance(piece, Reject):
+                    yield piece
+                else:
+                    yield from reader.rows(piece.batch, piece.first_row)
+    except _Unopened as error:
+        yield Reject(shard.name, "", Reason.SHARD_UNREADABLE, str(error))
+
+
+def count_rows(shards: Sequence[Shard], reading: Reading) -> int:
+    return sum(shard.blocks.rows for shard in shards if shard.blocks)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    batch: pa.RecordBatch
+    first_row: int
+
+
+class _Unopened(Exception):  # noqa: N818 - a verdict on the file
+    """The file is not there, not ours to read, or no Parquet."""
+
+
+@contextmanager
+def _opened(address: str) -> Iterator[pq.ParquetFile]:
+    """Raises _Unopened, or OSError where trying again may help."""
+    stream = None
+    try:
+        path = sources.local_path(address)
+        stream = sources.open_in_parts(address) if path is None else pa.OSFile(str(path))
+        file = pq.ParquetFile(stream, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        if stream is not None:
+            stream.close()
+        if is_damage(error) or (isinstance(error, OSError) and sources.is_final(error)):
+            raise _Unopened(f"{address} cannot be read as Parquet: {error}") from error
+        raise
+    with stream:
+        yield file
+
+
+def _read_footer(address: str, reading: Reading) -> list[int] | str:
+    """How many rows each row group has, or why the file cannot be read. Raises UserError where it lacks a column."""
+    try:
+        with _opened(address) as file:
+            choose_columns(file.schema_arrow, reading, address)
+            return [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    except _Unopened as error:
+        return str(error)
+
+
+def _batches(file: pq.ParquetFile, shard: Shard, columns: list[str]) -> Iterator[_Batch | Reject]:
+    """The shard's batches with the numbers of their first rows. Where a row group breaks off, the next goes on."""
+    rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    blocks = shard.blocks or Blocks(0, len(rows), 0, sum(rows))
+    if sum(rows[: blocks.start]) != blocks.first_row or sum(rows[blocks.start : blocks.stop]) != blocks.rows:
+        yield Reject(shard.name, "", Reason.SHARD_UNREADABLE, "the file has changed since the plan was made")
+        return
+    first_row = blocks.first_row
+    for group in range(blocks.start, blocks.stop):
+        done = 0
+        try:
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False):
+                yield _Batch(batch, first_row + done)
+                done += batch.num_rows
+        except (OSError, pa.ArrowException) as error:
+            if not is_damage(error):
+                raise
+            lost = f"rows {first_row + done} to {first_row + rows[group] - 1} (row group {group}) cannot be read"
+            yield Reject(shard.name, "", Reason.SHARD_DAMAGED, f"{lost}: {error}")
+        first_row += rows[group]
