@@ -110,20 +110,22 @@ def test_a_full_chunk_comes_before_the_next_crop_is_gathered(tmp_path: Path) -> 
     assert not first.last
 
 
-def test_crops_and_twins_of_a_picture_may_part(tmp_path: Path) -> None:
-    asked = config(crops_per_picture=3, flip=True, crop="random", seed=5)
+def test_crops_and_twins_of_a_picture_stay_together(tmp_path: Path) -> None:
+    asked = config(crops_per_picture=3, flip=True, crop="random", seed=5, chunk_size=13)
     image = picture(40, 20)
-    chunks = list(decode_chunks(shard_of(tmp_path, {"k": (save(image), {})}), asked))
-    facts = [one for chunk in chunks for one in chunk.facts]
-    pixels = [one for chunk in chunks for one in chunk.pixels]
-    assert [len(chunk.facts) for chunk in chunks] == [4, 2]
+    chunks = list(decode_chunks(shard_of(tmp_path, {f"k{i}": (save(image), {}) for i in range(5)}), asked))
+    assert [keys(chunk) for chunk in chunks] == [["k0"] * 6 + ["k1"] * 6, ["k2"] * 6 + ["k3"] * 6, ["k4"] * 6]
+    assert [chunk.last for chunk in chunks] == [False, False, True]
+    facts, pixels = chunks[1].facts[6:], chunks[1].pixels[6:]
     assert [(one.crop, one.flip) for one in facts] == [(i, flip) for i in range(3) for flip in (False, True)]
     for index in range(3):
-        expected = crop(image, 16, mode="random", rng=crop_rng(5, "k", index))
+        expected = crop(image, 16, mode="random", rng=crop_rng(5, "k3", index))
         assert np.array_equal(pixels[2 * index], expected.pixels)
         assert np.array_equal(pixels[2 * index + 1], expected.pixels[:, ::-1])
         assert (facts[2 * index].crop_top, facts[2 * index].crop_left) == (expected.top, expected.left)
-    assert summed(chunks) == {"pictures": 1}
+    assert summed(chunks) == {"pictures": 5}
+    with pytest.raises(ValueError, match="6 crops a picture do not fit one chunk: chunk_size=5"):
+        config(crops_per_picture=3, flip=True, chunk_size=5)
 
 
 # --- buckets

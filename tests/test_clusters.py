@@ -189,5 +189,6 @@ def test_a_ray_address_that_cannot_be_joined(address: str, said: str, monkeypatc
     from raymuse.clusters.local import session
 
     monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # a test before may have left the shared cluster joined
     with pytest.raises(UserError, match=said), session():
         pass

@@ -11,9 +11,9 @@ from raymuse.config.base import Config, MaskingSchedule
 from raymuse.config.describe import describe
 from raymuse.config.errors import ConfigError, TooManyRejects, UserError
 from raymuse.config.flow import FlowConfig
-from raymuse.config.load import from_values, load
+from raymuse.config.load import from_values, load, recipes_for
 from raymuse.config.reading import parse, parse_value
-from raymuse.config.recipe import SECTIONS, read, recipe_text, recipes
+from raymuse.config.recipe import SECTIONS, read, recipe_text, recipes, stage_of
 from raymuse.config.stages import STAGES
 from raymuse.config.training import BaseConfig
 from raymuse.masking import SCHEDULES
@@ -33,8 +33,10 @@ def problems(recipe: str, *overrides: str) -> list[str]:
 
 @pytest.mark.parametrize("name", [name for name, _ in recipes()])
 def test_every_shipped_recipe_and_section_loads(name: str) -> None:
-    flow = load(name, stage="flow")
-    assert isinstance(flow, FlowConfig)
+    flow = load(name)
+    if not isinstance(flow, FlowConfig):
+        assert name in recipes_for([stage_of(type(flow))])
+        return
     for section, model in SECTIONS.items():
         config = load(f"{name}:{section}")
         assert type(config) is model
@@ -44,6 +46,18 @@ def test_every_shipped_recipe_and_section_loads(name: str) -> None:
 def test_recipes_say_what_they_are() -> None:
     assert recipes()[0][0] == "demo"
     assert all(comment for _, comment in recipes())
+
+
+@pytest.mark.parametrize(
+    "stages", [("pretokenize",), ("train-vqgan", "train-clip", "train-base", "train-superres"), ("export",), ("score",)]
+)
+def test_what_is_offered_for_stages_loads_as_one_of_them(stages: tuple[str, ...]) -> None:
+    offered = recipes_for(stages)
+    assert offered[0].startswith("demo:")
+    for recipe in offered:
+        load(recipe, stage=stages)
+    own = [recipe for recipe in offered if ":" not in recipe]
+    assert own == (["tokens-256", "tokens-512"] if stages == ("pretokenize",) else [])
 
 
 def test_extends_merges_sections_and_model_dicts_deeply() -> None:

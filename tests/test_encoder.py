@@ -140,7 +140,8 @@ def test_states_are_the_encoders_and_captions_that_do_not_fit_are_counted_once(e
     said = [facts("a", "short", long), facts("b", long), facts("c", "short", long + " more")]
     given = chunk(count=3, facts=said, counts={"animations": 1, "pictures": 3})
     encoded = ChunkEncoder(config_of(encoders))(given)
-    assert encoded.counts == {"animations": 1, "pictures": 3, "captions_truncated": 2}
+    assert encoded.counts == {"animations": 1, "pictures": 3}
+    assert len(encoded.truncated) == 2
     captions = encoded.captions["caption"].to_pylist()
     assert captions == ["short", long, long + " more"]
     states, pooled = TextEncoder.load(encoders)(captions)
@@ -154,8 +155,8 @@ def test_text_ids_alone_and_a_length_of_ones_own(encoders: str) -> None:
     assert encoded.captions.schema.equals(captions_schema(5, None, None))
     text, captions = TextEncoder.load(encoders, length=5), encoded.captions["caption"].to_pylist()
     np.testing.assert_array_equal(np.stack(encoded.captions["text_ids"].to_numpy()), text.tokenize(captions)[0].numpy())
-    assert encoded.counts == {"captions_truncated": text.truncated(captions)}
-    assert text.truncated(captions) > 0
+    assert encoded.truncated == {caption_id(caption) for caption in text.truncated(captions)}
+    assert len(encoded.truncated) > 0
 
 
 # --- precision
@@ -219,7 +220,7 @@ def spoiled(encoder: ChunkEncoder) -> Iterator[None]:
         out[red, :, 0, 0] = torch.nan
         return out
 
-    hook = encoder.vqgan.network.encoder.register_forward_hook(spoil)
+    hook = encoder.crops.vqgan.network.encoder.register_forward_hook(spoil)
     yield
     hook.remove()
 

@@ -103,6 +103,12 @@ def test_a_folder_reads_lists_and_removes_what_it_wrote(address: str) -> None:
     assert folder.names() == ["b.bin"]
     assert folder.exists("b.bin")
     assert not folder.exists("deep/er/a.bin")
+    folder.write("a.bin", b"4")
+    folder.write("c.bin", b"5")
+    folder.remove_files([])
+    folder.remove_files(["a.bin", "b.bin"])
+    folder.remove_files(["a.bin"])
+    assert folder.names() == ["c.bin"]
 
 
 def test_file_addresses_are_local(tmp_path: Path) -> None:
@@ -202,41 +208,120 @@ def test_differing_says_nothing_of_equal_configs() -> None:
 # --- compaction
 
 
+def part_names(*numbers: int) -> list[str]:
+    return [f"part-{number:06d}" for number in numbers]
+
+
+def index(address: str, number: int) -> list[str]:
+    """Names of the parts of an index, in its order."""
+    return [record["name"] for record in json.loads(Folder(address).read(f"_manifest/index-{number:06d}.json"))]
+
+
 def test_compaction_leaves_few_objects_and_loses_nothing(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "COMPACT_EVERY", 10)
+    order = [*range(20, 37), *range(20)]
     manifest = Manifest.open(address, {})
-    add(manifest, *range(37))
-    names = Folder(address).names("_manifest")
-    assert "index.json" in names
-    assert sum(name.startswith("part-") for name in names) == 7
+    add(manifest, *order)
+    single = part_names(*range(13, 20))
+    assert Folder(address).names("_manifest") == [
+        "config.json",
+        *(f"index-{number:06d}.json" for number in range(3)),
+        "lock.json",
+        *(f"{name}.json" for name in single),
+    ]
+    for number in range(3):
+        assert index(address, number) == part_names(*order[10 * number : 10 * number + 10])
     again = Manifest.open(address, {})
     assert again.done == manifest.done
-    assert list(again.done) == [f"part-{number:06d}" for number in range(37)]
+    assert list(again.done) == part_names(*range(37))
     add(again, *range(37, 45))
+    assert index(address, 3) == [*single, *part_names(37, 38, 39)]
     again.finish()
     assert len(read_finished(address, "x")) == 45
 
 
-def test_a_compaction_stopped_half_way_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = Manifest.open(str(tmp_path), {})
-    add(manifest, *range(6))
+def test_a_folder_with_the_one_index_of_older_versions_goes_on(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "COMPACT_EVERY", 3)
+    add(Manifest.open(address, {}), 0, 1)
+    folder = Folder(address)
+    old = [json.loads(folder.read(f"_manifest/{name}.json")) for name in part_names(0, 1)]
+    folder.write("_manifest/index.json", json.dumps([{**record, "rows": 99} for record in old]).encode())
+    folder.remove("_manifest/part-000001.json")
+    manifest = Manifest.open(address, {})
+    assert [part.rows for part in manifest.done.values()] == [3, 99]
+    add(manifest, 2, 1)
+    assert index(address, 0) == part_names(0, 2, 1)
+    assert [part.rows for part in Manifest.open(address, {}).done.values()] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("deleted", [0, 4, 10])
+def test_a_compaction_stopped_half_way_changes_nothing(
+    deleted: int, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "COMPACT_EVERY", 10)
+    manifest = Manifest.open(address, {})
+    add(manifest, *range(9))
+    remove = Folder.remove_files
+
+    def stopped(self: Folder, names: list[str]) -> None:
+        remove(self, names[:deleted])
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(Folder, "remove", lambda self, name: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Folder, "remove_files", stopped)
         with pytest.raises(KeyboardInterrupt):
-            manifest._compact()
-    assert read_records(Folder(str(tmp_path))) == manifest.done
+            add(manifest, 9)
+    assert read_records(Folder(address)) == manifest.done
+    again = Manifest.open(address, {})
+    assert list(again.done) == part_names(*range(10))
+    add(again, 0, rows=7)  # done again, and so it counts in place of the index's
+    add(again, *range(10, 30))
+    rows = {name: part.rows for name, part in Manifest.open(address, {}).done.items()}
+    assert rows == {**dict.fromkeys(part_names(*range(30)), 3), "part-000000": 7}
+    assert sum(name.startswith("part-") for name in Folder(address).names("_manifest")) < 10
 
 
-def test_compaction_touches_only_the_records_since_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else 100,000 parts cost five million look-ups."""
+def test_a_commit_costs_the_same_however_many_there_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else 100,000 parts rewrite five million records, and each asks for a lock that nobody contests."""
     monkeypatch.setattr(module, "COMPACT_EVERY", 10)
     manifest = Manifest.open(str(tmp_path), {})
     add(manifest, *range(39))
-    removed: list[str] = []
+    calls: list[tuple[str, ...]] = []
+    write, remove = Folder.write, Folder.remove_files
+
+    def counted_write(self: Folder, name: str, data: bytes) -> None:
+        calls.append(("write", name))
+        write(self, name, data)
+
+    def counted_remove(self: Folder, names: list[str]) -> None:
+        calls.append(("remove", *names))
+        remove(self, names)
+
     with monkeypatch.context() as patch:
-        patch.setattr(Folder, "remove", lambda self, name: removed.append(name))
-        add(manifest, 39)
-    assert sorted(removed) == [f"_manifest/part-{number:06d}.json" for number in range(30, 40)]
+        patch.setattr(Folder, "read", lambda self, name: pytest.fail(f"a commit reads {name}"))
+        patch.setattr(Folder, "write", counted_write)
+        patch.setattr(Folder, "remove_files", counted_remove)
+        add(manifest, 39, 40)
+    assert calls == [
+        ("write", "data/part-000039.bin"),
+        ("write", "_manifest/part-000039.json"),
+        ("write", "_manifest/index-000003.json"),
+        ("remove", *(f"_manifest/{name}.json" for name in part_names(*range(30, 40)))),
+        ("write", "data/part-000040.bin"),
+        ("write", "_manifest/part-000040.json"),
+    ]
+    assert index(str(tmp_path), 3) == part_names(*range(30, 40))
+
+
+def test_a_record_that_cannot_be_read_is_raised_or_told(address: str) -> None:
+    add(Manifest.open(address, {}), 0, 1, 2)
+    Folder(address).write("_manifest/part-000001.json", b"{")
+    with pytest.raises(ValueError, match="Expecting"):
+        read_records(Folder(address))
+    problems: list[str] = []
+    assert list(read_records(Folder(address), problems)) == part_names(0, 2)
+    (problem,) = problems
+    assert problem.startswith("_manifest/part-000001.json: it cannot be read: ")
 
 
 # --- locks
@@ -278,9 +363,29 @@ def test_a_live_second_writer_is_named_and_does_not_block(
     assert warning.count("\n") == 1
 
 
-def test_a_finished_folder_is_unlocked(tmp_path: Path) -> None:
+def test_a_lock_is_written_again_when_a_third_of_its_time_is_over(tmp_path: Path) -> None:
+    manifest = Manifest.open(str(tmp_path), {})
+    path = tmp_path / "_manifest" / "lock.json"
+    first = json.loads(path.read_text())["expires"]
+    assert first == pytest.approx(time.time() + 120, abs=20)
+    add(manifest, 0)
+    assert json.loads(path.read_text())["expires"] == first
+    manifest._locked = time.monotonic() - 41
+    add(manifest, 1)
+    second = json.loads(path.read_text())["expires"]
+    assert second > first
+    add(manifest, 2)
+    assert json.loads(path.read_text())["expires"] == second
+
+
+def test_a_finished_folder_is_unlocked_once(tmp_path: Path) -> None:
     manifest = Manifest.open(str(tmp_path), {})
     manifest.finish()
+    assert not (tmp_path / "_manifest" / "lock.json").exists()
+    lock(tmp_path, host="elsewhere", expires=0)
+    manifest.release()
+    assert (tmp_path / "_manifest" / "lock.json").exists(), "it belongs to another by now"
+    Manifest.open(str(tmp_path), {}).release()
     assert not (tmp_path / "_manifest" / "lock.json").exists()
 
 

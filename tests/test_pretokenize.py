@@ -229,6 +229,28 @@ def test_several_sources_make_one_data_set_and_what_filters_leave_out_is_no_faul
     assert counts["rejects/low_aesthetic"] == counts["rejects/filtered_unknown"] == 1
     assert counts["pictures"] == 2
 
+    picture(10).save(loose / "added.png")
+    (loose / "added.txt").write_text("added")
+    with pytest.raises(UserError, match=r"made with another config: shards was '\w{16}' and is now '\w{16}'"):
+        pretokenize(config, Run.off())
+
+
+def test_shards_that_cannot_be_read_are_no_success(token_config: PretokenizeConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    write_pictures(folder, {"one": (picture(1), "one", {})})
+    (folder / "00001.tar").write_bytes(b"this is no tar")
+    config = changed(token_config, input=str(folder), output=str(tmp_path / "out"))
+    with pytest.raises(TooManyRejects, match="1 of 2 inputs were rejected"):
+        pretokenize(config, Run.off())
+    assert pq.read_table(tmp_path / "out/tokens")["key"].to_pylist() == ["one"]
+
+
+def test_what_workers_would_not_see_is_refused(token_config: PretokenizeConfig) -> None:
+    with pytest.raises(UserError, match="memory://tokens is in the memory of one process"):
+        pretokenize(changed(token_config, output="memory://tokens"), Run.off())
+    with pytest.raises(UserError, match="tokens is a relative path, and the cluster has several machines"):
+        pretokenize(changed(token_config, output="tokens"), Run.off())
+
 
 @pytest.mark.parametrize(("what", "precision"), [("count", "bf16"), ("drop", "fp32")])
 def test_duplicates_of_all_shards_are_found_and_a_lower_precision_is_measured(

@@ -242,14 +242,17 @@ def test_a_folder_writes_whole_files_and_sees_fresh_ones(server: str) -> None:
     assert folder.names("tokens") == []
 
 
-def test_a_manifest_lives_in_a_store(server: str) -> None:
+def test_a_manifest_lives_in_a_store(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raymuse.storage.manifest.COMPACT_EVERY", 2)
     address = f"{server}/out/manifest"
     manifest = Manifest.open(address, {"resolution": 64})
     manifest.write_part("part-000000", {"tokens/part-000000.parquet": b"abc"}, rows=3, rejects=0, source="a")
     again = Manifest.open(address, {"resolution": 64})
     assert again.pending(["part-000000", "part-000001"]) == ["part-000001"]
     again.write_part("part-000001", {"tokens/part-000001.parquet": b"de"}, rows=2, rejects=1, source="b")
+    assert Folder(address).names("_manifest") == ["config.json", "index-000000.json", "lock.json"]
     again.finish()
+    assert Folder(address).names("_manifest") == ["config.json", "index-000000.json"]
     assert Manifest.open(address, {"resolution": 64}).finished
     assert {name: part.rows for name, part in read_finished(address, "pretokenize").items()} == {
         "part-000000": 3, "part-000001": 2,

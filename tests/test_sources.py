@@ -1,12 +1,14 @@
 """Parquet, Arrow and Hugging Face data sets in: every row comes out once, in order, and a bad one costs only itself."""
 
 import csv
+import errno
 import io
 import json
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from raymuse.config.errors import UserError
@@ -318,6 +321,72 @@ def test_a_failing_network_is_raised_and_no_reject(tmp_path: Path, monkeypatch: 
         list(read_shard(shard))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [PermissionError("The provided token has expired."), OSError("Forbidden: the token was taken back")],
+    ids=["as s3fs says it", "as gcsfs says it"],
+)
+def test_a_store_that_refuses_is_raised_and_no_reject(
+    error: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Credentials that expire would else make of every row that is still to come a reject, for good."""
+    write_tars(tmp_path / "tars", [2])
+    write_parquet(tmp_path / "tables/a.parquet", plain(4))
+    data_set(4).save_to_disk(tmp_path / "saved")
+    (tmp_path / "loose").mkdir()
+    (tmp_path / "loose/a.png").write_bytes(PNGS[0])
+    (tmp_path / "loose/a.txt").write_bytes(b"a caption")
+    for kind in ("tars", "tables", "saved", "loose"):
+        move(tmp_path / kind, f"memory://refusing/{kind}")
+    named = write_parquet(tmp_path / "named.parquet", {"path": ["memory://refusing/loose/a.png"], "text": ["x"]})
+    addresses = [*(f"memory://refusing/{kind}" for kind in ("tars", "tables", "saved", "loose")), str(named)]
+    shards = [shard for address in addresses for shard in list_shards(address)]
+    assert len(shards) == 5
+    assert all(isinstance(row, Picture) for shard in shards for row in read_shard(shard))
+
+    def refuse(*args: object, **options: object) -> None:
+        raise error
+
+    for name in ("info", "_open", "cat_file"):
+        monkeypatch.setattr(MemoryFileSystem, name, refuse)
+    for shard in shards:
+        with pytest.raises(type(error), match="token"):
+            list(read_shard(shard))
+
+
+def test_a_store_that_refuses_while_a_plan_is_made_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_parquet(tmp_path / "tables/a.parquet", plain(4))
+    move(tmp_path / "tables", "memory://listed")
+
+    def refuse(*args: object, **options: object) -> None:
+        raise PermissionError("The provided token has expired.")
+
+    monkeypatch.setattr(MemoryFileSystem, "_open", refuse)
+    with pytest.raises(UserError, match=r"^memory://listed may not be read: The provided token .* the credentials\.$"):
+        list_shards("memory://listed")
+
+
+def test_a_forbidden_file_on_a_disk_is_one_reject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs the tests may be root, to whom nothing is forbidden: opening fails here as it would for others."""
+    write_tars(tmp_path / "tars", [2, 1])
+    (tmp_path / "loose").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "loose" / name).write_bytes(PNGS[0])
+    opened = Path.open
+
+    def forbid(self: Path, *args: Any, **options: Any) -> Any:
+        if self.name in ("00000.tar", "a.png"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return opened(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", forbid)
+    for folder, expected in (("tars", ["shard_unreadable", "k0"]), ("loose", ["unreadable", "b"])):
+        rows = rows_of(tmp_path / folder)
+        assert [row.reason.value if isinstance(row, Reject) else row.key for row in rows] == expected
+
+
 # --- Parquet: plans
 
 
@@ -562,6 +631,9 @@ def test_a_repository_of_parquet_is_streamed_a_shard_a_file(tmp_path: Path) -> N
     shards_ = hub.list_shards(Place(str(tmp_path), "data set", ""), 1000, AS_IS)
     assert pickle.loads(pickle.dumps(shards_)) == shards_
     assert estimate_rows(shards_) is None
+    second = [replace(shard, name=f"1/{shard.name}") for shard in shards_]  # as one of several inputs
+    keys = [[row.key for row in read_shard(shard)] for shard in second]
+    assert keys == [[row.key for row in rows] for rows in shards]
     data_set(1).to_parquet(tmp_path / "data/train-00003-of-00003.parquet")
     with pytest.raises(UserError, match="had 3 shards when the plan was made and now has 4"):
         list(read_shard(shards_[0]))

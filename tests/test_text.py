@@ -28,7 +28,7 @@ from raymuse.config.errors import UserError
 from raymuse.config.pretokenize import PretokenizeConfig
 from raymuse.encoding.encoder import ChunkEncoder
 from raymuse.models.text import ClipText, T5Text, TextEncoder
-from raymuse.models.weights import require_safetensors, weights_sha256
+from raymuse.models.weights import require_safetensors, tokenizer_sha256, weights_sha256
 from raymuse.storage.tokens import captions_schema
 
 CAPTIONS = [
@@ -112,9 +112,12 @@ def test_captions_that_do_not_fit_are_counted(clip: str) -> None:
     text = TextEncoder.load(clip)
     one = len(text.tokenizer("star", truncation=False).input_ids) - 2  # without start and end
     fits = " ".join(["star"] * ((text.length - 2) // one))
-    assert text.truncated([fits, fits + " star star", "", fits + " circle" * 50]) == 2
-    assert text.truncated([]) == text.truncated(CAPTIONS) == 0
-    assert TextEncoder.load(clip, length=4).truncated(CAPTIONS) == 3
+    assert text.truncated([fits, fits + " star star", "", fits + " circle" * 50]) == [
+        fits + " star star",
+        fits + " circle" * 50,
+    ]
+    assert text.truncated([]) == text.truncated(CAPTIONS) == []
+    assert len(TextEncoder.load(clip, length=4).truncated(CAPTIONS)) == 3
 
 
 # --- T5
@@ -163,8 +166,7 @@ def test_the_length_of_a_t5_is_256_less_or_as_asked(t5: str, tmp_path: Path) -> 
     ids, mask = text.tokenize(CAPTIONS[:1])
     assert ids[0, -1] == text.tokenizer.eos_token_id
     assert mask.all()
-    assert [text.truncated([caption]) for caption in CAPTIONS] == [1, 1, 1, 0]
-    assert text.truncated(CAPTIONS) == 3
+    assert text.truncated(CAPTIONS) == list(CAPTIONS[:3])
     folder = shutil.copytree(t5, tmp_path / "short")
     config = folder / "tokenizer" / "tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "model_max_length": 40}))
@@ -278,6 +280,40 @@ def test_an_id_is_what_its_repository_holds(at_root: bool, hub: Path, t5: str) -
     for given in (name, f"hf://{name}"):
         assert torch.equal(TextEncoder.load(given)(CAPTIONS)[0], TextEncoder.load(folder)(CAPTIONS)[0])
         assert weights_sha256(given, "text_encoder") == weights_sha256(folder, "text_encoder")
+
+
+@pytest.mark.parametrize("at_root", [False, True])
+def test_a_tokenizer_has_a_sum_of_its_names_and_bytes(at_root: bool, hub: Path) -> None:
+    folder = Path(write_t5(hub / "t5", encoder_only(), at_root=at_root))
+    first = tokenizer_sha256(str(folder))
+    assert first == tokenizer_sha256(cached(hub, "t5"))
+    (folder / "README.md").write_text("no file of a tokenizer")
+    if not at_root:
+        (folder / "tokenizer_config.json").write_text("not read where there is tokenizer/")
+    assert tokenizer_sha256(str(folder)) == first
+    place = folder if at_root else folder / "tokenizer"
+    sums = {first}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        data = (place / name).read_bytes()
+        (place / name).write_bytes(data + b"\n")
+        sums.add(tokenizer_sha256(str(folder)))
+        (place / name).write_bytes(data)
+    for name in ("vocab.json", "merges.txt", "spiece.model", "special_tokens_map.json"):
+        assert not (place / name).exists()
+        (place / name).write_bytes(b"the same bytes")
+        sums.add(tokenizer_sha256(str(folder)))
+        (place / name).unlink()
+    assert len(sums) == 7
+    assert tokenizer_sha256(str(folder)) == first
+
+
+def test_a_missing_tokenizer_has_no_sum(tmp_path: Path) -> None:
+    folder = Path(write_t5(tmp_path / "mute", encoder_only()))
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(UserError, match=r"mute holds no tokenizer: none of tokenizer\.json, .*Put the text encoder's"):
+        tokenizer_sha256(str(folder))
+    with pytest.raises(UserError, match="does not exist"):
+        tokenizer_sha256("./nowhere")
 
 
 def test_an_id_with_pickles_alone_and_one_that_cannot_be_had_are_refused(hub: Path) -> None:

@@ -27,6 +27,7 @@ from raymuse.encoding.encoder import ChunkEncoder
 from raymuse.models.vqgan import Vqgan
 from raymuse.models.weights import weights_sha256
 from raymuse.stages.inspect_tokens import Sheet, inspect_tokens
+from raymuse.storage import sources
 from raymuse.storage.folder import Folder
 from raymuse.storage.manifest import FileRecord, Manifest, PartRecord, read_records
 from raymuse.storage.rejects import Reason, Reject
@@ -79,8 +80,8 @@ def write_bucketed(address: str, encoders: str, finish: bool = True) -> str:
         "vqgan_sha256": weights_sha256(encoders, "vqvae"),
         "low_vqgan_sha256": None,
         "text_encoder_sha256": weights_sha256(encoders, "text_encoder"),
-        "codebook_size": encoder.vqgan.codes,
-        "low_codebook_size": encoder.low_vqgan.codes,
+        "codebook_size": encoder.crops.vqgan.codes,
+        "low_codebook_size": encoder.crops.low_vqgan.codes,
         "text_length": encoder.text.length,
     }
     metadata = {f"raymuse.{name}": str(value) for name, value in facts.items()}
@@ -313,6 +314,32 @@ def test_what_is_no_token_folder_is_bad_usage(tmp_path: Path, capsys: pytest.Cap
     Manifest.open(str(tmp_path), {"stage": "data"}).finish()
     assert "is the output of `raymuse data`" in said(capsys, "verify", str(tmp_path), code=2)
     assert "of another stage" in said(capsys, "inspect", str(tmp_path), code=2)
+
+
+def fetched(function: str, read: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a function of `sources` opens while `read` runs, sorted."""
+    opened: list[str] = []
+    inner = getattr(sources, function)
+
+    def counted(address: str) -> Any:
+        opened.append(address)
+        return inner(address)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, function, counted)
+        read()
+    return sorted(opened)
+
+
+def test_every_file_is_fetched_once(
+    bucketed: str, encoders: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = sorted(str(path) for path in Path(bucketed).rglob("*.parquet"))
+    assert len(files) == 9
+    assert fetched("open_seekable", lambda: check_tokens(bucketed), monkeypatch) == files
+    sheet = Sheet(encoders, tmp_path / "sheet.png", 14, 0)
+    files.remove(f"{bucketed}/captions/empty.parquet")  # which no crop uses
+    assert fetched("open_in_parts", lambda: inspect_tokens(bucketed, sheet), monkeypatch) == files
 
 
 # --- inspect

@@ -117,8 +117,8 @@ def write_tokens(folder: Path, shards: str, encoders: str, **changes: Any) -> st
     facts = {
         "vqgan_sha256": weights_sha256(encoders, "vqvae"),
         "text_encoder_sha256": weights_sha256(encoders, "text_encoder"),
-        "codebook_size": encoder.vqgan.codes,
-        "low_codebook_size": encoder.low_vqgan.codes,
+        "codebook_size": encoder.crops.vqgan.codes,
+        "low_codebook_size": encoder.crops.low_vqgan.codes,
         "text_length": encoder.text.length,
     }
     manifest = Manifest.open(config.output, {**config.identity(), **facts})

@@ -21,6 +21,7 @@ from raymuse.config.pretokenize import PretokenizeConfig
 
 KILLS, SEED = 20, 4
 SHARDS, PICTURES = 60, 240
+WORK = ("MapBatches", "MapWorker", "join_part")  # in the titles of Ray's workers
 
 
 @pytest.mark.soak
@@ -112,7 +113,9 @@ class Job:
                     title = " ".join(process.cmdline())
                 except psutil.Error:
                     continue
-                if title.startswith("ray::") and any(name in title for name in ("MapBatches", "MapWorker", "_join")):
+                if title.startswith("ray::") and any(
+                    name in title for name in ("MapBatches", "MapWorker", "join_part")
+                ):
                     found.append(process)
         return found
 

@@ -13,14 +13,19 @@ Changes = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", show_d
 @app.command("list")
 def list_recipes() -> None:
     """List the shipped recipes and their sections."""
+    from raymuse.config.load import command, recipes_for
     from raymuse.config.recipe import SECTIONS, recipes, stage_of
 
-    typer.echo("Recipes (raymuse demo --recipe NAME):")
+    flows = recipes_for({"flow"})
+    typer.echo("Recipes of the whole flow (raymuse demo --recipe NAME):")
     for name, comment in recipes():
-        typer.echo(f"  {name:<12} {comment}")
-    typer.echo("Sections of each (NAME:SECTION), and the command that runs them:")
-    from raymuse.config.load import command
-
+        if name in flows:
+            typer.echo(f"  {name:<12} {comment}")
+    typer.echo("Recipes of one stage:")
+    for name, comment in recipes():
+        if name not in flows:
+            typer.echo(f"  {name:<12} {comment}")
+    typer.echo("Sections of a flow (NAME:SECTION), and the command that runs them:")
     for name, model in SECTIONS.items():
         typer.echo(f"  {name:<12} {command(stage_of(model))} NAME:{name}")
 

@@ -48,10 +48,9 @@ def config_for(model: "type[C]", command: str, words: Sequence[str] | None, stag
 
 
 def _no_recipe(command: str, stages: Collection[str]) -> str:
-    from raymuse.config.load import sections_for
-    from raymuse.config.recipe import recipes
+    from raymuse.config.load import recipes_for
 
-    shipped = [f"{name}:{section}" for section in sections_for(stages) for name, _ in recipes()]
+    shipped = recipes_for(stages)
     raise UserError(
         f"raymuse {command} needs a recipe: {', '.join(shipped)}, or a YAML file of your own "
         f"(`raymuse config copy {shipped[0]} my.yaml` starts one)."

@@ -17,7 +17,7 @@ from raymuse.config.errors import ConfigError, UserError
 from raymuse.config.explain import sentences
 from raymuse.config.flow import FlowConfig
 from raymuse.config.reading import KeyPath, parse_value
-from raymuse.config.recipe import SECTIONS, Raw, read, split_section, stage_of
+from raymuse.config.recipe import SECTIONS, Raw, read, recipes, split_section, stage_of
 from raymuse.config.stages import STAGES
 
 
@@ -65,6 +65,14 @@ def from_values(stage: str, values: dict[str, Any], overrides: Sequence[str] = (
 def sections_for(stages: Collection[str]) -> list[str]:
     """The sections of a flow that hold one of these stages."""
     return [name for name, model in SECTIONS.items() if stage_of(model) in stages]
+
+
+def recipes_for(stages: Collection[str]) -> list[str]:
+    """What is shipped for one of these stages: sections of the flows (`demo:base`), then recipes of its own."""
+    written = {name: read(name).values.get("stage") for name, _ in recipes()}
+    flows = [name for name, stage in written.items() if stage == "flow"]
+    sections = [f"{name}:{section}" for section in sections_for(stages) for name in flows]
+    return [*sections, *(name for name, stage in written.items() if stage in stages)]
 
 
 def command(stage: str) -> str:

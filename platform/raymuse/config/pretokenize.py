@@ -26,6 +26,12 @@ class FilterConfig(Config):
     max_caption: int | None = Field(None, ge=1, description="characters; longer captions are left out")
     unknown: Literal["keep", "drop"] = Field("keep", description="pictures whose metadata lacks what a filter asks")
 
+    @model_validator(mode="after")
+    def _leaves_something(self) -> "FilterConfig":
+        if self.max_caption is not None and self.max_caption < self.min_caption:
+            raise ValueError(f"max_caption={self.max_caption} is below min_caption={self.min_caption}")
+        return self
+
 
 class PretokenizeConfig(StageConfig):
     """Captioned pictures to token shards with a frozen VQGAN and a frozen text encoder."""
@@ -115,6 +121,10 @@ class PretokenizeConfig(StageConfig):
     def _fits(self) -> "PretokenizeConfig":
         if self.low_resolution is not None and self.low_resolution >= self.resolution:
             raise ValueError(f"low_resolution={self.low_resolution} must be below resolution={self.resolution}")
+        if self.low_vqgan is not None and self.low_resolution is None:
+            raise ValueError("low_vqgan needs low_resolution: there are no low-res ids without it")
+        if (crops := self.crops_per_picture * (2 if self.flip else 1)) > self.chunk_size:
+            raise ValueError(f"{crops} crops a picture do not fit one chunk: chunk_size={self.chunk_size}")
         for bucket in self.buckets:
             shape = _shape(bucket)
             if self.low_resolution and any(side * self.low_resolution % self.resolution for side in shape):

@@ -4,7 +4,7 @@ N crops of a chunk, H W pixels.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -73,8 +73,9 @@ def reading_of(config: PretokenizeConfig) -> Reading:
 def decode_chunks(shard: Shard, config: PretokenizeConfig, drop: Mapping[str, Reject] = {}) -> Iterator[Chunk]:
     """Read, decode and crop a shard. One bad row costs only itself.
 
-    A chunk comes when it is full; those that are not full at the end come in the order of the config's shapes. The
-    last says so, and may be empty. Rejects and counts ride with the next chunk that comes.
+    A chunk comes when it is full, or has no room for the crops of the next picture, which stay together; those that
+    are open at the end come in the order of the config's shapes. The last says so, and may be empty. Rejects and
+    counts ride with the next chunk that comes.
 
     Args:
         shard: of `list_shards`.
@@ -99,9 +100,11 @@ def decode_chunks(shard: Shard, config: PretokenizeConfig, drop: Mapping[str, Re
             continue
         left_out = len(row.captions) - len(captions)
         gathering.count({"pictures": 1, "captions_left_out": left_out, **Counter([*row.notes, *decoded.notes])})
-        for index, flip, cut in crops:
-            pixels = cut.pixels[:, ::-1] if flip else cut.pixels
-            yield from gathering.add(shape, pixels, _facts(row, captions, cut, index, flip, shard.name, config))
+        yield from gathering.add(
+            shape,
+            [cut.pixels[:, ::-1] if flip else cut.pixels for _, flip, cut in crops],
+            [_facts(row, captions, cut, index, flip, shard.name, config) for index, flip, cut in crops],
+        )
     yield from gathering.rest()
 
 
@@ -145,19 +148,21 @@ class _Gathering:
         self.rejects: list[Reject] = []
         self.counts: Counter[str] = Counter()
         self.closed = 0
-        self.full: Chunk | None = None  # waits for one crop more: without one, it is the last
+        self.full: Chunk | None = None  # waits for one picture more: without one, it is the last
 
     def count(self, noticed: Mapping[str, int]) -> None:
         self.counts.update({name: times for name, times in noticed.items() if times})
 
-    def add(self, shape: Shape, pixels: NDArray[np.uint8], facts: CropFacts) -> Iterator[Chunk]:
-        """Put a crop into the chunk of its shape; yields the chunk that was full before it, if any."""
+    def add(self, shape: Shape, pixels: Sequence[NDArray[np.uint8]], facts: Sequence[CropFacts]) -> Iterator[Chunk]:
+        """Put a picture's crops into the chunk of their shape; yields what was full before, or has no room for them."""
         if self.full is not None:
             yield self.full
             self.full = None
+        if shape in self.open and len(self.open[shape].facts) + len(facts) > self.size:
+            yield self._close(shape)
         chunk = self.open.setdefault(shape, Chunk(-1, shape))
-        chunk.pixels.append(pixels)
-        chunk.facts.append(facts)
+        chunk.pixels += pixels
+        chunk.facts += facts
         if len(chunk.facts) == self.size:
             self.full = self._close(shape)
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from raymuse.config.errors import UserError
 from raymuse.config.pretokenize import PretokenizeConfig
-from raymuse.encoding.chunks import Chunk, CropFacts
+from raymuse.encoding.chunks import Chunk, CropFacts, Shape
 from raymuse.encoding.pictures import downscale
 from raymuse.models.precision import Precision, float32_products
 from raymuse.models.text import TextEncoder
@@ -26,21 +26,21 @@ from raymuse.storage.tokens import caption_id, captions_schema, fixed, tokens_sc
 
 MOST_CODES = 1 << 16  # ids are stored as uint16
 
-Shape = tuple[int, int]
-
 
 @dataclass(frozen=True)
 class Encoded:
-    """The tables of one chunk: crops, captions, refused rows; and its counts, the encoder's own among them.
+    """The tables of one chunk: crops, captions, refused rows; and what was counted.
 
     Args:
-        counts: the chunk's, with `captions_truncated`: of its distinct captions, those with more tokens than fit.
+        counts: the chunk's, without the pictures that the encoders refused.
+        truncated: ids of the captions that have more tokens than fit.
     """
 
     tokens: pa.Table
     captions: pa.Table
     rejects: pa.Table
     counts: dict[str, int]
+    truncated: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -107,16 +107,8 @@ class ChunkEncoder:
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.text = TextEncoder.load(config.text_encoder, device, dtype, length=config.text_length)
 
-    @property
-    def vqgan(self) -> Vqgan:
-        return self.crops.vqgan
-
-    @property
-    def low_vqgan(self) -> Vqgan:
-        return self.crops.low_vqgan
-
     def __call__(self, chunk: Chunk) -> Encoded:
-        """Encode a chunk. A picture of which an encoder says nothing finite becomes a reject, with all its crops here.
+        """Encode a chunk. A picture of which an encoder says nothing finite becomes a reject, with all its crops.
 
         Such a reject is taken off the count `pictures`, so that pictures and rejects still add up to the input.
         """
@@ -133,10 +125,10 @@ class ChunkEncoder:
         if refused:
             used = {caption for row in rows for caption in chunk.facts[row].captions}
             captions = captions.filter(pa.array([name in used for name in names]))
-        counts.update({"captions_truncated": truncated} if truncated else {})
         counts.subtract({"pictures": len(refused)} if refused else {})
         tokens = _tokens([chunk.facts[row] for row in rows], codes, rows, schema)
-        return Encoded(tokens, captions, to_table([*chunk.rejects, *refused.values()]), dict(counts))
+        kept = truncated.intersection(captions["caption_id"].to_pylist())
+        return Encoded(tokens, captions, to_table([*chunk.rejects, *refused.values()]), dict(counts), kept)
 
     def captions(self, captions: Sequence[str]) -> pa.Table:
         """The captions table: text ids, and what the encoder says of them where the config asks for states.
@@ -152,14 +144,14 @@ class ChunkEncoder:
             )
         return table
 
-    def _captions(self, captions: Sequence[str]) -> tuple[pa.Table, NDArray[np.bool_], int]:
-        """The captions table, which rows (K,) can be stored, and how many captions were truncated."""
+    def _captions(self, captions: Sequence[str]) -> tuple[pa.Table, NDArray[np.bool_], frozenset[str]]:
+        """The captions table, which rows (K,) can be stored, and the ids of the captions that were truncated."""
         states = self.config.text == "states"
         schema = captions_schema(
             self.text.length, self.text.width if states else None, self.text.pooled_width if states else None
         )
         if not captions:
-            return schema.empty_table(), np.ones(0, dtype=np.bool_), 0
+            return schema.empty_table(), np.ones(0, dtype=np.bool_), frozenset()
         text_ids, mask = self.text.tokenize(captions)
         columns = [
             pa.array([caption_id(caption) for caption in captions]),
@@ -172,7 +164,8 @@ class ChunkEncoder:
             said, pooled, sound = self._said(text_ids)
             columns += [fixed(said, pa.float16()), fixed(pooled, pa.float16())]
         full = [caption for caption, real in zip(captions, mask.all(dim=1).tolist(), strict=True) if real]
-        return pa.Table.from_arrays(columns, schema=schema), sound, self.text.truncated(full)
+        truncated = frozenset(caption_id(caption) for caption in self.text.truncated(full))
+        return pa.Table.from_arrays(columns, schema=schema), sound, truncated
 
     def _said(self, text_ids: torch.Tensor) -> tuple[NDArray[np.float16], NDArray[np.float16], NDArray[np.bool_]]:
         """States (K, T, E), pooled vectors (K, P), and which rows (K,) are finite; encoded in batches of one shape."""

@@ -8,7 +8,7 @@ from raymuse.config.pretokenize import PretokenizeConfig
 from raymuse.encoding.chunks import decode_chunks
 from raymuse.encoding.hashes import hash_shard
 from raymuse.storage.folder import Folder
-from raymuse.storage.token_parts import hashes_file, write_table
+from raymuse.storage.token_parts import chunk_file, hashes_file, write_table
 
 
 def decode_row(batch: dict[str, Any], config: PretokenizeConfig) -> Iterator[dict[str, Any]]:
@@ -16,6 +16,14 @@ def decode_row(batch: dict[str, Any], config: PretokenizeConfig) -> Iterator[dic
     shard, drop = pickle.loads(batch["shard"][0])
     for chunk in decode_chunks(shard, config, drop):
         yield {"part": [batch["part"][0]], "chunk": [pickle.dumps(chunk)]}
+
+
+def write_row(batch: dict[str, Any], output: str) -> dict[str, Any]:
+    """A chunk's tables to the output's scratch folder, under names that the plan gives; only what is known goes on."""
+    folder, part, number = Folder(output), str(batch["part"][0]), int(batch["chunk"][0])
+    for name, table in pickle.loads(batch["tables"][0]).items():
+        write_table(folder, chunk_file(part, number, name), table)
+    return {name: column for name, column in batch.items() if name != "tables"}
 
 
 def hash_row(batch: dict[str, Any], config: PretokenizeConfig, output: str) -> dict[str, Any]:

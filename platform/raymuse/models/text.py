@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from raymuse.config.errors import UserError
-from raymuse.models.weights import require_safetensors, without_bars
+from raymuse.models.weights import require_safetensors, tokenizer_folder, without_bars
 
 T5_LENGTH = 256
 
@@ -94,12 +94,12 @@ class TextEncoder(ABC):
         )
         return out.input_ids, out.attention_mask.bool()
 
-    def truncated(self, captions: Sequence[str]) -> int:
-        """How many captions have more tokens than fit; what is beyond is cut off."""
+    def truncated(self, captions: Sequence[str]) -> list[str]:
+        """The captions that have more tokens than fit; what is beyond is cut off."""
         if not captions:
-            return 0
+            return []
         tokens = self.tokenizer(list(captions), padding=False, truncation=False, verbose=False).input_ids
-        return sum(len(caption) > self.length for caption in tokens)
+        return [caption for caption, ids in zip(captions, tokens, strict=True) if len(ids) > self.length]
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Captions to states (B, T, E) and pooled vectors (B, P)."""
@@ -198,7 +198,7 @@ def _network(tower: Any, folder: Path, dtype: torch.dtype) -> Any:
 
 def _tokenizer(root: Path) -> Any:
     """The tokenizer in `tokenizer/`, or beside the weights. Raises UserError where it cannot be read."""
-    folder = root / "tokenizer" if (root / "tokenizer").is_dir() else root
+    folder = tokenizer_folder(root)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises what its parsers raise, and ImportError for a sentencepiece model

@@ -9,6 +9,10 @@ HUB = "hf://"
 TWINS = ".fp16."  # in the name of half-precision twins, which are never what is loaded
 _READ = ("*.json", "*.safetensors", "*.txt", "*.model")
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
+_TOKENIZER = (
+    *("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "added_tokens.json"),
+    *("tokenizer_config.json", "special_tokens_map.json"),
+)
 
 
 def require_safetensors(folder_or_id: str, part: str) -> tuple[str, str | None]:
@@ -57,6 +61,27 @@ def weights_sha256(folder_or_id: str, part: str) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def tokenizer_sha256(folder_or_id: str) -> str:
+    """sha256 (hex) over the names and the bytes of the files of a text encoder's tokenizer, wherever they came from.
+
+    Raises:
+        UserError: as `require_safetensors`, or where there is no file of a tokenizer.
+    """
+    folder = tokenizer_folder(Path(require_safetensors(folder_or_id, "text_encoder")[0]))
+    sums = []
+    for path in sorted(folder / name for name in _TOKENIZER if (folder / name).is_file()):
+        with path.open("rb") as stream:
+            sums.append(f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n")
+    if not sums:
+        raise UserError(f"{folder} holds no tokenizer: none of {', '.join(_TOKENIZER)}. Put the text encoder's there.")
+    return hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+def tokenizer_folder(root: Path) -> Path:
+    """Where the tokenizer of a text encoder lies that is loaded from `root`: in `tokenizer/`, or beside the weights."""
+    return root / "tokenizer" if (root / "tokenizer").is_dir() else root
 
 
 def without_bars() -> None:

@@ -1,6 +1,6 @@
 """Captioned pictures to token shards on Ray Data, exactly once.
 
-    plan: one part a shard -> decode (CPU tasks) -> encode (actors) -> commit (a part, when its chunks are there)
+    plan: one part a shard -> decode (CPU) -> encode (actors) -> write (CPU) -> join a part, when its chunks are there
 
 A row between the steps is a chunk: fixed in size and order, so that a part has the same bytes whatever ran when.
 """
@@ -12,13 +12,15 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
-from ray.data import ActorPoolStrategy, TaskPoolStrategy
+import torch
+from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
 from raymuse.clusters.quiet import quiet_data
 from raymuse.config.errors import TooManyRejects, UserError
@@ -26,28 +28,33 @@ from raymuse.config.pretokenize import PretokenizeConfig
 from raymuse.encoding.chunks import Chunk, decode_chunks, reading_of
 from raymuse.encoding.encoder import ChunkEncoder, code_agreement
 from raymuse.encoding.hashes import find_duplicates
-from raymuse.encoding.tasks import decode_row, hash_row
+from raymuse.encoding.tasks import decode_row, hash_row, write_row
 from raymuse.models.text import text_length
 from raymuse.models.vqgan import Vqgan
-from raymuse.models.weights import weights_sha256
+from raymuse.models.weights import tokenizer_sha256, weights_sha256
 from raymuse.storage.folder import Folder
 from raymuse.storage.images import Shard, estimate_rows, list_shards
 from raymuse.storage.manifest import Manifest, PartRecord
 from raymuse.storage.rejects import Reason, Reject, to_table
 from raymuse.storage.token_parts import (
+    CHUNKS,
+    HASHES,
     TABLES,
     MadePart,
-    chunk_file,
     hashes_file,
     join_part,
     read_table,
+    remove_chunks,
     tagged,
-    write_table,
 )
 from raymuse.storage.tokens import EMPTY, parquet_bytes
 from raymuse.tracking.run import Run
 
+WRITE_CPUS = 0.5
+RETRIES = 3
+WRITERS = 2  # tasks an encoder that write its chunks
 DECODE_CPUS = 0.9  # not 1: Ray Data fuses steps of equal demands, and decoding would then wait for the encoder
+TRIED_SHARDS = 3  # where the first has no picture that can be used
 SAME_CODES = 0.99  # share of ids that a lower precision must share with fp32
 DUPLICATES = "duplicates.parquet"
 
@@ -63,17 +70,19 @@ def pretokenize(config: PretokenizeConfig, run: Run) -> str:
     """
     plan = plan_of(config)
     facts = fingerprint(config)
+    _check_places(config)
     manifest = Manifest.open(config.output, {**config.identity(), **facts, "shards": _digest(plan.values())})
     if not manifest.finished:
-        quiet_data()
+        _prepare_data()
         run.params({**config.model_dump(mode="json"), **facts})
         _write_empty(manifest, config, facts)
-        drops = _duplicates(manifest, config, plan, run)
         pending = {name: plan[name] for name in manifest.pending(plan)}
-        agreement = _agreement(config, pending, run)
+        _check_room(manifest, config, pending)
+        drops = _duplicates(manifest, config, plan, run)
+        agreement = _agreement(config, plan, run)
         for record in _commits(manifest, config, pending, drops, facts, run):
             manifest.record(record)
-        for scratch in ("_chunks", "_hashes"):
+        for scratch in (CHUNKS, HASHES):
             manifest.folder.remove(scratch)
         manifest.finish(**facts, **agreement, counts=_totals(manifest))
     manifest.release()
@@ -108,8 +117,56 @@ def fingerprint(config: PretokenizeConfig) -> dict[str, Any]:
         "text_encoder_sha256": weights_sha256(config.text_encoder, "text_encoder"),
         "codebook_size": vqgan.codes,
         "low_codebook_size": low.codes,
+        "tokenizer_sha256": tokenizer_sha256(config.text_encoder),
         "text_length": text_length(config.text_encoder, config.text_length),
     }
+
+
+# --- what can be checked before work begins
+
+
+def _check_places(config: PretokenizeConfig) -> None:
+    """Raise UserError where workers would not see what the driver sees, or what they need is not there to wait for."""
+    for address in (config.output, *config.inputs):
+        if address.startswith("memory://"):
+            raise UserError(f"{address} is in the memory of one process, and the work is done by several.")
+        relative = "://" not in address and not address.startswith("/")
+        if relative and len([node for node in ray.nodes() if node["Alive"]]) > 1:
+            raise UserError(f"{address} is a relative path, and the cluster has several machines: give a shared one.")
+    there = ray.cluster_resources()
+    encoders = config.min_encoders or config.encoders
+    if config.gpus_per_encoder > there.get("GPU", 0.0):
+        print(
+            f"warning: encoders ask for {config.gpus_per_encoder:g} GPU each and the cluster has "
+            f"{there.get('GPU', 0.0):g} now: the work waits for machines with GPUs, or set gpus_per_encoder=0.",
+            file=sys.stderr,
+        )
+    if config.gpus_per_encoder == 0 and encoders + DECODE_CPUS + WRITE_CPUS > there.get("CPU", 0.0):
+        print(
+            f"warning: {encoders} encoders and a decoder ask for more than the {there.get('CPU', 0.0):g} CPUs that "
+            "there are: the work waits for more machines, or lower encoders (or min_encoders).",
+            file=sys.stderr,
+        )
+
+
+def _check_room(manifest: Manifest, config: PretokenizeConfig, pending: Mapping[str, Shard]) -> None:
+    """Raise UserError where a local disk cannot hold what is to come: ids, and the captions' states."""
+    rows = estimate_rows(list(pending.values()), reading_of(config)) or 0
+    cells = max(height * width for height, width in config.shapes) // Vqgan.load(config.vqgan).factor ** 2
+    crops = config.crops_per_picture * (2 if config.flip else 1)
+    caption = len(manifest.folder.read(f"captions/{EMPTY}.parquet"))
+    manifest.folder.require_free(rows * (2 * cells * crops + caption))
+
+
+def _prepare_data() -> None:
+    """Ray Data without bars, and with patience: a store that fails once must not end a job of days.
+
+    A retried decode repeats its chunks exactly, and Ray skips those that it had already.
+    """
+    quiet_data()
+    context = DataContext.get_current()
+    context.retried_map_errors, context.max_map_retries = True, RETRIES
+    context.actor_init_retry_on_errors, context.max_consecutive_actor_init_deaths = True, RETRIES
 
 
 # --- the plan as text
@@ -128,6 +185,8 @@ def plan_text(config: PretokenizeConfig) -> str:
         f"tried here on {crops} crops of the first shard: decoding {crops / decode:,.1f} crops/s a decoder, "
         f"encoding {crops / encode:,.1f} crops/s an encoder; a crop with its captions takes {size:,.0f} bytes",
     ]
+    if config.buckets:
+        lines.append("buckets: training cannot read crops of several shapes yet")
     if rows is None:
         return "\n".join([*lines, "how many rows there are is not known before they are read"])
     total = rows * config.crops_per_picture * (2 if config.flip else 1)
@@ -143,19 +202,34 @@ def plan_text(config: PretokenizeConfig) -> str:
 
 
 def _trial(config: PretokenizeConfig, shard: Shard) -> tuple[float, float, int, float]:
-    """Seconds to decode and to encode the first chunk of a shard, its crops, and stored bytes a crop."""
-    encoder = ChunkEncoder(config, _device(config))
-    began = time.perf_counter()
-    chunk = next(chunk for chunk in decode_chunks(shard, config) if chunk.facts or chunk.last)
-    decoded = time.perf_counter()
-    if not chunk.facts:
-        raise UserError(f"{shard.name}: no picture of the first shard can be used, so there is nothing to plan from.")
-    encoder(chunk)  # the first call warms up
-    warm = time.perf_counter()
-    encoded = encoder(chunk)
-    ended = time.perf_counter()
+    """Seconds to decode and to encode a chunk of a shard, its crops, and stored bytes a crop.
+
+    The second chunk, since the first waits for the shard to be opened; on one thread, as an encoder of a CPU has.
+    """
+    if config.gpus_per_encoder > 0 and not torch.cuda.is_available():
+        raise UserError(
+            "this machine has no GPU to try an encoder on: run the plan where one is, or with gpus_per_encoder=0."
+        )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if config.gpus_per_encoder == 0 else threads)
+    try:
+        encoder = ChunkEncoder(config, _device(config))
+        began = time.perf_counter()
+        for chunk in decode_chunks(shard, config):
+            decoded = time.perf_counter() - began
+            if chunk.number > 0 or chunk.last:
+                break
+            began = time.perf_counter()
+        if not chunk.facts:
+            raise UserError(f"{shard.name}: no picture of the first shard can be used: there is nothing to plan from.")
+        encoder(chunk)  # the first call warms up
+        began = time.perf_counter()
+        encoded = encoder(chunk)
+        seconds = time.perf_counter() - began
+    finally:
+        torch.set_num_threads(threads)
     stored = sum(len(parquet_bytes(getattr(encoded, table), {})) for table in ("tokens", "captions"))
-    return decoded - began, ended - warm, len(chunk.facts), stored / len(chunk.facts)
+    return decoded, seconds, len(chunk.facts), stored / len(chunk.facts)
 
 
 def _duration(seconds: float) -> str:
@@ -184,12 +258,12 @@ def _encode_empty(config: PretokenizeConfig) -> pa.Table:
     return ChunkEncoder(config, _device(config)).captions([""])
 
 
-def _agreement(config: PretokenizeConfig, pending: Mapping[str, Shard], run: Run) -> dict[str, float]:
-    """Share of ids that the config's precision and fp32 agree on, measured on the first chunk that is to be done."""
-    if config.precision == "fp32" or not pending:
+def _agreement(config: PretokenizeConfig, plan: Mapping[str, Shard], run: Run) -> dict[str, float]:
+    """Share of ids that the config's precision and fp32 agree on, measured on the first chunk of the plan."""
+    if config.precision == "fp32":
         return {}
-    gpus = config.gpus_per_encoder or None
-    share = ray.get(_measure.options(num_gpus=gpus).remote(config, list(pending.values())))
+    first = list(plan.values())[:TRIED_SHARDS]
+    share = ray.get(_measure.options(num_gpus=config.gpus_per_encoder or None).remote(config, first))
     if share is None:
         return {}
     run.metrics({"code_agreement": share}, 0)
@@ -249,7 +323,7 @@ def _hash_all(folder: Folder, config: PretokenizeConfig, plan: Mapping[str, Shar
     hashed = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         hash_row,
         batch_size=1,
-        compute=TaskPoolStrategy(size=config.decoders),
+        compute=TaskPoolStrategy(size=min(config.decoders, len(rows))),
         num_cpus=DECODE_CPUS,
         fn_kwargs={"config": config, "output": folder.address},
     )
@@ -277,7 +351,7 @@ def _commits(
         .map_batches(
             decode_row,
             batch_size=1,
-            compute=TaskPoolStrategy(size=config.decoders),
+            compute=TaskPoolStrategy(size=min(config.decoders, len(rows))),
             num_cpus=DECODE_CPUS,
             fn_kwargs={"config": config},
         )
@@ -286,45 +360,59 @@ def _commits(
             batch_size=1,
             compute=ActorPoolStrategy(min_size=config.min_encoders or config.encoders, max_size=config.encoders),
             num_gpus=config.gpus_per_encoder or None,
-            fn_constructor_kwargs={"config": config, "output": manifest.folder.address},
+            fn_constructor_kwargs={"config": config},
+        )
+        .map_batches(
+            write_row,
+            batch_size=1,
+            compute=TaskPoolStrategy(size=min(WRITERS * config.encoders, len(rows))),
+            num_cpus=WRITE_CPUS,
+            fn_kwargs={"output": manifest.folder.address},
         )
     )
-    join = ray.remote(num_cpus=0.5)(join_part)
-    progress = Progress(len(pending), run)
+    join = ray.remote(num_cpus=WRITE_CPUS, max_retries=RETRIES, retry_exceptions=[OSError])(join_part)
+    sweep = ray.remote(num_cpus=0)(remove_chunks)
+    address, progress = manifest.folder.address, Progress(len(pending), run)
     coming: dict[str, MadePart] = {}
     joining: list[ray.ObjectRef] = []
+    sweeping: list[ray.ObjectRef] = []
+
+    def through(ready: list[ray.ObjectRef]) -> Iterator[PartRecord]:
+        for record in progress.through(ray.get(ready)):
+            yield record
+            sweeping.append(sweep.remote(address, record.name))
+
     for row in encoded.iter_rows():
         part = str(row["part"])
         if coming.setdefault(part, MadePart()).add(row):
             made, source = coming.pop(part), pending[part].name
-            joining.append(join.remote(manifest.folder.address, part, made, source, facts, bool(config.buckets)))
+            joining.append(join.remote(address, part, made, source, facts, bool(config.buckets)))
         ready, joining = ray.wait(joining, num_returns=len(joining), timeout=0) if joining else ([], [])
-        yield from progress.through(ray.get(ready))
+        yield from through(ready)
     while joining:
         ready, joining = ray.wait(joining)
-        yield from progress.through(ray.get(ready))
+        yield from through(ready)
+    ray.get(sweeping)
 
 
 class _Encode:
-    """A chunk to its tables, written beside the parts under names that the plan gives; only their numbers go on."""
+    """A chunk to its tables, and what is known of it."""
 
-    def __init__(self, config: PretokenizeConfig, output: str) -> None:
+    def __init__(self, config: PretokenizeConfig) -> None:
         self.encoder = ChunkEncoder(config, _device(config))
-        self.folder = Folder(output)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        part, chunk = str(batch["part"][0]), pickle.loads(batch["chunk"][0])
+        chunk = pickle.loads(batch["chunk"][0])
         assert isinstance(chunk, Chunk)
         encoded = self.encoder(chunk)
-        for table in TABLES:
-            write_table(self.folder, chunk_file(part, chunk.number, table), getattr(encoded, table))
         return {
-            "part": [part],
+            "part": batch["part"],
             "chunk": [chunk.number],
             "shape": ["x".join(map(str, chunk.shape))],
             "crops": [len(encoded.tokens)],
-            "counts": [pickle.dumps(encoded.counts)],
+            "noticed": [pickle.dumps((encoded.counts, encoded.truncated))],
             "last": [chunk.last],
+            "tables": [pickle.dumps({table: getattr(encoded, table) for table in TABLES})],
         }
 
 
@@ -369,7 +457,8 @@ def _totals(manifest: Manifest) -> dict[str, float]:
 def _report(manifest: Manifest, config: PretokenizeConfig, run: Run) -> None:
     """The counts to the terminal and MLflow, and exit code 3 where too much was faulty."""
     totals = _totals(manifest)
-    run.dataset("token shards", _digest(manifest.done), config.output, "pretokenize")
+    sums = [file.sha256 for record in manifest.done.values() for file in record.files]
+    run.dataset("token shards", _digest(sums), config.output, "pretokenize")
     run.metrics({f"total/{name}": count for name, count in totals.items()}, len(manifest.done))
     for name, count in totals.items():
         print(f"  {name}: {count:,.0f}", flush=True)
@@ -379,6 +468,11 @@ def _report(manifest: Manifest, config: PretokenizeConfig, run: Run) -> None:
         if kind == "rejects":
             faults, filtered = (faults, filtered + count) if Reason(reason).is_filter else (faults + count, filtered)
     inputs = faults + filtered + totals.get("pictures", 0)
+    unreadable = int(totals.get(f"rejects/{Reason.SHARD_UNREADABLE}", 0))
+    if unreadable > config.max_reject_fraction * len(manifest.done):  # one row each, and perhaps thousands of pictures
+        raise TooManyRejects(unreadable, len(manifest.done) - 1, f"{config.output}/rejects")
+    if not totals.get("pictures"):
+        print(f"warning: no picture is left in {config.output}: see its rejects folder.", file=sys.stderr)
     if faults > config.max_reject_fraction * max(1, inputs):
         raise TooManyRejects(int(faults), int(inputs), f"{config.output}/rejects")
 
@@ -387,6 +481,9 @@ def _device(config: PretokenizeConfig) -> str:
     return "cuda" if config.gpus_per_encoder > 0 else "cpu"
 
 
-def _digest(things: Iterable[Any]) -> str:
-    plain = [thing.name if isinstance(thing, Shard) else str(thing) for thing in things]
-    return hashlib.sha256("\n".join(plain).encode()).hexdigest()[:16]
+def _digest(things: Iterable[str | Shard]) -> str:
+    """A short sum. Of a shard all counts but its address, since data may move: name, members, captions, rows."""
+    total = hashlib.sha256()
+    for thing in things:
+        total.update(repr(replace(thing, address="") if isinstance(thing, Shard) else thing).encode() + b"\n")
+    return total.hexdigest()[:16]

@@ -87,21 +87,22 @@ def count_rows(shards: Sequence[Shard], reading: Reading) -> int:
 
 
 class _Unopened(Exception):  # noqa: N818 - a verdict on the file
-    """The file is not there, not ours to read, or no Arrow stream."""
+    """The file is not there, not ours to read (on a disk), or no Arrow stream."""
 
 
 @contextmanager
 def _opened(address: str) -> Iterator[pa.RecordBatchStreamReader]:
     """Raises _Unopened, or OSError where trying again may help."""
     source = None
+    path = sources.local_path(address)
     try:
-        path = sources.local_path(address)
         source = sources.open_in_parts(address) if path is None else pa.memory_map(str(path))
         stream = pa.ipc.open_stream(source)
     except (OSError, pa.ArrowException) as error:
+        damaged = is_damage(error) and (path is not None or source is not None)  # else it is the store that refuses
         if source is not None:
             source.close()
-        if is_damage(error) or (isinstance(error, OSError) and sources.is_final(error)):
+        if damaged or (isinstance(error, OSError) and sources.is_final(error, address)):
             raise _Unopened(f"{address} cannot be read as an Arrow stream: {error}") from error
         raise
     with source, stream:

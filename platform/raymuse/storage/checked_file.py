@@ -1,16 +1,19 @@
-"""One Parquet file of a part, held against its record: what is wrong with it becomes sentences, never an error."""
+"""One Parquet file of a part, held against its record: what is wrong with it becomes sentences, never an error.
+
+It is fetched once: a remote file to the disk of this machine, where its sum is taken and its rows are read.
+"""
 
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from raymuse.storage import sources
 from raymuse.storage.folder import Folder
 from raymuse.storage.manifest import FileRecord
 
@@ -41,14 +44,13 @@ class CheckedFile:
         self.schema = pa.schema([])
         self.rows = 0
         self.sound = self.opened = False
-        self._stream: Any = None
+        self._stream: IO[bytes] | None = None
         self._notes: dict[str, tuple[int, str]] = {}
         self._firsts: dict[str, int] = {}
 
     def __enter__(self) -> "CheckedFile":
         if self._is_as_recorded():
             try:
-                self._stream = fsspec.open(self.address, "rb").open()
                 self.parquet = pq.ParquetFile(self._stream)
                 self.schema, self.rows = self.parquet.schema_arrow, self.parquet.metadata.num_rows
                 self.opened = True
@@ -140,13 +142,13 @@ class CheckedFile:
         ]
 
     def _is_as_recorded(self) -> bool:
-        """Size and sum of the bytes, read in blocks."""
-        digest, size = hashlib.sha256(), 0
+        """Fetch the file, and compare size and sum of its bytes."""
         try:
-            with fsspec.open(self.address, "rb") as stream:
-                while block := stream.read(_BLOCK):
-                    digest.update(block)
-                    size += len(block)
+            self._stream = sources.open_seekable(self.address)
+            digest = hashlib.sha256()
+            while block := self._stream.read(_BLOCK):
+                digest.update(block)
+            size = self._stream.tell()
         except FileNotFoundError:
             self._say("it is missing")
             return False

@@ -44,9 +44,7 @@ def list_shards(place: Place, images_per_shard: int, reading: Reading) -> list[S
             f"{place.address} (split {reading.split}) cannot be opened: {type(error).__name__}: {said}. Check the "
             f"name, the split and the network, {_ELSEWHERE}."
         ) from error
-    return [
-        Shard(f"{reading.split}-{number:05d}", place.address, "hub", piece=(number, count)) for number in range(count)
-    ]
+    return [Shard(_stem(number, reading), place.address, "hub", piece=(number, count)) for number in range(count)]
 
 
 def read_shard(shard: Shard, reading: Reading) -> Iterator[Picture | Reject]:
@@ -64,7 +62,7 @@ def read_shard(shard: Shard, reading: Reading) -> Iterator[Picture | Reject]:
     for table in data.shard(num_shards=count, index=number).with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
         if reader is None:
             columns = choose_columns(table.schema, reading, shard.address)
-            reader = TableReader(columns, reading, shard.name, shard.address, shard.name)
+            reader = TableReader(columns, reading, shard.name, shard.address, _stem(number, reading))
         for batch in table.to_batches():
             yield from reader.rows(batch, row)
             row += batch.num_rows
@@ -93,3 +91,8 @@ def open_data_set(address: str, split: str) -> Any:
         if isinstance(feature, datasets.Image):
             data = data.cast_column(column, datasets.Image(decode=False))
     return data
+
+
+def _stem(number: int, reading: Reading) -> str:
+    """Names a shard, and begins the keys of its rows, which must not depend on what else the plan reads."""
+    return f"{reading.split}-{number:05d}"

@@ -39,7 +39,7 @@ def read_entries(shard: Shard, reading: Reading) -> Iterator[Entry | Reject]:
         except Unreadable as error:
             yield Reject(shard.name, member.key, error.reason, error.detail)
         except OSError as error:
-            if not sources.is_final(error):
+            if not sources.is_final(error, shard.address):
                 raise
             yield Reject(shard.name, member.key, Reason.UNREADABLE, str(error))
 
@@ -94,7 +94,7 @@ def _load(shard: Shard, entry: Entry) -> Picture | Reject:
     try:
         return entry.picture(sources.read_bytes(entry.address))
     except OSError as error:
-        if not sources.is_final(error):
+        if not sources.is_final(error, entry.address):
             raise
         return Reject(shard.name, entry.key, Reason.UNREADABLE, str(error))
 

@@ -52,7 +52,7 @@ def list_shards(address: str | Sequence[str], *, images_per_shard: int = 1000, r
         images_per_shard: pictures a shard, where a folder or table is cut; a block of a table is never cut.
 
     Raises:
-        UserError: nothing is there, or nothing that can be read.
+        UserError: nothing is there, or nothing that can or may be read.
     """
     several = [address] if isinstance(address, str) else list(address)
     lists = [_shards_at(one, images_per_shard, reading) for one in several]
@@ -64,8 +64,8 @@ def list_shards(address: str | Sequence[str], *, images_per_shard: int = 1000, r
 def read_shard(shard: Shard, reading: Reading = AS_IS) -> Iterator[Picture | Reject]:
     """Every key of the shard exactly once, as a Picture or as a Reject; a lost stretch of a file is one Reject.
 
-    Holds one picture in memory at a time, or a few rows of a table. A file that is missing, forbidden or damaged is
-    one Reject; any other OSError (a network that fails) is raised, for the caller to try again.
+    Holds one picture in memory at a time, or a few rows of a table. A file that is missing, damaged or (on a disk)
+    forbidden is one Reject; any other OSError (a network that fails, a store that refuses) is raised, to try again.
     """
     return FORMATS[shard.kind].read_shard(shard, reading)
 
@@ -97,8 +97,13 @@ def estimate_rows(shards: Sequence[Shard], reading: Reading = AS_IS) -> int | No
 
 
 def _shards_at(address: str, images_per_shard: int, reading: Reading) -> list[Shard]:
-    place = Place(address, "data set", "") if hub.is_data_set(address) else find_place(address)
-    return FORMATS[_kind_of(place)].list_shards(place, images_per_shard, reading)
+    try:
+        place = Place(address, "data set", "") if hub.is_data_set(address) else find_place(address)
+        return FORMATS[_kind_of(place)].list_shards(place, images_per_shard, reading)
+    except PermissionError as error:
+        raise UserError(
+            f"{address} may not be read: {error}. Check who may read it and, for a store, the credentials."
+        ) from error
 
 
 def _kind_of(place: Place) -> Kind:

@@ -2,7 +2,7 @@
 
 _manifest/config.json        what the parts were made with; another config on the same folder is refused
 _manifest/part-000000.json   written only after the part's files are in place
-_manifest/index.json         many records in one object, so that a resume reads a few objects
+_manifest/index-000000.json  the first 1000 of these joined, so that a resume reads few objects
 _manifest/lock.json          who writes, and until when; it warns and never blocks
 _SUCCESS                     last, with the counts
 """
@@ -10,6 +10,7 @@ _SUCCESS                     last, with the counts
 import hashlib
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -25,6 +26,9 @@ from raymuse.storage.folder import Folder
 
 COMPACT_EVERY = 1000
 LOCK_SECONDS = 120.0
+_INDEX = re.compile(r"index-(\d+)\.json")
+_FIRST_INDEX = "index.json"  # of folders that were written when there was one index, of all records
+_NO_RECORDS = ("config.json", "lock.json")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class Manifest:
         self.folder = folder
         self.identity = dict(identity)
         self.done: dict[str, PartRecord] = {}
+        self._single: dict[str, None] = {}  # names of the parts whose records stand alone, oldest first
+        self._locked: float | None = None  # when the lock was last written, by the monotonic clock
 
     @classmethod
     def open(cls, address: str, identity: Mapping[str, Any]) -> "Manifest":
@@ -80,6 +86,8 @@ class Manifest:
         manifest._claim_config()
         manifest._lock()
         manifest.done = read_records(folder)
+        names = [file.removesuffix(".json") for file in _record_files(folder)]
+        manifest._single = dict.fromkeys(name for name in names if name in manifest.done)
         return manifest
 
     @property
@@ -103,9 +111,11 @@ class Manifest:
         """Record a part whose files are already in place."""
         self.folder.write(f"_manifest/{part.name}.json", _json(asdict(part)))
         self.done[part.name] = part
-        if len(self.done) % COMPACT_EVERY == 0:
+        self._single[part.name] = None
+        if len(self._single) >= COMPACT_EVERY:
             self._compact()
-        self._lock()
+        if self._locked is None or time.monotonic() - self._locked > LOCK_SECONDS / 3:
+            self._lock()
         return part
 
     def finish(self, **summary: Any) -> None:
@@ -117,7 +127,10 @@ class Manifest:
         self.release()
 
     def release(self) -> None:
-        self.folder.remove("_manifest/lock.json")
+        """Let go of the folder; nothing happens where that is done already."""
+        if self._locked is not None:
+            self.folder.remove("_manifest/lock.json")
+            self._locked = None
 
     def _claim_config(self) -> None:
         if not self.folder.exists("_manifest/config.json"):
@@ -131,9 +144,12 @@ class Manifest:
             )
 
     def _compact(self) -> None:
-        self.folder.write("_manifest/index.json", _json([asdict(part) for part in self.done.values()]))
-        for file in _record_files(self.folder):
-            self.folder.remove(f"_manifest/{file}")
+        """Join the single records into the next index. Stopped half-way, some stand twice, which reads as once."""
+        numbers = [int(found[1]) for file in self.folder.names("_manifest") if (found := _INDEX.fullmatch(file))]
+        records = [asdict(self.done[name]) for name in self._single]
+        self.folder.write(f"_manifest/index-{max(numbers, default=-1) + 1:06d}.json", _json(records))
+        self.folder.remove_files([f"_manifest/{name}.json" for name in self._single])
+        self._single.clear()
 
     def _lock(self) -> None:
         me = {"host": socket.gethostname(), "pid": os.getpid()}
@@ -145,6 +161,7 @@ class Manifest:
                 file=sys.stderr,
             )
         self.folder.write("_manifest/lock.json", _json({**me, "expires": time.time() + LOCK_SECONDS}))
+        self._locked = time.monotonic()
 
     def _lock_holder(self) -> dict[str, Any] | None:
         """Who holds the folder; a lock that is gone, or that cannot be read, is nobody's: it must never block."""
@@ -155,15 +172,26 @@ class Manifest:
             return None
 
 
-def read_records(folder: Folder) -> dict[str, PartRecord]:
-    """Every committed part by name, in the order of the names."""
+def read_records(folder: Folder, problems: list[str] | None = None) -> dict[str, PartRecord]:
+    """Every committed part by name, in the order of the names.
+
+    Args:
+        problems: takes a sentence for every file of records that cannot be read, and the others are read.
+
+    Raises:
+        ValueError, KeyError, TypeError, OSError: for the first such file, where `problems` is None.
+    """
     records: dict[str, PartRecord] = {}
-    if folder.exists("_manifest/index.json"):
-        for record in json.loads(folder.read("_manifest/index.json")):
-            records[record["name"]] = PartRecord.parse(record)
     for file in _record_files(folder):
-        part = PartRecord.parse(json.loads(folder.read(f"_manifest/{file}")))
-        records[part.name] = part
+        try:
+            said = json.loads(folder.read(f"_manifest/{file}"))
+            for record in said if isinstance(said, list) else [said]:
+                part = PartRecord.parse(record)
+                records[part.name] = part
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if problems is None:
+                raise
+            problems.append(f"_manifest/{file}: it cannot be read: {error}")
     return dict(sorted(records.items()))
 
 
@@ -189,9 +217,9 @@ def differing(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str =
 
 
 def _record_files(folder: Folder) -> list[str]:
-    """Records that no index holds yet, as files in `_manifest`."""
-    others = ("config.json", "index.json", "lock.json")
-    return [name for name in folder.names("_manifest") if name.endswith(".json") and name not in others]
+    """The files of `_manifest` that hold records, later ones over earlier: indexes in their order, then single ones."""
+    names = [name for name in folder.names("_manifest") if name.endswith(".json") and name not in _NO_RECORDS]
+    return sorted(names, key=lambda name: (name != _FIRST_INDEX, not _INDEX.fullmatch(name), name))
 
 
 def _holds(holder: Mapping[str, Any], me: Mapping[str, Any]) -> bool:

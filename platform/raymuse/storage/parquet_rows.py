@@ -72,21 +72,22 @@ class _Batch:
 
 
 class _Unopened(Exception):  # noqa: N818 - a verdict on the file
-    """The file is not there, not ours to read, or no Parquet."""
+    """The file is not there, not ours to read (on a disk), or no Parquet."""
 
 
 @contextmanager
 def _opened(address: str) -> Iterator[pq.ParquetFile]:
     """Raises _Unopened, or OSError where trying again may help."""
     stream = None
+    path = sources.local_path(address)
     try:
-        path = sources.local_path(address)
         stream = sources.open_in_parts(address) if path is None else pa.OSFile(str(path))
         file = pq.ParquetFile(stream, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
+        damaged = is_damage(error) and (path is not None or stream is not None)  # else it is the store that refuses
         if stream is not None:
             stream.close()
-        if is_damage(error) or (isinstance(error, OSError) and sources.is_final(error)):
+        if damaged or (isinstance(error, OSError) and sources.is_final(error, address)):
             raise _Unopened(f"{address} cannot be read as Parquet: {error}") from error
         raise
     with stream:

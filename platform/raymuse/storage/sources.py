@@ -138,9 +138,15 @@ def glob(pattern: str) -> list[str]:
     return sorted(str(filesystem.unstrip_protocol(name) if remote else name) for name in filesystem.glob(path))
 
 
-def is_final(error: OSError) -> bool:
-    """Whether trying again cannot help: no such file, not ours to read, or a name that no file can have."""
-    gone = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+def is_final(error: OSError, address: str) -> bool:
+    """Whether trying again cannot help: no such file, a name that no file can have, or one on a disk that is not ours.
+
+    A store that refuses is not final: it says the same where a token has expired or a clock is wrong, and would then
+    refuse everything that is still to come.
+    """
+    if isinstance(error, PermissionError):
+        return local_path(address) is not None
+    gone = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
     return isinstance(error, gone) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
 
 

@@ -116,7 +116,7 @@ class TableReader:
             check_picture_size(sources.size_of(address))
             return sources.read_bytes(address)
         except OSError as error:
-            if not sources.is_final(error):
+            if not sources.is_final(error, address):
                 raise
             raise Unreadable(Reason.UNREADABLE, str(error)) from error
 

@@ -42,7 +42,7 @@ def _rows(shard: Shard, reading: Reading, row_of: Callable[[Entry, IO[bytes]], R
     try:
         stream = sources.open_seekable(shard.address)
     except OSError as error:
-        if not sources.is_final(error):
+        if not sources.is_final(error, shard.address):
             raise
         yield Reject(shard.name, "", Reason.SHARD_UNREADABLE, str(error))
         return

@@ -1,4 +1,4 @@
-"""Whether a token folder holds what its manifest says: every file read once, a few rows in memory, every problem told.
+"""Whether a token folder holds what its manifest says: files fetched once, a row group in memory, all problems told.
 
 verdict = check_tokens("s3://bucket/tokens")
 verdict.problems        # empty where all is well
@@ -17,13 +17,12 @@ import pyarrow.compute as pc
 from raymuse.config.errors import UserError
 from raymuse.storage.checked_file import CheckedFile
 from raymuse.storage.folder import Folder
-from raymuse.storage.manifest import FileRecord, PartRecord
+from raymuse.storage.manifest import FileRecord, PartRecord, read_records
 from raymuse.storage.rejects import REJECTS_SCHEMA
+from raymuse.storage.token_parts import CHUNKS, HASHES, TABLES
 from raymuse.storage.tokens import EMPTY, caption_id, captions_schema, tokens_schema
 
-TABLES = ("tokens", "captions", "rejects")
 STAGE = "pretokenize"
-_SCRATCH = ("_chunks", "_hashes")
 
 
 @dataclass
@@ -77,7 +76,7 @@ def check_tokens(address: str) -> Verdict:
     config = _read_json(folder, "_manifest/config.json", verdict.problems)
     if config.get("stage", STAGE) != STAGE:
         raise UserError(f"{address} is the output of `raymuse {config['stage']}`, and no token folder.")
-    records = _records(folder, verdict.problems)
+    records = read_records(folder, verdict.problems)
     check = _Check(folder, config, verdict)
     for record in records.values():
         check.part(record)
@@ -203,22 +202,6 @@ class _Check:
         return captions_schema(length, *self.widths)
 
 
-def _records(folder: Folder, problems: list[str]) -> dict[str, PartRecord]:
-    """Every committed part by name; records that cannot be read are problems."""
-    records: dict[str, PartRecord] = {}
-    others = ("config.json", "lock.json")
-    names = [name for name in folder.names("_manifest") if name.endswith(".json") and name not in others]
-    for name in sorted(names, key=lambda name: (name != "index.json", name)):
-        try:
-            said = json.loads(folder.read(f"_manifest/{name}"))
-            for one in said if isinstance(said, list) else [said]:
-                record = PartRecord.parse(one)
-                records[record.name] = record
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            problems.append(f"_manifest/{name}: it cannot be read: {error}")
-    return dict(sorted(records.items()))
-
-
 def _check_totals(folder: Folder, records: Mapping[str, PartRecord], verdict: Verdict) -> None:
     """The manifest against `_SUCCESS`, and the empty caption that training needs."""
     if EMPTY not in records and (verdict.finished or records):
@@ -251,7 +234,7 @@ def _check_names(folder: Folder, records: Mapping[str, PartRecord], verdict: Ver
             verdict.leftovers.append(path)
         else:
             verdict.problems.append(f"{path}: the manifest does not know it")
-    verdict.leftovers += [f"{name}/" for name in _SCRATCH if folder.exists(name)]
+    verdict.leftovers += [f"{name}/" for name in (CHUNKS, HASHES) if folder.exists(name)]
 
 
 def _read_json(folder: Folder, name: str, problems: list[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 _chunks/part-000000/000003.tokens.arrow     one table of one chunk, gone when the part is in place
 """
 
+import contextlib
 import io
 import pickle
 from collections import Counter
@@ -17,6 +18,7 @@ from raymuse.storage.manifest import FileRecord, PartRecord
 from raymuse.storage.tokens import write_parquet
 
 TABLES = ("tokens", "captions", "rejects")
+CHUNKS, HASHES = "_chunks", "_hashes"  # scratch folders, gone at the end
 
 
 @dataclass
@@ -25,13 +27,16 @@ class MadePart:
 
     crops: dict[str, dict[int, int]] = field(default_factory=dict)  # shape -> chunk -> how many
     counts: Counter[str] = field(default_factory=Counter)
+    truncated: set[str] = field(default_factory=set)  # ids of captions with more tokens than fit
     chunks: int | None = None  # how many there will be
 
     def add(self, row: Mapping[str, Any]) -> bool:
         """Take in one chunk; whether the part is now whole."""
         number = int(row["chunk"])
         self.crops.setdefault(str(row["shape"]), {})[number] = int(row["crops"])
-        self.counts.update(pickle.loads(row["counts"]))
+        counts, truncated = pickle.loads(row["noticed"])
+        self.counts.update(counts)
+        self.truncated |= truncated
         if row["last"]:
             self.chunks = number + 1
         return len(self.numbers) == self.chunks
@@ -44,7 +49,10 @@ class MadePart:
 def join_part(
     address: str, part: str, made: MadePart, source: str, facts: Mapping[str, Any], bucketed: bool
 ) -> PartRecord:
-    """Join a shard's chunks into its part, a chunk in memory at a time, and put its files in place."""
+    """Join a shard's chunks into its part, a chunk in memory at a time, and put its files in place.
+
+    Leaves the chunks where they are, so that it may be tried again; `remove_chunks` is for when the part is recorded.
+    """
     folder, metadata = Folder(address), tagged(facts)
 
     def tables(name: str, numbers: Iterable[int]) -> Iterator[pa.Table]:
@@ -62,7 +70,8 @@ def join_part(
     reasons = Counter(reason for table in tables("rejects", made.numbers) for reason in table["reason"].to_pylist())
     rejects = [write("rejects", part, tables("rejects", made.numbers))] if reasons else []
     counts = {**made.counts, "captions": captions.rows, **{f"rejects/{reason}": n for reason, n in reasons.items()}}
-    folder.remove(f"_chunks/{part}")
+    if made.truncated:
+        counts["captions_truncated"] = len(made.truncated)
     return PartRecord(
         name=part,
         rows=sum(file.rows for file in tokens),
@@ -73,13 +82,19 @@ def join_part(
     )
 
 
+def remove_chunks(address: str, part: str) -> None:
+    """Delete the chunks of a part that is recorded. What cannot be deleted now goes at the end of the stage."""
+    with contextlib.suppress(OSError):
+        Folder(address).remove(f"{CHUNKS}/{part}")
+
+
 def _unique(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """The first row of every caption, in order."""
     seen: set[str] = set()
     for table in tables:
         first = {key: row for row, key in reversed(list(enumerate(table["caption_id"].to_pylist()))) if key not in seen}
         seen |= first.keys()
-        yield table.take(sorted(first.values())).combine_chunks()
+        yield table.take(pa.array(sorted(first.values()), pa.int64())).combine_chunks()
 
 
 def tagged(facts: Mapping[str, Any]) -> dict[str, str]:
@@ -88,11 +103,11 @@ def tagged(facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def chunk_file(part: str, number: int, table: str) -> str:
-    return f"_chunks/{part}/{number:06d}.{table}.arrow"
+    return f"{CHUNKS}/{part}/{number:06d}.{table}.arrow"
 
 
 def hashes_file(part: str) -> str:
-    return f"_hashes/{part}.arrow"
+    return f"{HASHES}/{part}.arrow"
 
 
 def write_table(folder: Folder, name: str, table: pa.Table) -> None:

@@ -6,15 +6,16 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from raymuse.config.errors import UserError
+from raymuse.storage import sources
 from raymuse.storage.folder import Folder
 from raymuse.storage.manifest import PartRecord
+from raymuse.storage.token_parts import TABLES
 from raymuse.storage.tokens import EMPTY
 
 _ROWS = 1024
@@ -111,7 +112,7 @@ class Survey:
 def survey_tokens(
     folder: Folder, records: Sequence[PartRecord], codes: tuple[int, int | None], length: int, wanted: Sequence[int]
 ) -> Survey:
-    """Read every file of the records once, a few rows in memory.
+    """Read every file of the records once, a row group in memory.
 
     Args:
         folder: that holds them.
@@ -144,29 +145,25 @@ def _add_part(survey: Survey, folder: Folder, record: PartRecord, wanted: Sequen
     survey.parts += 1
     for name, count in record.counts.items():
         survey.counts[name] = survey.counts.get(name, 0) + count
+    files = {table: [file.name for file in record.files if file.name.startswith(f"{table}/")] for table in TABLES}
     keys: set[str] = set()
     picked: list[dict[str, Any]] = []
-    for file in record.files:
-        table = file.name.partition("/")[0]
-        if table == "tokens":
-            for batch in _batches(folder, file.name, None):
-                picked += [
-                    _plain(batch, number - survey.crops) for number in _between(wanted, survey.crops, len(batch))
-                ]
-                _add_crops(survey, batch)
-                keys.update(batch["key"].to_pylist())
-        elif table == "captions":
-            for batch in _batches(folder, file.name, ["text_mask"]):
-                tokens = np.asarray(batch["text_mask"].flatten()).reshape(len(batch), -1).sum(axis=1)
-                survey.caption_tokens += np.bincount(tokens, minlength=len(survey.caption_tokens))
-                survey.captions += len(batch)
-        elif table == "rejects":
-            for batch in _batches(folder, file.name, ["reason"]):
-                survey.rejects.update(batch["reason"].to_pylist())
+    for name in files["tokens"]:
+        for batch in _batches(folder, name, None):
+            picked += [_plain(batch, number - survey.crops) for number in _between(wanted, survey.crops, len(batch))]
+            _add_crops(survey, batch)
+            keys.update(batch["key"].to_pylist())
     survey.pictures += len(keys)
-    if picked:
-        texts = _texts(folder, record, {key for row in picked for key in row["caption_ids"]})
-        survey.rows += [_row(row, texts) for row in picked]
+    said = {key for row in picked for key in row["caption_ids"]}
+    texts: dict[str, str] = {}
+    for name in files["captions"]:
+        for batch in _batches(folder, name, ["text_mask", *(["caption_id", "caption"] if said else [])]):
+            _add_captions(survey, batch)
+            texts |= _texts(batch, said) if said else {}
+    survey.rows += [_row(row, texts) for row in picked]
+    for name in files["rejects"]:
+        for batch in _batches(folder, name, ["reason"]):
+            survey.rejects.update(batch["reason"].to_pylist())
 
 
 def _add_crops(survey: Survey, batch: pa.RecordBatch) -> None:
@@ -181,21 +178,22 @@ def _add_crops(survey: Survey, batch: pa.RecordBatch) -> None:
             grids.update(zip(heights, widths, strict=True))
 
 
-def _texts(folder: Folder, record: PartRecord, wanted: set[str]) -> dict[str, str]:
-    """The captions of a part that are wanted, by id."""
-    texts: dict[str, str] = {}
-    for file in record.files:
-        if file.name.startswith("captions/"):
-            for batch in _batches(folder, file.name, ["caption_id", "caption"]):
-                pairs = zip(batch["caption_id"].to_pylist(), batch["caption"].to_pylist(), strict=True)
-                texts.update((key, text) for key, text in pairs if key in wanted)
-    return texts
+def _add_captions(survey: Survey, batch: pa.RecordBatch) -> None:
+    tokens = np.asarray(batch["text_mask"].flatten()).reshape(len(batch), -1).sum(axis=1)
+    survey.caption_tokens += np.bincount(tokens, minlength=len(survey.caption_tokens))
+    survey.captions += len(batch)
+
+
+def _texts(batch: pa.RecordBatch, wanted: set[str]) -> dict[str, str]:
+    """The captions of a batch that are wanted, by id."""
+    pairs = zip(batch["caption_id"].to_pylist(), batch["caption"].to_pylist(), strict=True)
+    return {key: text for key, text in pairs if key in wanted}
 
 
 def _batches(folder: Folder, name: str, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
     """The rows of a file, a few at a time. Raises UserError where it is missing or damaged."""
     try:
-        with fsspec.open((folder / name).address, "rb") as stream:
+        with sources.open_in_parts((folder / name).address) as stream:
             yield from pq.ParquetFile(stream).iter_batches(_ROWS, columns=columns)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{folder.address}/{name} cannot be read: {error}. See `raymuse tokens verify`.") from error
