@@ -28,7 +28,7 @@ from raymuse.storage.images import list_shards
 from raymuse.storage.webdataset_writer import write_shard
 from raymuse.training.clip import ClipTask
 
-SHARDS, PICTURES, SIDE = 24, 500, 64
+SHARDS, PICTURES, SIDE = 12, 500, 64
 PAIRS = 9  # of the decoding
 PACKAGES = ("ray", "torch", "webdataset", "diffusers", "pillow")
 STAGE = """

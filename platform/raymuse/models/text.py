@@ -6,6 +6,8 @@ CLIP, as aMUSEd uses it: states are `hidden_states[-2]` (not normed), pooled is 
 attention mask is used. T5, as Muse uses it (Chang et al., arXiv 2301.00704, section 2.1): states are the encoder's
 last hidden state, under the attention mask, zero where there is only padding. Muse has no pooled vector; aMUSEd's
 adaptive norms need one, so ours is the mean of the states over the real tokens (P = E).
+
+transformers takes four seconds to import, and a training from stored states never needs it: it is imported in use.
 """
 
 import json
@@ -17,16 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    CLIPTextModelWithProjection,
-    MT5EncoderModel,
-    T5EncoderModel,
-    UMT5EncoderModel,
-)
 
 from raymuse.config.errors import UserError
 from raymuse.models.weights import require_safetensors, tokenizer_folder, without_bars
@@ -152,12 +145,12 @@ class T5Text(TextEncoder):
         return other.flip(1).cumsum(dim=1).flip(1) > 0
 
 
-_KINDS: dict[str, tuple[type[TextEncoder], Any]] = {
-    "clip": (ClipText, CLIPTextModelWithProjection),
-    "clip_text_model": (ClipText, CLIPTextModelWithProjection),
-    "t5": (T5Text, T5EncoderModel),
-    "mt5": (T5Text, MT5EncoderModel),
-    "umt5": (T5Text, UMT5EncoderModel),
+_KINDS: dict[str, tuple[type[TextEncoder], str]] = {
+    "clip": (ClipText, "CLIPTextModelWithProjection"),
+    "clip_text_model": (ClipText, "CLIPTextModelWithProjection"),
+    "t5": (T5Text, "T5EncoderModel"),
+    "mt5": (T5Text, "MT5EncoderModel"),
+    "umt5": (T5Text, "UMT5EncoderModel"),
 }
 
 
@@ -167,12 +160,14 @@ def text_length(folder_or_id: str, asked: int | None = None) -> int:
     Raises:
         UserError: as `load`, but for the weights.
     """
+    from transformers import AutoConfig
+
     root, folder, (encoder, _) = _found(folder_or_id)
     longest = encoder.longest(AutoConfig.from_pretrained(folder))
     return _length(longest, _tokenizer(root), asked, folder_or_id)
 
 
-def _found(folder_or_id: str) -> tuple[Path, Path, tuple[type[TextEncoder], Any]]:
+def _found(folder_or_id: str) -> tuple[Path, Path, tuple[type[TextEncoder], str]]:
     """The model folder, the one with the weights in it, and what kind of encoder they are."""
     root, subfolder = require_safetensors(folder_or_id, "text_encoder")
     folder = Path(root, subfolder or "")
@@ -182,11 +177,15 @@ def _found(folder_or_id: str) -> tuple[Path, Path, tuple[type[TextEncoder], Any]
     return Path(root), folder, _KINDS[kind]
 
 
-def _network(tower: Any, folder: Path, dtype: torch.dtype) -> Any:
+def _network(tower: str, folder: Path, dtype: torch.dtype) -> Any:
     """transformers' model from a folder. Raises UserError where weights are damaged, or some are missing."""
+    import transformers
+
     try:
         with _without_reports():
-            network, loaded = tower.from_pretrained(folder, use_safetensors=True, dtype=dtype, output_loading_info=True)
+            network, loaded = getattr(transformers, tower).from_pretrained(
+                folder, use_safetensors=True, dtype=dtype, output_loading_info=True
+            )
     except Exception as error:  # of safetensors, transformers and torch, for files that are cut or do not fit
         raise UserError(f"{folder}: the weights cannot be read: {' '.join(str(error).split())[:300]}") from error
     if missing := sorted(loaded["missing_keys"]):
@@ -200,6 +199,8 @@ def _tokenizer(root: Path) -> Any:
     """The tokenizer in `tokenizer/`, or beside the weights. Raises UserError where it cannot be read."""
     folder = tokenizer_folder(root)
     try:
+        from transformers import AutoTokenizer
+
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises what its parsers raise, and ImportError for a sentencepiece model
         raise UserError(
@@ -226,6 +227,8 @@ def _length(longest: tuple[int, bool], tokenizer: Any, asked: int | None, name: 
 @contextmanager
 def _without_reports() -> Iterator[None]:
     """transformers reports a full T5's decoder as unexpected weights; what is missing is checked here."""
+    import transformers
+
     before = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     try:

@@ -5,15 +5,18 @@ in [0, 1], not normalised (aMUSEd).
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from diffusers import VQModel
 from numpy.typing import NDArray
 from torch import Tensor
 
 from raymuse.models.precision import DTYPES, Precision, float32_products
 from raymuse.models.weights import require_safetensors
+
+if TYPE_CHECKING:
+    from diffusers import VQModel  # a second to import, and a training that draws no samples never needs it
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,14 @@ class Vqgan:
         tf32: whether the encoder may use TF32 on CUDA.
     """
 
-    network: VQModel
+    network: "VQModel"
     tf32: bool = False
 
     @classmethod
     def load(cls, folder_or_id: str, device: str = "cpu", precision: Precision = "fp32") -> "Vqgan":
         """Load from a local folder (itself, or its `vqvae/`) or a Hugging Face id; safetensors only."""
+        from diffusers import VQModel
+
         root, subfolder = require_safetensors(folder_or_id, "vqvae")
         network = VQModel.from_pretrained(
             root, subfolder=subfolder, use_safetensors=True, torch_dtype=torch.float32, low_cpu_mem_usage=False

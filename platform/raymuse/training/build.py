@@ -6,20 +6,26 @@ import torch
 
 from raymuse.config.training import BaseConfig, ClipConfig, SuperresConfig, TrainConfig, VqganConfig
 from raymuse.tracking.run import Run
-from raymuse.training.clip import ClipTask
 from raymuse.training.engine import Engine, PlainEngine, rank_and_world
 from raymuse.training.loop import Loop, Report, micro_batches
-from raymuse.training.masked import MaskedTask
 from raymuse.training.task import Task
-from raymuse.training.vqgan import VqganTask
 
 
 def build_task(config: TrainConfig, device: str = "cpu") -> Task:
-    """The training that the config describes, its data opened and its network fresh."""
+    """The training that the config describes, its data opened and its network fresh.
+
+    Each imports only what it needs: diffusers and transformers would cost every worker seconds.
+    """
     if isinstance(config, VqganConfig):
+        from raymuse.training.vqgan import VqganTask
+
         return VqganTask(config, device)
     if isinstance(config, ClipConfig):
+        from raymuse.training.clip import ClipTask
+
         return ClipTask(config, device)
+    from raymuse.training.masked import MaskedTask
+
     assert isinstance(config, BaseConfig | SuperresConfig)
     return MaskedTask(config, device)
 
