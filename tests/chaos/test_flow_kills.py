@@ -48,7 +48,7 @@ def run_for(root: Path, seconds: float) -> None:
             time.sleep(0.2)
         running.kill()
         running.wait()
-    _, alive = psutil.wait_procs(family, timeout=180)  # two of Ray's agents take a minute or two
+    _, alive = psutil.wait_procs(family, timeout=60)
     assert [process.cmdline() for process in alive] == []
 
 
