@@ -15,6 +15,7 @@ import psutil
 import pytest
 import yaml
 
+from processes import wait_until
 from raymuse.clusters.check import check
 from raymuse.config.errors import UserError
 
@@ -179,6 +180,14 @@ def test_nothing_stays_behind_after_ctrl_c() -> None:
     assert "KeyboardInterrupt" in err
     assert working.leftovers() == []
     assert not working.folder.exists()
+
+
+def test_nothing_stays_behind_after_sigkill() -> None:
+    working = Working("dashboard")
+    working.process.kill()
+    working.process.communicate(timeout=60)
+    assert working.leftovers() == []
+    wait_until(lambda: not working.folder.exists(), 10)
 
 
 @pytest.mark.parametrize(

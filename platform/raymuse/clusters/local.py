@@ -7,6 +7,7 @@ import secrets
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -18,11 +19,11 @@ from types import FrameType
 import psutil
 import ray
 
+from raymuse.clusters import guard
 from raymuse.config.errors import UserError
 
 _LONGEST_ROOT = 24  # Ray's socket paths add about 75 characters to the folder; the kernel allows 107 in all
 _SERVE_CONTROLLER = "SERVE_CONTROLLER_ACTOR"
-_MARK = "RAYMUSE_LOCAL_CLUSTER"  # in the environment of every process of a private cluster: its folder
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def _private(num_cpus: int | None, object_store_gib: float | None, dashboard: bo
     folder = _private_folder()
     token = _write_token(folder)
     outside = dict(os.environ)
+    watching = _start_guard(folder)
     try:
         os.environ.update(_environment(token))
         _reread_authentication()
@@ -113,7 +115,7 @@ def _private(num_cpus: int | None, object_store_gib: float | None, dashboard: bo
                 logging_level="WARNING",
                 _temp_dir=str(folder),
             )
-        for name in ("OMP_NUM_THREADS", _MARK):  # for Ray's processes alone, not for this one and what it starts
+        for name in ("OMP_NUM_THREADS", guard.MARK):  # for Ray's processes alone, not for this one and what it starts
             _restore(name, outside)
         yield Cluster(ours=True, dashboard=context.dashboard_url or None, token=token)
     finally:
@@ -123,6 +125,8 @@ def _private(num_cpus: int | None, object_store_gib: float | None, dashboard: bo
                 _restore(name, outside)
             _reread_authentication()
             shutil.rmtree(folder, ignore_errors=True)
+            watching.kill()
+            watching.wait()
 
 
 @contextlib.contextmanager
@@ -144,6 +148,14 @@ def _private_folder() -> Path:
         raise UserError(f"cannot make a temporary folder for Ray: {error}. Free some space, or set TMPDIR.") from error
 
 
+def _start_guard(folder: Path) -> subprocess.Popen[bytes]:
+    """What ends this Ray if this process is killed; in a session of its own, so that Ctrl-C does not reach it."""
+    command = [sys.executable, "-P", guard.__file__, str(os.getpid()), str(folder)]
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+
+
 def _write_token(folder: Path) -> Path:
     path = folder / "token"
     path.touch(mode=0o600, exist_ok=False)
@@ -154,7 +166,7 @@ def _write_token(folder: Path) -> Path:
 def _environment(token: Path) -> dict[str, str]:
     """What Ray's processes, and through them all workers, inherit."""
     ours = {
-        _MARK: str(token.parent),
+        guard.MARK: str(token.parent),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -190,38 +202,25 @@ def _restore(name: str, outside: dict[str, str]) -> None:
 
 def _end(folder: Path) -> None:
     """End Serve and Ray, in silence: Ray reports its own end as failures. Then end what an interrupted start left."""
-    processes = _processes(folder)
+    processes = guard.marked(str(folder))
     with contextlib.redirect_stdout(io.StringIO()):
         if ray.is_initialized() and _serve_runs():
             from ray import serve
 
             serve.shutdown()
         ray.shutdown()
-    processes |= _processes(folder)
+    processes |= guard.marked(str(folder))
     for number in (signal.SIGTERM, signal.SIGKILL):
         for process in processes:
             with contextlib.suppress(psutil.Error):
                 process.send_signal(number)
         _, left = psutil.wait_procs(processes, timeout=3)
-        processes = {*left} | _processes(folder)
+        processes = {*left} | guard.marked(str(folder))
 
 
 def _serve_runs() -> bool:
     actors = ray.util.list_named_actors(all_namespaces=True)
     return any(actor["name"] == _SERVE_CONTROLLER for actor in actors)
-
-
-def _processes(folder: Path) -> set[psutil.Process]:
-    """A private cluster's processes: those that carry its mark, and their descendants.
-
-    Agents and workers lose the mark when Ray retitles them, but not their parents while these live.
-    """
-    found = set()
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get(_MARK) == str(folder):
-                found |= {process, *process.children(recursive=True)}
-    return found
 
 
 @contextlib.contextmanager
