@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from processes import PRETOKENIZE, wait_until
-from raymuse.clusters.local import _processes
+from raymuse.clusters.guard import marked
 from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.pretokenize import PretokenizeConfig
 from raymuse.datasets import shapes
@@ -337,7 +337,7 @@ def own_ray() -> Iterator[tuple[dict[str, str], Path]]:
     outside = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     yield outside | {"TMPDIR": str(folder)}, folder
     for ray in folder.glob("raymuse-*"):
-        for process in _processes(ray):
+        for process in marked(ray):
             process.kill()
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -360,7 +360,7 @@ def test_a_run_killed_in_the_middle_and_resumed_with_two_encoders_writes_the_byt
     done = committed()
     assert 0 < done < 12
     (ray,) = folder.glob("raymuse-*")
-    wait_until(lambda: not [p for p in _processes(ray) if p.status() != psutil.STATUS_ZOMBIE], 30)
+    wait_until(lambda: not [p for p in marked(ray) if p.status() != psutil.STATUS_ZOMBIE], 30)
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "_manifest").glob("part-*.json")}
     pretokenize(changed(config, encoders=2, decoders=2), Run.off())

@@ -16,7 +16,7 @@ import pytest
 
 import tiny
 from processes import PRETOKENIZE, wait_until
-from raymuse.clusters.local import _processes
+from raymuse.clusters.guard import marked
 from raymuse.config.pretokenize import PretokenizeConfig
 
 KILLS, SEED = 20, 4
@@ -108,7 +108,7 @@ class Job:
         """Decoding tasks, encoding actors and joins that run now."""
         found = []
         for ray in self.home.glob("raymuse-*"):
-            for process in _processes(ray):
+            for process in marked(ray):
                 try:
                     title = " ".join(process.cmdline())
                 except psutil.Error:
@@ -136,7 +136,7 @@ class Job:
         return [
             process
             for ray in self.home.glob("raymuse-*")
-            for process in _processes(ray)
+            for process in marked(ray)
             if process.status() != psutil.STATUS_ZOMBIE
         ]
 
