@@ -54,15 +54,18 @@ def swapped(scene: Scene, rng: np.random.Generator) -> dict[str, Scene]:
     free = str(rng.choice([c for c in COLOURS if c not in taken]))
     plain = [b for b in BACKGROUNDS if not {t.colour for t in scene.things} & HIDDEN_COLOURS[b]]
 
-    def with_thing(**changes: str) -> Scene:
+    sizes = [t.size for t in scene.things]
+    resized = sizes.index("large") if "large" in sizes else k  # two large things would be no scene
+
+    def with_thing(at: int, **changes: str) -> Scene:
         things = list(scene.things)
-        things[k] = replace(thing, **changes)
+        things[at] = replace(things[at], **changes)
         return replace(scene, things=tuple(things))
 
     scenes = {
-        "size": with_thing(size=other(thing.size, SIZES)),
-        "colour": with_thing(colour=free),
-        "shape": with_thing(shape=other(thing.shape, SHAPES)),
+        "size": with_thing(resized, size=other(sizes[resized], SIZES)),
+        "colour": with_thing(k, colour=free),
+        "shape": with_thing(k, shape=other(thing.shape, SHAPES)),
         "background": replace(scene, background=other(scene.background, plain)),
     }
     if scene.place is not None:
@@ -145,7 +148,7 @@ def test_names_only_what_the_caption_names() -> None:
 
 def test_colours_swapped_between_the_things_are_wrong() -> None:
     first, second = Thing("large", "red", "circle"), Thing("small", "blue", "star")
-    placed = (Placed(first, 0.3, 0.5, 0.21), Placed(second, 0.75, 0.5, 0.14))
+    placed = (Placed(first, 0.3, 0.5, 0.24), Placed(second, 0.75, 0.5, 0.165))
     picture = np.asarray(render(placed, "white", 64))
     assert judge(picture, "a large red circle left of a small blue star on a white background").correct
     assert judge(picture, "a small blue star right of a large red circle on a white background").correct
@@ -171,8 +174,8 @@ def test_garbage_is_wrong() -> None:
 
 def test_a_third_thing_is_a_wrong_count() -> None:
     things = [Thing("small", colour, "circle") for colour in ("red", "blue", "green")]
-    spots = [(0.25, 0.5), (0.75, 0.5), (0.5, 0.8)]
-    placed = tuple(Placed(thing, x, y, 0.14) for thing, (x, y) in zip(things, spots, strict=True))
+    spots = [(0.25, 0.4), (0.75, 0.4), (0.5, 0.8)]
+    placed = tuple(Placed(thing, x, y, 0.16) for thing, (x, y) in zip(things, spots, strict=True))
     words = "a small red circle left of a small blue circle on a black background"
     attributes = judge(np.asarray(render(placed, "black", 64)), words).attributes
     assert {name for name, right in attributes.items() if not right} == {"count"}

@@ -16,7 +16,7 @@ from raymuse.datasets.outlines import OUTLINES, FloatArray, coverage
 
 Picture = npt.NDArray[np.uint8]
 
-VISIBLE = 50.0  # RGB distance; the nearest colour and background, purple on gray, are 119 apart
+VISIBLE = 50.0  # RGB distance; the nearest colour and background, green on black, are 143 apart
 SPECK = 0.01  # of the picture's area; the smallest star has 0.03
 PLAIN_BORDER = 0.7  # share of the outermost pixels that must have the background's colour
 MOST_BLOBS = 4  # only the largest are fitted: time stays bounded on noise, and more is wrong anyway

@@ -16,7 +16,7 @@ SAME_COLOUR = 80.0  # RGB distance within which a colour counts as the palette's
 SAME_SHAPE = 0.7  # overlap over union below which a blob has no shape; at 32 px a blurred, noisy star still has 0.76
 LEAST_OFFSET = 0.08  # from the frame's centre, in frames, for a thing "at the left"; drawn ones have 0.16
 # Where small ends and large begins: halfway, in ratio, between the drawn ranges; the outer ends are generous.
-SIZE_BORDERS = {"small": (0.10, 0.168), "large": (0.168, 0.32)}
+SIZE_BORDERS = {"small": (0.12, 0.200), "large": (0.200, 0.36)}
 
 
 @dataclass(frozen=True)

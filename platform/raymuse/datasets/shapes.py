@@ -18,12 +18,12 @@ from raymuse.datasets.scenes import BACKGROUNDS, COLOURS, Scene, Thing, caption,
 MARGIN = 0.02  # between a thing and the frame
 GAP = 0.08  # between two things: 2.5 px at 32 px, so that a blur does not join them
 PLACE_OFFSET = 0.16  # how far off the centre a thing "at the left" is, at least
-PLACE_SWAY = 0.06  # how far it strays across, at most
+SWAY = 0.06  # how far it strays across, and one without a place from the centre, at most
 RELATION_SLOPE = 0.6  # across over along, at most, between two things
 
-# The smallest large thing has twice the area of the largest small one; a small circle is 9 px wide at 32 px.
-RADII = {"small": (0.136, 0.141), "large": (0.200, 0.260)}
-LARGEST_IN_PAIR = 0.208  # two large stars, the gap and the margins just fit
+# The smallest large thing has 1.8 times the area of the largest small one; a small circle is 10 px wide at 32 px.
+RADII = {"small": (0.160, 0.172), "large": (0.235, 0.265)}
+LARGEST_IN_PAIR = 0.245  # a small and a large star, the gap and the margins just fit
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,12 @@ def arrange(scene: Scene, rng: np.random.Generator) -> tuple[Placed, ...]:
 
 def _arrange_one(thing: Thing, place: str | None, rng: np.random.Generator) -> Placed:
     radius = rng.uniform(*RADII[thing.size])
-    reach = _reach(thing.shape, radius)
-    low, high = MARGIN + reach, 1 - MARGIN - reach
-    centre = rng.uniform(low, high)
+    centre = 0.5 + rng.uniform(-SWAY, SWAY, 2)
     if place is not None:
-        along, across = (0, 1) if place in ("left", "right") else (1, 0)
-        centre[across] = 0.5 + rng.uniform(-PLACE_SWAY, PLACE_SWAY)
-        if place in ("left", "top"):
-            centre[along] = rng.uniform(low[along], 0.5 - PLACE_OFFSET)
-        else:
-            centre[along] = rng.uniform(0.5 + PLACE_OFFSET, high[along])
+        along = 0 if place in ("left", "right") else 1
+        farthest = 0.5 - MARGIN - float(_reach(thing.shape, radius)[along])
+        offset = rng.uniform(PLACE_OFFSET, farthest)
+        centre[along] = 0.5 - offset if place in ("left", "top") else 0.5 + offset
     return Placed(thing, float(centre[0]), float(centre[1]), radius)
 
 
