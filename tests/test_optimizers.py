@@ -1,7 +1,6 @@
 """Muon: the step against PyTorch's own, which parameters it takes, whole trainings with it; and training in bf16."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,11 @@ from raymuse.config.errors import UserError
 from raymuse.config.training import ClipConfig, OptimizerConfig, TrainConfig, VqganConfig
 from raymuse.models.superres import SuperRes, SuperResConfig
 from raymuse.models.uvit import UVit, UVitConfig
-from raymuse.storage.checkpoint import newest
-from raymuse.tracking.run import Run
-from raymuse.training.build import build_engine, build_task
 from raymuse.training.clip import build_clip
-from raymuse.training.loop import Loop
 from raymuse.training.muon import Muon, is_muon, orthogonalised
 from raymuse.training.optimizers import build_optimizer
 from raymuse.training.vqgan import build_vqgan
+from trainings import fit, fit_and_go_on
 
 SHAPES = [(16, 16), (8, 40), (40, 8)]
 
@@ -107,26 +103,6 @@ def test_embeddings_and_head_of_a_superres_are_adamws() -> None:
 # --- whole trainings, with Muon and in bf16
 
 
-@dataclass(frozen=True)
-class Record(Run):
-    """A run that is not tracked, and keeps the losses logged to it."""
-
-    losses: list[float]
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        self.losses.extend([values["loss"]] if "loss" in values else [])
-
-
-def fit(config: TrainConfig) -> tuple[list[float], dict[str, Tensor]]:
-    """Train as a worker does; the loss of every step, and all tensors of the last checkpoint."""
-    torch.set_num_threads(1)
-    task, run = build_task(config), Record(None, Path(), [])
-    Loop(config, task, build_engine(config, task), run, lambda *_: None, lambda _: None).fit()
-    found = newest(Path(config.output))
-    assert found is not None
-    return run.losses, found.tensors()
-
-
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TrainConfig]:
     """make(training, ...): a config on tiny data, whose output is a folder of its own."""
@@ -170,10 +146,6 @@ def test_bf16_trains_as_fp32_does_and_keeps_fp32_weights(training: str, make: Ca
     assert_bf16_follows(losses, fit(make(training))[0], tensors)
 
 
-def fit_all(configs: list[TrainConfig]) -> list[tuple[list[float], dict[str, Tensor]]]:
-    return [fit(config) for config in configs]
-
-
 def test_bf16_and_muon_train_at_zero_2_and_3_and_go_on_with_the_same_bits(
     make: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
@@ -185,11 +157,7 @@ def test_bf16_and_muon_train_at_zero_2_and_3_and_go_on_with_the_same_bits(
     sharded = {"precision": "bf16", "workers": 2, "gradient_checkpointing": True, "checkpoint": {"every": 12}}
     configs = [make("base", **changes, **sharded, zero={"stage": stage}) for stage in (2, 3)]
     wanted, _ = fit(make("base", **changes))
-    straight = run_ranks(fit_all, 2, tmp_path / "straight", configs)[0]
-    for config in configs:
-        (Path(config.output) / "step-00000024" / "checkpoint.json").unlink()
-    resumed = run_ranks(fit_all, 2, tmp_path / "resumed", configs)[0]
-    for (losses, tensors), (rest, again) in zip(straight, resumed, strict=True):
+    for (losses, tensors), (rest, again) in run_ranks(fit_and_go_on, 2, tmp_path, configs)[0]:
         assert_bf16_follows(losses, wanted, tensors)
         assert rest == losses[12:]
         assert all(torch.equal(again[name], value) for name, value in tensors.items())

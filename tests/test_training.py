@@ -1,7 +1,7 @@
 """The four trainings on tiny data: a restart changes nothing, nor does the world size; inputs do what they should."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,13 @@ from raymuse.models.clip import Clip
 from raymuse.models.text import TextEncoder
 from raymuse.models.vqgan import nearest_codes
 from raymuse.storage.checkpoint import newest
-from raymuse.tracking.run import Run
 from raymuse.training.build import build_engine, build_task
 from raymuse.training.clip import ClipTask, train_tokenizer
 from raymuse.training.codebook import Codebook
-from raymuse.training.loop import Loop
 from raymuse.training.masked import MaskedTask, add_low_noise
-from raymuse.training.task import Batch, Task
+from raymuse.training.task import Batch
 from raymuse.training.vqgan import VqganTask
+from trainings import losses_of
 
 STEPS, WORLD_STEPS = 12, 4
 
@@ -81,30 +80,14 @@ class WorkerLostError(Exception):
     """What a report raises where the platform takes the worker away."""
 
 
-@dataclass(frozen=True)
-class Record(Run):
-    """A run that is not tracked, and keeps the losses logged to it."""
-
-    losses: list[float]
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        self.losses.extend([values["loss"]] if "loss" in values else [])
-
-
 def fit(config: TrainConfig, stop_at: int | None = None) -> list[float]:
     """Train as a worker does; the loss of every step. `stop_at` loses the worker after that step's checkpoint."""
-    task = build_task(config)
-    return fit_task(config, task, stop_at)
 
-
-def fit_task(config: TrainConfig, task: Task, stop_at: int | None = None) -> list[float]:
     def report(metrics: dict[str, float], folder: Path | None) -> None:
         if metrics["step"] == stop_at:
             raise WorkerLostError
 
-    run = Record(None, Path(), [])
-    Loop(config, task, build_engine(config, task), run, report, lambda line: None).fit()
-    return run.losses
+    return losses_of(config, build_task(config), report)
 
 
 def logged(steps: int = STEPS) -> dict[str, Any]:
@@ -168,7 +151,7 @@ def train_everywhere(root: Path, data: Data, names: list[str], changes: dict[str
         more = {"workers": torch.distributed.get_world_size(), "zero": {"stage": int(zero)}} if zero else {}
         config = KINDS[kind](root / name, data, **{**logged(WORLD_STEPS), **changes, **more})
         task = build_task(config)
-        losses = fit_task(config, task)
+        losses = losses_of(config, task)
         codes = task.codebook.weight.detach().clone() if isinstance(task, VqganTask) else None
         trained[name] = (losses, saved(config), codes)
     return trained
@@ -278,7 +261,7 @@ def test_a_trained_superres_loses_by_other_pictures_low_ids(data: Data, tmp_path
     config = superres(tmp_path, data, steps=150, batch_size=16, ema_decay=None, checkpoint={"every": 150})
     config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"lr": 1e-2})})
     task = build_task(config)
-    fit_task(config, task)
+    losses_of(config, task)
     batch = task.batch(np.arange(10_000, 10_048), np.ones(48, np.float32))
     with torch.no_grad():
         right, _ = task.module(batch)

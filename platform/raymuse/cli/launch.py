@@ -42,7 +42,7 @@ def resumable() -> Iterator[None]:
 
 def local_ray() -> contextlib.AbstractContextManager[object]:
     """The Ray of one command: the one it was submitted to, or a private one with all the machine's cores."""
-    return session(num_cpus=max(_FEWEST_CPUS, os.cpu_count() or 1))
+    return session(num_cpus=max(_FEWEST_CPUS, os.cpu_count() or 1), dashboard=False)
 
 
 @contextlib.contextmanager
