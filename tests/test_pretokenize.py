@@ -28,9 +28,10 @@ from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.pretokenize import PretokenizeConfig
 from raymuse.datasets import shapes
 from raymuse.encoding.pictures import crop, decode, downscale
+from raymuse.encoding.plan import plan_text
 from raymuse.models.text import TextEncoder
 from raymuse.models.vqgan import Vqgan
-from raymuse.stages.pretokenize import plan_text, pretokenize
+from raymuse.stages.pretokenize import pretokenize
 from raymuse.storage.images import Picture, list_shards, read_shard
 from raymuse.storage.manifest import read_finished
 from raymuse.storage.tokens import EMPTY, TokenStore

@@ -124,12 +124,13 @@ def pretokenize(words: Words = None, mlflow: Mlflow = None, dry_run: DryRun = Fa
     from raymuse.config.pretokenize import PretokenizeConfig
 
     loaded = config_for(PretokenizeConfig, "pretokenize", words, ("pretokenize",))
-    from raymuse.stages import pretokenize as stage
-
     if dry_run:
-        typer.echo(stage.plan_text(loaded))
+        from raymuse.encoding.plan import plan_text
+
+        typer.echo(plan_text(loaded))
         return
     from raymuse.cli.launch import run_stage
+    from raymuse.stages import pretokenize as stage
 
     run_stage(stage.pretokenize, loaded, mlflow)
 

@@ -87,6 +87,11 @@ class PretokenizeConfig(StageConfig):
         return (self.input,) if isinstance(self.input, str) else self.input
 
     @property
+    def device(self) -> str:
+        """Of PyTorch, where an encoder counts."""
+        return "cuda" if self.gpus_per_encoder > 0 else "cpu"
+
+    @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """(height, width) of every kind of crop, pixels: the buckets, or the one square."""
         return tuple(_shape(bucket) for bucket in self.buckets) or ((self.resolution, self.resolution),)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from raymuse.config.pretokenize import PretokenizeConfig
 from raymuse.encoding.filters import AESTHETIC, check_metadata, check_size, fitting_captions, number, original_size
-from raymuse.encoding.pictures import Crop, crop, crop_rng, read_header, read_pixels
+from raymuse.encoding.pictures import Crop, crop, crop_rng, keep_memory, read_header, read_pixels
 from raymuse.storage.images import Picture, Reading, Shard, read_shard
 from raymuse.storage.rejects import Reject, Unreadable
 
@@ -82,6 +82,7 @@ def decode_chunks(shard: Shard, config: PretokenizeConfig, drop: Mapping[str, Re
         config: with `shard` and `drop` it decides every byte of the chunks.
         drop: by key, pictures to leave out undecoded, and the reject that says why.
     """
+    keep_memory()
     gathering = _Gathering(config)
     for row in read_shard(shard, reading_of(config)):
         if isinstance(row, Reject):

@@ -8,7 +8,7 @@ The resize and crop are aMUSEd's (torchvision's Resize with bilinear antialiasin
 import hashlib
 import io
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,10 @@ from PIL import Image
 from raymuse.encoding.colour import to_rgb
 from raymuse.storage.rejects import Reason, Unreadable
 
-__all__ = ["Crop", "Decoded", "Unreadable", "crop", "crop_rng", "decode", "downscale", "read_header", "read_pixels"]
+__all__ = [
+    *("Crop", "Decoded", "Unreadable", "crop", "crop_rng", "decode", "downscale", "keep_memory", "read_header"),
+    "read_pixels",
+]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow's others are never asked: fewer parsers to attack
 MAX_ASPECT = 32  # long side / short side; a 1 x 50,000,000 picture would fill the memory when its short side grows
@@ -31,6 +34,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _EXIF_ORIENTATION = 0x0112
+_BLOCK_BYTES, _BLOCKS_KEPT = 1 << 20, 16  # of Pillow's memory
 _FOREIGN = {b"<svg": "SVG", b"<?xml": "XML", b"%PDF": "PDF", b"8BPS": "Photoshop", b"\0\0\1\0": "ICO"}
 
 
@@ -52,7 +56,7 @@ class Crop:
     """A crop and the micro-conditions that it is trained with.
 
     Args:
-        pixels: uint8 (height, width, 3), sRGB, contiguous.
+        pixels: uint8 (height, width, 3), sRGB, contiguous, read-only.
         original_width: of the picture before the resize, upright, in pixels; so is original_height.
         top: of the crop in the resized picture, in pixels; so is left.
     """
@@ -140,8 +144,9 @@ def crop(
         top, left = int(rng.integers(spare_height + 1)), int(rng.integers(spare_width + 1))
     else:
         top, left = round(spare_height / 2), round(spare_width / 2)
-    window = resized.crop((left, top, left + width, top + height))
-    return Crop(np.array(window, dtype=np.uint8), image.width, image.height, top, left)
+    whole = resized.size == (width, height)  # a square of a square, most often: nothing to cut, so no copy
+    window = resized if whole else resized.crop((left, top, left + width, top + height))
+    return Crop(np.asarray(window, dtype=np.uint8), image.width, image.height, top, left)
 
 
 def crop_rng(seed: int, key: str, crop_index: int) -> np.random.Generator:
@@ -149,6 +154,16 @@ def crop_rng(seed: int, key: str, crop_index: int) -> np.random.Generator:
     name = f"{seed}/{crop_index}/{key}".encode("utf-8", "surrogatepass")
     digest = hashlib.blake2b(name, digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+
+
+def keep_memory() -> None:
+    """Have Pillow keep up to 16 MiB of freed pictures for those to come; of the whole process, and cheap to repeat.
+
+    Given back to the system, as Pillow does on its own, they cost a page fault for every 4 KiB of the next picture.
+    """
+    allocator: Any = vars(Image)["core"]  # Pillow documents these two, and does not export them to type checkers
+    allocator.set_block_size(_BLOCK_BYTES)
+    allocator.set_blocks_max(_BLOCKS_KEPT)
 
 
 def downscale(pixels: NDArray[np.uint8], resolution: int | tuple[int, int]) -> NDArray[np.uint8]:

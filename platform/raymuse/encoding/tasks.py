@@ -10,6 +10,9 @@ from raymuse.encoding.hashes import hash_shard
 from raymuse.storage.folder import Folder
 from raymuse.storage.token_parts import chunk_file, hashes_file, write_table
 
+DECODE_CPUS = 0.9  # not 1: Ray Data fuses steps of equal demands, and decoding would then wait for the encoder
+WRITE_CPUS = 0.5
+
 
 def decode_row(batch: dict[str, Any], config: PretokenizeConfig) -> Iterator[dict[str, Any]]:
     """A shard to its chunks, each a row of its own."""

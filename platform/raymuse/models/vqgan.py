@@ -17,6 +17,7 @@ from raymuse.models.weights import require_safetensors
 
 if TYPE_CHECKING:
     from diffusers import VQModel  # a second to import, and a training that draws no samples never needs it
+    from diffusers.models.autoencoders.vae import Encoder
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Vqgan:
     """A frozen VQGAN with its codebook.
 
     Args:
-        network: diffusers' model. Its encoder may be bf16; all the rest counts in fp32, the nearest code above all.
+        network: diffusers' model. The blocks of its encoder may be bf16; all the rest counts in fp32: the first
+            convolution, since bf16 rounds the pixels themselves, what follows the blocks, and the nearest code.
         tf32: whether the encoder may use TF32 on CUDA.
     """
 
@@ -41,7 +43,8 @@ class Vqgan:
             root, subfolder=subfolder, use_safetensors=True, torch_dtype=torch.float32, low_cpu_mem_usage=False
         )
         network = network.eval().requires_grad_(False).to(device)
-        network.encoder.to(DTYPES[precision])
+        if DTYPES[precision] != torch.float32:
+            _lower_blocks(network.encoder, DTYPES[precision])
         return cls(network, precision == "tf32")
 
     @property
@@ -61,11 +64,10 @@ class Vqgan:
     def encode_checked(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Ids (B, h, w), and of which pictures (B,) all latents are finite: the ids of others mean nothing."""
         network = self.network
-        weight = next(network.encoder.parameters())
         with float32_products("tf32" if self.tf32 else "ieee"):
-            seen = network.encoder(to_unit(pixels, weight.device, weight.dtype))
+            seen = network.encoder(to_unit(pixels, network.device))
         with float32_products("ieee"):
-            latents = network.quant_conv(seen.float())
+            latents = network.quant_conv(seen)
             ids = nearest_codes(latents, network.quantize.embedding.weight)
         return ids.cpu().numpy(), latents.isfinite().flatten(1).all(dim=1).cpu().numpy()
 
@@ -76,6 +78,14 @@ class Vqgan:
         codes = self.network.quantize.embedding(grid).permute(0, 3, 1, 2).contiguous()
         pixels = self.network.decoder(self.network.post_quant_conv(codes))
         return to_bytes(pixels)
+
+
+def _lower_blocks(encoder: "Encoder", dtype: torch.dtype) -> None:
+    """Store and run the blocks of an encoder in `dtype`; what comes before and after them keeps its own."""
+    for blocks in (encoder.down_blocks, encoder.mid_block):
+        blocks.to(dtype)
+    encoder.conv_in.register_forward_hook(lambda _module, _inputs, output: output.to(dtype))
+    encoder.conv_norm_out.register_forward_pre_hook(lambda _module, inputs: (inputs[0].float(),))
 
 
 def nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:

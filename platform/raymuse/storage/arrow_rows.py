@@ -16,7 +16,8 @@ from raymuse.config.errors import UserError
 from raymuse.storage import sources
 from raymuse.storage.places import Place
 from raymuse.storage.rejects import Reason, Reject
-from raymuse.storage.rows import Picture, Reading, Shard, block_shards, cut_blocks
+from raymuse.storage.rows import Picture, Reading, Shard
+from raymuse.storage.table_files import TableFiles, Unopened
 from raymuse.storage.table_rows import TableReader, choose_columns, is_damage
 
 SPLITS, FILES = "dataset_dict.json", "state.json"
@@ -36,24 +37,8 @@ def list_shards(place: Place, images_per_shard: int, reading: Reading) -> list[S
     """
     folder = _split_folder(place, reading.split)
     names = [str(file["filename"]) for file in _read_list(sources.join(folder, FILES), "_data_files")]
-    shards: list[Shard] = []
-    problems = []
-    for name in names:
-        address = sources.join(folder, name)
-        try:
-            rows = _block_rows(address, reading)
-        except _Unopened as error:
-            problems.append(str(error))
-            rows = None
-        if rows is None:
-            shards.append(Shard(name, address, "arrow"))
-        else:
-            shards += block_shards(name, address, "arrow", cut_blocks(rows, images_per_shard))
-    if names and len(problems) == len(names):
-        raise UserError(f"{place.address}: no Arrow file can be read; {problems[0]}")
-    if not shards:
-        raise UserError(f"{folder}: the data set has no rows.")
-    return shards
+    files = TableFiles(place.address, folder, names)
+    return files.shards("arrow", lambda address: _block_rows(address, reading), images_per_shard)
 
 
 def read_shard(shard: Shard, reading: Reading) -> Iterator[Picture | Reject]:
@@ -71,7 +56,7 @@ def read_shard(shard: Shard, reading: Reading) -> Iterator[Picture | Reject]:
                 if shard.blocks is None or number >= shard.blocks.start:
                     yield from reader.rows(batch, row)
                 row += batch.num_rows
-    except _Unopened as error:
+    except Unopened as error:
         yield Reject(shard.name, "", Reason.SHARD_UNREADABLE, str(error))
 
 
@@ -86,13 +71,9 @@ def count_rows(shards: Sequence[Shard], reading: Reading) -> int:
     return known
 
 
-class _Unopened(Exception):  # noqa: N818 - a verdict on the file
-    """The file is not there, not ours to read (on a disk), or no Arrow stream."""
-
-
 @contextmanager
 def _opened(address: str) -> Iterator[pa.RecordBatchStreamReader]:
-    """Raises _Unopened, or OSError where trying again may help."""
+    """Raises Unopened, or OSError where trying again may help."""
     source = None
     path = sources.local_path(address)
     try:
@@ -103,7 +84,7 @@ def _opened(address: str) -> Iterator[pa.RecordBatchStreamReader]:
         if source is not None:
             source.close()
         if damaged or (isinstance(error, OSError) and sources.is_final(error, address)):
-            raise _Unopened(f"{address} cannot be read as an Arrow stream: {error}") from error
+            raise Unopened(f"{address} cannot be read as an Arrow stream: {error}") from error
         raise
     with source, stream:
         yield stream
@@ -137,7 +118,7 @@ def _block_rows(address: str, reading: Reading) -> list[int] | None:
     A batch of 0 rows at the end stands for the place where the file breaks off.
 
     Raises:
-        _Unopened; UserError where a column is missing.
+        Unopened; UserError where a column is missing.
     """
     with _opened(address) as stream:
         choose_columns(stream.schema, reading, address)
@@ -153,7 +134,7 @@ def _block_rows(address: str, reading: Reading) -> list[int] | None:
                 raise
             whole = False
     if not whole and not sum(rows):
-        raise _Unopened(f"{address} breaks off before its first row")
+        raise Unopened(f"{address} breaks off before its first row")
     return rows if whole else [*rows, 0]
 
 
@@ -166,7 +147,7 @@ def _count(shard: Shard) -> int:
     try:
         with _opened(shard.address) as stream:
             return sum(batch.num_rows for batch in _batches(stream, shard) if not isinstance(batch, Reject))
-    except _Unopened:
+    except Unopened:
         return 0
 
 

@@ -4,23 +4,21 @@ A shard is a run of row groups; a row group is never split, and is read a few ro
 """
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raymuse.config.errors import UserError
 from raymuse.storage import sources
 from raymuse.storage.places import Place, ending_of
 from raymuse.storage.rejects import Reason, Reject
-from raymuse.storage.rows import Blocks, Picture, Reading, Shard, block_shards, cut_blocks
+from raymuse.storage.rows import Blocks, Picture, Reading, Shard
+from raymuse.storage.table_files import TableFiles, Unopened
 from raymuse.storage.table_rows import TableReader, choose_columns, is_damage
 
 BATCH_ROWS = 16  # decoded at a time: pictures of a few MB each are common
 BUFFER_BYTES = 1 << 20  # of each column; without it Arrow reads a row group's whole column at once
-LISTING_THREADS = 16
 
 
 def list_shards(place: Place, images_per_shard: int, reading: Reading) -> list[Shard]:
@@ -30,19 +28,8 @@ def list_shards(place: Place, images_per_shard: int, reading: Reading) -> list[S
         UserError: no file can be read, none has a row, or a file lacks a column.
     """
     names = [name for name in place.files if ending_of(name) == "parquet"]
-    with ThreadPoolExecutor(LISTING_THREADS) as threads:  # a footer is a few small requests
-        footers = list(threads.map(lambda name: _read_footer(place.within(name), reading), names))
-    if all(isinstance(footer, str) for footer in footers):
-        raise UserError(f"{place.address}: no Parquet file can be read; {names[0]}: {footers[0]}")
-    shards: list[Shard] = []
-    for name, footer in zip(names, footers, strict=True):
-        if isinstance(footer, str):
-            shards.append(Shard(name, place.within(name), "parquet"))
-        else:
-            shards += block_shards(name, place.within(name), "parquet", cut_blocks(footer, images_per_shard))
-    if not shards:
-        raise UserError(f"{place.address}: the {len(names)} Parquet file(s) have no rows.")
-    return shards
+    files = TableFiles(place.address, place.folder, names)
+    return files.shards("parquet", lambda address: _block_rows(address, reading), images_per_shard)
 
 
 def read_shard(shard: Shard, reading: Reading) -> Iterator[Picture | Reject]:
@@ -57,7 +44,7 @@ def read_shard(shard: Shard, reading: Reading) -> Iterator[Picture | Reject]:
                     yield piece
                 else:
                     yield from reader.rows(piece.batch, piece.first_row)
-    except _Unopened as error:
+    except Unopened as error:
         yield Reject(shard.name, "", Reason.SHARD_UNREADABLE, str(error))
 
 
@@ -71,13 +58,9 @@ class _Batch:
     first_row: int
 
 
-class _Unopened(Exception):  # noqa: N818 - a verdict on the file
-    """The file is not there, not ours to read (on a disk), or no Parquet."""
-
-
 @contextmanager
 def _opened(address: str) -> Iterator[pq.ParquetFile]:
-    """Raises _Unopened, or OSError where trying again may help."""
+    """Raises Unopened, or OSError where trying again may help."""
     stream = None
     path = sources.local_path(address)
     try:
@@ -88,20 +71,17 @@ def _opened(address: str) -> Iterator[pq.ParquetFile]:
         if stream is not None:
             stream.close()
         if damaged or (isinstance(error, OSError) and sources.is_final(error, address)):
-            raise _Unopened(f"{address} cannot be read as Parquet: {error}") from error
+            raise Unopened(f"{address} cannot be read as Parquet: {error}") from error
         raise
     with stream:
         yield file
 
 
-def _read_footer(address: str, reading: Reading) -> list[int] | str:
-    """How many rows each row group has, or why the file cannot be read. Raises UserError where it lacks a column."""
-    try:
-        with _opened(address) as file:
-            choose_columns(file.schema_arrow, reading, address)
-            return [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-    except _Unopened as error:
-        return str(error)
+def _block_rows(address: str, reading: Reading) -> list[int]:
+    """How many rows each row group has, by the footer. Raises Unopened; UserError where a column is missing."""
+    with _opened(address) as file:
+        choose_columns(file.schema_arrow, reading, address)
+        return [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
 
 
 def _batches(file: pq.ParquetFile, shard: Shard, columns: list[str]) -> Iterator[_Batch | Reject]:

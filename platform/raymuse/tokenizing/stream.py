@@ -1,0 +1,133 @@
+"""The stream of chunks into parts on Ray Data: decode (CPU) -> encode (actors) -> write (CPU) -> join a part (CPU)."""
+
+import pickle
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
+
+from raymuse.config.pretokenize import PretokenizeConfig
+from raymuse.encoding.chunks import Chunk
+from raymuse.encoding.encoder import ChunkEncoder
+from raymuse.encoding.tasks import DECODE_CPUS, WRITE_CPUS, decode_row, write_row
+from raymuse.storage.folder import Folder
+from raymuse.storage.images import Shard
+from raymuse.storage.manifest import PartRecord
+from raymuse.storage.token_parts import TABLES, MadePart, join_part, remove_chunks
+from raymuse.tokenizing.data_context import RETRIES
+from raymuse.tokenizing.duplicates import Drops
+from raymuse.tracking.run import Run
+
+WRITERS = 2  # tasks an encoder that write its chunks
+
+
+def commits(
+    folder: Folder,
+    config: PretokenizeConfig,
+    pending: Mapping[str, Shard],
+    drops: Drops,
+    facts: Mapping[str, Any],
+    run: Run,
+) -> Iterator[PartRecord]:
+    """Stream the pending shards through decode and encode; a part is joined as soon as its last chunk is there."""
+    if not pending:
+        return
+    rows = [{"part": name, "shard": pickle.dumps((shard, drops.get(name, {})))} for name, shard in pending.items()]
+    encoded = (
+        ray.data.from_items(rows, override_num_blocks=len(rows))
+        .map_batches(
+            decode_row,
+            batch_size=1,
+            compute=TaskPoolStrategy(size=min(config.decoders, len(rows))),
+            num_cpus=DECODE_CPUS,
+            fn_kwargs={"config": config},
+        )
+        .map_batches(
+            _Encode,
+            batch_size=1,
+            compute=ActorPoolStrategy(min_size=config.min_encoders or config.encoders, max_size=config.encoders),
+            num_gpus=config.gpus_per_encoder or None,
+            fn_constructor_kwargs={"config": config},
+        )
+        .map_batches(
+            write_row,
+            batch_size=1,
+            compute=TaskPoolStrategy(size=WRITERS * config.encoders),
+            num_cpus=WRITE_CPUS,
+            fn_kwargs={"output": folder.address},
+        )
+    )
+    join = ray.remote(num_cpus=WRITE_CPUS, max_retries=RETRIES, retry_exceptions=[OSError])(join_part)
+    sweep = ray.remote(num_cpus=0)(remove_chunks)
+    address, progress = folder.address, Progress(len(pending), run)
+    coming: dict[str, MadePart] = {}
+    joining: list[ray.ObjectRef] = []
+    sweeping: list[ray.ObjectRef] = []
+
+    def through(ready: list[ray.ObjectRef]) -> Iterator[PartRecord]:
+        for record in progress.through(ray.get(ready)):
+            yield record
+            sweeping.append(sweep.remote(address, record.name))
+
+    for row in encoded.iter_rows():
+        part = str(row["part"])
+        if coming.setdefault(part, MadePart()).add(row):
+            made, source = coming.pop(part), pending[part].name
+            joining.append(join.remote(address, part, made, source, facts, bool(config.buckets)))
+        ready, joining = ray.wait(joining, num_returns=len(joining), timeout=0) if joining else ([], [])
+        yield from through(ready)
+    while joining:
+        ready, joining = ray.wait(joining)
+        yield from through(ready)
+    ray.get(sweeping)
+
+
+class _Encode:
+    """A chunk to its tables, and what is known of it."""
+
+    def __init__(self, config: PretokenizeConfig) -> None:
+        self.encoder = ChunkEncoder(config, config.device)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        chunk = pickle.loads(batch["chunk"][0])
+        assert isinstance(chunk, Chunk)
+        encoded = self.encoder(chunk)
+        return {
+            "part": batch["part"],
+            "chunk": [chunk.number],
+            "shape": ["x".join(map(str, chunk.shape))],
+            "crops": [len(encoded.tokens)],
+            "noticed": [pickle.dumps((encoded.counts, encoded.truncated))],
+            "last": [chunk.last],
+            "tables": [pickle.dumps({table: getattr(encoded, table) for table in TABLES})],
+        }
+
+
+class Progress:
+    """Plain lines with rate and time left, and the same numbers to MLflow."""
+
+    def __init__(self, parts: int, run: Run) -> None:
+        self.parts, self.run = parts, run
+        self.done = self.rows = self.rejects = 0
+        self.began = time.perf_counter()
+
+    def through(self, records: list[PartRecord]) -> Iterator[PartRecord]:
+        for record in records:
+            self.done += 1
+            self.rows += record.rows
+            self.rejects += record.rejects
+            yield record
+            self._say()
+
+    def _say(self) -> None:
+        seconds = time.perf_counter() - self.began
+        rate, left = self.rows / seconds, seconds / self.done * (self.parts - self.done)
+        self.run.metrics({"rows": self.rows, "rejects": self.rejects, "rows_per_second": rate}, self.done)
+        print(
+            f"part {self.done}/{self.parts}  {self.rows} rows  {self.rejects} rejects  {rate:.0f} rows/s  "
+            f"{left:.0f} s left",
+            flush=True,
+        )
