@@ -48,7 +48,7 @@ class SuperResConfig:
     low_vocab_size: int = 8256  # ids the low-res grid may hold; its VQGAN may be another
     low_grid: int = 16  # largest low-res side
     high_grid: int = 64  # largest high-res side, a multiple of low_grid
-    low_res_skip: bool = False  # add to each high-res cell what lies under it; not in the paper
+    low_res_skip: bool = False  # add to each high-res cell what lies under and beside it; not in the paper
     qk_norm: bool = False  # RMSNorm on each head's queries and keys
     layer_norm_eps: float = 1e-6
     dropout: float = 0.0
@@ -221,19 +221,20 @@ class GridPositions(nn.Module):
 
 
 class LowResSkip(nn.Module):
-    """Low-res cells (B, h, w, D) spread over the high-res grid (B, H, W, D), one linear map a sub-cell.
+    """Low-res cells (B, h, w, D) spread over the high-res grid (B, H, W, D): a 3x3 convolution a sub-cell.
 
-    Attention has to learn first which low-res cell lies under a high-res one; this says it.
+    Attention has to learn first which low-res cells lie under and beside a high-res one; this says it.
     """
 
     def __init__(self, width: int, scale: int) -> None:
         super().__init__()
         self.scale = scale
-        self.linear = nn.Linear(width, scale * scale * width, bias=False)
+        self.conv = nn.Conv2d(width, scale * scale * width, kernel_size=3, padding=1, bias=False)
 
     def forward(self, low_BhwD: Tensor) -> Tensor:
         batch, height, width, channels = low_BhwD.shape
-        spread: Tensor = self.linear(low_BhwD).view(batch, height, width, self.scale, self.scale, channels)
+        seen = self.conv(low_BhwD.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        spread: Tensor = seen.reshape(batch, height, width, self.scale, self.scale, channels)
         return spread.permute(0, 1, 3, 2, 4, 5).reshape(batch, height * self.scale, width * self.scale, channels)
 
 
