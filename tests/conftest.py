@@ -1,11 +1,15 @@
 """How the tests run: in which order, and where their shared fixtures come from (`shared.py`)."""
 
+import os
 import signal
 
 import pytest
 
 # Whoever starts the tests in the background has them ignore Ctrl-C, and all that they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Ray's workers would give way to every other process of the tests, and those that wait for them would wait long.
+os.environ["RAY_worker_niceness"] = "0"
 
 # Files go to the processes one by one, these first: none that takes long must be the last one running.
 LONGEST = ("test_flow", "test_pretokenize", "test_train_stage", "test_generate", "test_tracking", "test_remote")
