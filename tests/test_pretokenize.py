@@ -283,7 +283,7 @@ def test_the_plan_says_rows_bytes_time_and_cost(token_config: PretokenizeConfig,
     config = changed(token_config, output=str(tmp_path / "out"), crops_per_picture=2, price_per_hour=3.5)
     text = plan_text(config)
     assert "12 parts, one a shard: 00000.tar ... 00011.tar" in text
-    assert "about 96 pictures, 192 crops" in text
+    assert "about 99 pictures, 198 crops" in text  # 96: the first tar of 12 is counted, and is a little small
     assert "time about" in text
     assert "cost about" in text
     assert not (tmp_path / "out").exists()

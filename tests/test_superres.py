@@ -52,15 +52,18 @@ def test_logits_fit_the_grid(low_grid: tuple[int, int], qk_norm: bool) -> None:
     assert torch.isfinite(logits).all()
 
 
-def test_the_skip_gives_every_high_res_cell_what_lies_under_it() -> None:
+def test_the_skip_gives_every_high_res_cell_what_lies_under_and_beside_it() -> None:
     skip = LowResSkip(width=5, scale=2)
     with torch.no_grad():
-        skip.linear.weight.copy_(torch.cat([factor * torch.eye(5) for factor in (1, 2, 3, 4)]))
+        skip.conv.weight.zero_()
+        skip.conv.weight[..., 1, 1] = torch.cat([factor * torch.eye(5) for factor in (1, 2, 3, 4)])
+        skip.conv.weight[..., 1, 2] = torch.cat([0 * torch.eye(5), torch.eye(5)] * 2)  # right columns: the next cell
     low = torch.randn(2, 3, 4, 5)
     high = skip(low)
     assert high.shape == (2, 6, 8, 5)
+    beside = torch.cat([low[:, :, 1:], torch.zeros(2, 3, 1, 5)], dim=2)
     for number, (row, column) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)], start=1):
-        torch.testing.assert_close(high[:, row::2, column::2], number * low)
+        torch.testing.assert_close(high[:, row::2, column::2], number * low + column * beside)
     config = replace(TINY, low_res_skip=True)
     logits = seeded(config)(*inputs_for(config, low_grid=(3, 2)))
     assert logits.shape == (3, 6, 4, config.codebook_size)
