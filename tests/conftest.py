@@ -9,7 +9,7 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Ray's workers would give way to every other process of the tests, and those that wait for them would wait long.
-os.environ["RAY_worker_niceness"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray spells it so
 
 # Files go to the processes one by one, these first: none that takes long must be the last one running.
 LONGEST = ("test_flow", "test_pretokenize", "test_train_stage", "test_generate", "test_tracking", "test_remote")
