@@ -12,12 +12,14 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from raymuse.masking import (
+    CHOICE,
     CONFIDENCE,
     MASK,
     SCHEDULES,
     guide,
     hide,
     masked_counts,
+    nucleus,
     reveal,
     temperatures,
     uniforms,
@@ -181,6 +183,26 @@ def test_known_ids_are_never_touched() -> None:
     left = torch.where(remaining > 0, torch.minimum(remaining, unknown - 1).clamp(min=1), 0)
     assert torch.equal((drawn == MASK_ID).sum(dim=1), left)
     assert ((drawn < 20) | (drawn == MASK_ID)).all()
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.05, 1), (0.4, 1), (0.41, 2), (0.7, 2), (0.95, 4), (1.0, 4)])
+def test_a_nucleus_is_the_fewest_likeliest_codes(top_p: float, kept: int) -> None:
+    probabilities = torch.tensor([[0.1, 0.4, 0.2, 0.3]], dtype=torch.float64)
+    wanted = torch.zeros(1, 4, dtype=torch.float64)
+    likeliest = [1, 3, 2, 0][:kept]
+    wanted[:, likeliest] = probabilities[:, likeliest]
+    torch.testing.assert_close(nucleus(probabilities, top_p), wanted)
+
+
+def test_codes_outside_the_nucleus_are_never_drawn() -> None:
+    count = 4000
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log().expand(1, count, 4)
+    choice = torch.from_numpy(uniforms(3, CHOICE, [0], count))
+    ids, zero = torch.full((1, count), 99), torch.zeros(1)
+    drawn = reveal(logits, ids, choice, torch.full_like(choice, 0.5), zero.long(), zero, mask_id=99, top_p=0.6)
+    shares = drawn.flatten().bincount(minlength=4) / count
+    assert shares[[0, 2]].tolist() == [0, 0]
+    assert shares[1] == pytest.approx(4 / 7, abs=0.03)
 
 
 def test_codes_are_drawn_as_softmax_says() -> None:

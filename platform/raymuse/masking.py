@@ -91,6 +91,16 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     return unconditional + scale * (conditional - unconditional)
 
 
+def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """The fewest likeliest codes that together reach `top_p`, the others at 0; not scaled to a sum of 1.
+
+    Holtzman et al., "The Curious Case of Neural Text Degeneration" (arXiv 1904.09751, section 3.1).
+    """
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    return torch.zeros_like(ordered).scatter_(-1, order, ordered.masked_fill(before >= top_p, 0))
+
+
 def reveal(
     logits: Tensor,
     ids: Tensor,
@@ -100,6 +110,7 @@ def reveal(
     temperature: Tensor,
     *,
     mask_id: int,
+    top_p: float = 1.0,
 ) -> Tensor:
     """One sampling step: draw every masked id, then mask the least confident again.
 
@@ -110,13 +121,14 @@ def reveal(
         confidence: uniforms (B, L) behind the Gumbel noise of the confidence.
         remaining: (B,) ids that stay masked; 0 keeps all.
         temperature: (B,) scale of the Gumbel noise.
+        top_p: draw from each position's `nucleus`; 1: from all codes.
 
     Returns:
-        ids (B, L). Confidence is log p + temperature * Gumbel (MaskGIT, section 3.2).
+        ids (B, L). Confidence is log p + temperature * Gumbel (MaskGIT, section 3.2), p of all codes' softmax.
     """
     unknown = ids == mask_id
     probabilities = logits.float().softmax(dim=-1)
-    cdf = probabilities.cumsum(dim=-1)
+    cdf = (probabilities if top_p == 1 else nucleus(probabilities, top_p)).cumsum(dim=-1)
     below_one = choice.to(cdf.dtype).clamp(max=1 - 2**-24)  # at the very end of the CDF stand codes of probability 0
     target = (below_one * cdf[..., -1]).unsqueeze(-1)
     drawn = torch.searchsorted(cdf.contiguous(), target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)

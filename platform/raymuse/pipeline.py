@@ -104,6 +104,7 @@ def sample_ids(
             torch.full((batch,), counts[step], device=device),
             torch.full((batch,), heats[step], device=device),
             mask_id=mask_id,
+            top_p=sampling.top_p,
         )
     return ids.view(batch, *grid)
 

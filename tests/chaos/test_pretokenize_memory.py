@@ -16,7 +16,8 @@ from processes import PRETOKENIZE
 from raymuse.config.pretokenize import PretokenizeConfig
 from raymuse.flow import tree_gib
 
-PICTURES, SIDE = 500, 128
+PICTURES, SIDE = 1500, 128  # two shards of so many do not fit the object store: decoding waits for encoding in both
+STORE_GIB = 0.1  # of PRETOKENIZE
 
 
 @pytest.mark.soak
@@ -29,9 +30,11 @@ def test_memory_is_flat_from_2_to_20_shards(tmp_path: Path) -> None:
         shutil.copy(many / "00000.tar", many / f"{number:05d}.tar")
     few = peak_gib(config_of(first, encoders, tmp_path / "out-few"))
     twenty = peak_gib(config_of(str(many), encoders, tmp_path / "out-many"))
-    moved = 20 * PICTURES * SIDE * SIDE * 3 / 2**30
+    shard = PICTURES * SIDE * SIDE * 3 / 2**30
+    moved = 20 * shard
     print(f"peak of 2 shards {few:.2f} GiB, of 20 shards {twenty:.2f} GiB; {moved:.2f} GiB of crops went through")
-    assert moved > 3 * 0.1, "the crops would fit into the object store: nothing would be shown"
+    assert 2 * shard > STORE_GIB, "the crops of the small run would fit into it: its decoding would wait for nobody"
+    assert moved > 3 * STORE_GIB, "the crops would fit into the object store: nothing would be shown"
     assert twenty < few + 0.15
 
 

@@ -13,6 +13,7 @@ class SamplingConfig(Config):
     steps: int = Field(12, ge=1)
     guidance: float = Field(4.0, ge=0, description="1: no guidance; logits = uncond + guidance (cond - uncond)")
     temperature: float = Field(2.0, ge=0, description="Gumbel noise on the confidence at the first step, falling to 0")
+    top_p: float = Field(1.0, gt=0, le=1, description="draw among the likeliest codes that together have this share")
     masking: MaskingSchedule = "cosine"
 
 

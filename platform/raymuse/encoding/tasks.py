@@ -6,7 +6,6 @@ from typing import Any
 
 from raymuse.config.pretokenize import PretokenizeConfig
 from raymuse.encoding.chunks import decode_chunks
-from raymuse.encoding.hashes import hash_shard
 from raymuse.storage.folder import Folder
 from raymuse.storage.token_parts import chunk_file, hashes_file, write_table
 
@@ -31,6 +30,8 @@ def write_row(batch: dict[str, Any], output: str) -> dict[str, Any]:
 
 def hash_row(batch: dict[str, Any], config: PretokenizeConfig, output: str) -> dict[str, Any]:
     """A shard to the hashes of its pictures, written beside the parts."""
+    from raymuse.encoding.hashes import hash_shard  # scipy, which no other task needs
+
     part = str(batch["part"][0])
     write_table(Folder(output), hashes_file(part), hash_shard(pickle.loads(batch["shard"][0]), config))
     return {"part": [part]}
