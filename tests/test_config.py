@@ -104,7 +104,7 @@ def test_overrides_reach_every_depth() -> None:
     assert isinstance(config, BaseConfig)
     assert (config.optimizer.lr, config.seed, config.gradient_checkpointing) == (1e-4, 3, True)
     assert config.model["hidden_size"] == 64
-    assert config.model["num_hidden_layers"] == 4
+    assert config.model["num_hidden_layers"] == 1
 
 
 def test_configs_know_the_masking_schedules_by_name() -> None:
