@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 # Masking ratio as a function of progress in [0, 1]: from 1 (all masked) to 0 (none).
 Schedule = Callable[[float], float]
@@ -97,7 +98,7 @@ def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     Holtzman et al., "The Curious Case of Neural Text Degeneration" (arXiv 1904.09751, section 3.1).
     """
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(dim=-1) - ordered
+    before = F.pad(ordered.cumsum(dim=-1)[..., :-1], (1, 0))
     return torch.zeros_like(ordered).scatter_(-1, order, ordered.masked_fill(before >= top_p, 0))
 
 
