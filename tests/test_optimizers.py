@@ -18,7 +18,7 @@ from raymuse.training.clip import build_clip
 from raymuse.training.muon import Muon, is_muon, orthogonalised
 from raymuse.training.optimizers import build_optimizer
 from raymuse.training.vqgan import build_vqgan
-from trainings import fit, fit_and_go_on
+from trainings import fit, fit_all
 
 SHAPES = [(16, 16), (8, 40), (40, 8)]
 
@@ -157,7 +157,11 @@ def test_bf16_and_muon_train_at_zero_2_and_3_and_go_on_with_the_same_bits(
     sharded = {"precision": "bf16", "workers": 2, "gradient_checkpointing": True, "checkpoint": {"every": 12}}
     configs = [make("base", **changes, **sharded, zero={"stage": stage}) for stage in (2, 3)]
     wanted, _ = fit(make("base", **changes))
-    for (losses, tensors), (rest, again) in run_ranks(fit_and_go_on, 2, tmp_path, configs)[0]:
+    straight = run_ranks(fit_all, 2, tmp_path / "straight", configs)[0]
+    for config in configs:
+        (Path(config.output) / "step-00000024" / "checkpoint.json").unlink()
+    resumed = run_ranks(fit_all, 2, tmp_path / "resumed", configs)[0]
+    for (losses, tensors), (rest, again) in zip(straight, resumed, strict=True):
         assert_bf16_follows(losses, wanted, tensors)
         assert rest == losses[12:]
         assert all(torch.equal(again[name], value) for name, value in tensors.items())

@@ -313,7 +313,7 @@ def test_the_center_crop_is_torchvisions() -> None:
     assert np.array_equal(result.pixels, np.asarray(resized)[:, 4:24])
     assert result.pixels.dtype == np.uint8
     assert result.pixels.flags.c_contiguous
-    assert not result.pixels.flags.writeable  # what Pillow gives, not copied again
+    assert result.pixels.flags.writeable
 
 
 def test_a_picture_of_the_right_size_is_left_alone() -> None:

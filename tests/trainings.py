@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from raymuse.config.training import TrainConfig
@@ -46,13 +45,5 @@ def fit(config: TrainConfig) -> Trained:
     return losses, found.tensors()
 
 
-def fit_and_go_on(configs: list[TrainConfig]) -> list[tuple[Trained, Trained]]:
-    """On every rank, each training twice: from its start, and on from the checkpoint before its last."""
-    trained = []
-    for config in configs:
-        straight = fit(config)
-        if dist.get_rank() == 0:
-            (Path(config.output) / f"step-{config.steps:08d}" / "checkpoint.json").unlink()
-        dist.barrier()
-        trained.append((straight, fit(config)))
-    return trained
+def fit_all(configs: list[TrainConfig]) -> list[Trained]:
+    return [fit(config) for config in configs]

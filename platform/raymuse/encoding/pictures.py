@@ -56,7 +56,7 @@ class Crop:
     """A crop and the micro-conditions that it is trained with.
 
     Args:
-        pixels: uint8 (height, width, 3), sRGB, contiguous, read-only.
+        pixels: uint8 (height, width, 3), sRGB, contiguous.
         original_width: of the picture before the resize, upright, in pixels; so is original_height.
         top: of the crop in the resized picture, in pixels; so is left.
     """
@@ -144,9 +144,9 @@ def crop(
         top, left = int(rng.integers(spare_height + 1)), int(rng.integers(spare_width + 1))
     else:
         top, left = round(spare_height / 2), round(spare_width / 2)
-    whole = resized.size == (width, height)  # a square of a square, most often: nothing to cut, so no copy
+    whole = resized.size == (width, height)  # a square of a square, most often: nothing to cut
     window = resized if whole else resized.crop((left, top, left + width, top + height))
-    return Crop(np.asarray(window, dtype=np.uint8), image.width, image.height, top, left)
+    return Crop(np.array(window, dtype=np.uint8), image.width, image.height, top, left)
 
 
 def crop_rng(seed: int, key: str, crop_index: int) -> np.random.Generator:
