@@ -41,6 +41,15 @@ RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # no cloud takes this machine away: a process less a training
 }
 
+# Where tests start an S3 server, said to the cluster's workers as a person would say it: in the environment.
+S3_PORT = free_port("127.0.0.1")
+S3_ENVIRONMENT = {
+    "AWS_ENDPOINT_URL": f"http://127.0.0.1:{S3_PORT}",
+    "AWS_ACCESS_KEY_ID": "nobody",
+    "AWS_SECRET_ACCESS_KEY": "nothing",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[Cluster]:
@@ -51,6 +60,7 @@ def ray_cluster() -> Iterator[Cluster]:
     token.write_text(secrets.token_hex(32))
     outside = dict(os.environ)
     os.environ.update(RAY_ENVIRONMENT, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), RAY_TMPDIR=str(folder))
+    os.environ.update(S3_ENVIRONMENT)
     _reread_authentication()
     cluster = Cluster()
     try:
@@ -59,7 +69,8 @@ def ray_cluster() -> Iterator[Cluster]:
         for options in (dashboard, {}):
             cluster.add_node(num_cpus=3, include_log_monitor=False, **options)
         ray.init(address=cluster.address, logging_level="WARNING")
-        os.environ.pop("OMP_NUM_THREADS")  # for Ray's processes alone
+        for name in {"OMP_NUM_THREADS", *S3_ENVIRONMENT} - outside.keys():  # for Ray's processes alone
+            os.environ.pop(name)
         torch.set_num_threads(1)  # as in Ray's workers, so that sums agree to the bit
         yield cluster
     finally:

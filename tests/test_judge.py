@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 
 from raymuse.config.errors import UserError
 from raymuse.datasets.blobs import Picture
-from raymuse.datasets.judge import judge, nearest_render
+from raymuse.datasets.judge import compare, judge, nearest_render, see
 from raymuse.datasets.sample import Sample
 from raymuse.datasets.scenes import (
     BACKGROUNDS,
@@ -101,8 +101,9 @@ def test_rejects_each_swapped_attribute_and_names_it(resolution: int, held_out: 
     rejected: dict[str, list[bool]] = {}
     named: dict[str, list[bool]] = {}
     for sample in drawn(resolution, held_out):
+        seen = see(np.asarray(sample.image))
         for kind, scene in swapped(parse(sample.caption), rng).items():
-            verdict = judge(np.asarray(sample.image), caption(scene))
+            verdict = compare(seen, caption(scene))
             rejected.setdefault(kind, []).append(not verdict.correct)
             named.setdefault(kind, []).append(not verdict.attributes[kind])
     assert set(rejected) == {"size", "colour", "shape", "background", "place", "relation", "count"}
@@ -114,9 +115,10 @@ def test_other_attributes_stay_right_when_one_is_swapped() -> None:
     rng = np.random.default_rng(2)
     spared = []
     for sample in drawn(64, False):
+        seen = see(np.asarray(sample.image))
         for kind, scene in swapped(parse(sample.caption), rng).items():
             if kind != "count":  # a missing thing has no attribute right
-                attributes = judge(np.asarray(sample.image), caption(scene)).attributes
+                attributes = compare(seen, caption(scene)).attributes
                 spared += [right for name, right in attributes.items() if name != kind]
     assert np.mean(spared) >= 0.99
 

@@ -2,11 +2,9 @@
 
 import io
 import os
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +19,11 @@ import s3fs
 from PIL import Image
 
 import tiny
-from processes import PRETOKENIZE
 from raymuse.config.errors import UserError
 from raymuse.config.pretokenize import PretokenizeConfig
 from raymuse.encoding.chunks import decode_chunks
 from raymuse.encoding.encoder import ChunkEncoder
+from raymuse.stages.pretokenize import pretokenize
 from raymuse.storage.folder import Folder
 from raymuse.storage.images import Picture, list_shards, read_shard
 from raymuse.storage.manifest import Manifest, read_finished
@@ -34,6 +32,8 @@ from raymuse.storage.rejects import Reject
 from raymuse.storage.token_check import check_tokens
 from raymuse.storage.tokens import TokenStore
 from raymuse.storage.webdataset_writer import encode, write_shard, write_tar
+from raymuse.tracking.run import Run
+from shared import S3_ENVIRONMENT, S3_PORT
 
 BUCKET = "pictures"
 
@@ -48,18 +48,13 @@ PNGS = [encode(picture(seed)) for seed in range(12)]
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """moto's server in a process of its own; the environment says where it is, as a person would say it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(S3_PORT)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_for(port, process)
+        wait_for(S3_PORT, process)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-            patch.setenv("AWS_ACCESS_KEY_ID", "nobody")
-            patch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
-            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+            for name, value in S3_ENVIRONMENT.items():
+                patch.setenv(name, value)
             s3fs.S3FileSystem.clear_instance_cache()
             client().create_bucket(Bucket=BUCKET)
             yield f"s3://{BUCKET}"
@@ -302,6 +297,7 @@ def test_a_folder_sees_what_others_wrote_after_it_was_listed(server: str) -> Non
 # --- the stage
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_shards_in_the_store_become_token_shards_in_the_store(server: str, tmp_path: Path) -> None:
     local = tiny.write_shards(tmp_path / "shards", count=16, per_shard=8)
     encoders = tiny.write_encoders(tmp_path / "encoders", local)
@@ -316,14 +312,7 @@ def test_shards_in_the_store_become_token_shards_in_the_store(server: str, tmp_p
         low_resolution=tiny.LOW_SIDE,
         chunk_size=8,
     )
-    home = tempfile.mkdtemp(prefix="rs-", dir="/tmp")  # Ray's socket paths must stay short
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"TMPDIR": home}
-    try:
-        command = [sys.executable, "-c", PRETOKENIZE, config.model_dump_json()]
-        done = subprocess.run(command, env=outside, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
+    pretokenize(config, Run.off())
     assert check_tokens(config.output).problems == []
     store = TokenStore(config.output)
     encoder = ChunkEncoder(config)

@@ -1,7 +1,9 @@
 """`make soak`: the smoke flow killed (SIGKILL, no clean-up) at random moments still comes to its end, exactly once."""
 
+import contextlib
 import json
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -19,17 +21,27 @@ SEED = 20
 @pytest.mark.timeout(3600)
 def test_a_flow_killed_at_random_moments_ends_with_every_part_once(tmp_path: Path) -> None:
     moments = random.Random(SEED)
-    for kill in range(KILLS):
-        run_for(tmp_path, moments.uniform(10, 60))
-        print(f"kill {kill + 1}: finished so far {finished_stages(tmp_path)}")
-    done = subprocess.run(command(tmp_path), capture_output=True, text=True, timeout=900)
+    kills = flows = 0
+    while kills < KILLS:  # a flow that comes to its end between two kills is followed by another
+        root = tmp_path / f"flow-{flows}"
+        root.mkdir()
+        while kills < KILLS and is_killed(root, moments.uniform(10, 60)):
+            kills += 1
+            print(f"kill {kills} in flow {flows}: finished so far {finished_stages(root)}")
+        check_finished(root)
+        flows += 1
+
+
+def check_finished(root: Path) -> None:
+    """Run a flow to its end, and find each picture and each row of tokens once."""
+    done = subprocess.run(command(root), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert len(finished_stages(tmp_path)) == 9
-    prompts = (tmp_path / "work" / "data" / "prompts.jsonl").read_text().splitlines()
-    keys = pq.read_table(tmp_path / "work" / "images" / "manifest.parquet")["key"].to_pylist()
+    assert len(finished_stages(root)) == 9
+    prompts = (root / "work" / "data" / "prompts.jsonl").read_text().splitlines()
+    keys = pq.read_table(root / "work" / "images" / "manifest.parquet")["key"].to_pylist()
     assert sorted(set(keys)) == sorted(keys)
     assert len(keys) == len(prompts)
-    tokens = pq.read_table(tmp_path / "work" / "tokens" / "tokens")["key"].to_pylist()
+    tokens = pq.read_table(root / "work" / "tokens" / "tokens")["key"].to_pylist()
     assert len(set(tokens)) == len(tokens) == 256
 
 
@@ -37,19 +49,25 @@ def command(root: Path) -> list[str]:
     return [sys.executable, "-m", "raymuse.cli", "demo", "--recipe", "smoke", f"workdir={root / 'work'}"]
 
 
-def run_for(root: Path, seconds: float) -> None:
-    """Start the flow, kill its driver after a while, and wait until all that it started is gone too."""
+def is_killed(root: Path, seconds: float) -> bool:
+    """Start the flow, kill its driver after a while, and wait until all that it started is gone too.
+
+    False where the flow came to its end before.
+    """
     with (root / "log").open("a") as log:
-        running = psutil.Popen(command(root), stdout=log, stderr=log)
+        running = subprocess.Popen(command(root), stdout=log, stderr=log)
         deadline = time.monotonic() + seconds
         family: list[psutil.Process] = []
-        while time.monotonic() < deadline and running.poll() is None:
-            family = running.children(recursive=True) or family
-            time.sleep(0.2)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while time.monotonic() < deadline and running.poll() is None:
+                family = psutil.Process(running.pid).children(recursive=True) or family
+                time.sleep(0.2)
         running.kill()
-        running.wait()
+        code = running.wait()
+    assert code in (0, -signal.SIGKILL), (root / "log").read_text()[-4000:]
     _, alive = psutil.wait_procs(family, timeout=60)
     assert [process.cmdline() for process in alive] == []
+    return code != 0
 
 
 def finished_stages(root: Path) -> list[str]:

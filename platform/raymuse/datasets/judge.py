@@ -34,6 +34,23 @@ class Verdict:
         return all(self.attributes.values())
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What is in a picture, whatever its caption says.
+
+    Attributes:
+        background: the border's colour (3,).
+        plain: whether the border has one colour.
+        blobs: the largest things, largest first.
+        count: how many things there are.
+    """
+
+    background: FloatArray
+    plain: bool
+    blobs: Sequence[Blob]
+    count: int
+
+
 def judge(picture: Picture, caption: str) -> Verdict:
     """Compare a picture with its caption.
 
@@ -44,15 +61,24 @@ def judge(picture: Picture, caption: str) -> Verdict:
     Raises:
         UserError: not a caption of shapes, or not such a picture.
     """
+    return compare(see(picture), caption)
+
+
+def see(picture: Picture) -> Seen:
+    """Analyse a picture, once for any number of captions. Raises UserError as `judge`."""
     _check_picture(picture)
-    scene = parse(caption)
     background, plain = find_background(picture)
-    blobs, count = find_blobs(picture, background)
+    return Seen(background, plain, *find_blobs(picture, background))
+
+
+def compare(seen: Seen, caption: str) -> Verdict:
+    """`judge` of a picture that was seen already."""
+    scene = parse(caption)
     attributes = {
-        "background": plain and _named_colour(background, BACKGROUNDS) == scene.background,
-        "count": count == len(scene.things),
+        "background": seen.plain and _named_colour(seen.background, BACKGROUNDS) == scene.background,
+        "count": seen.count == len(scene.things),
     }
-    return Verdict(attributes | _judge_things(scene, _assign(scene, blobs)))
+    return Verdict(attributes | _judge_things(scene, _assign(scene, seen.blobs)))
 
 
 def _check_picture(picture: Picture) -> None:
