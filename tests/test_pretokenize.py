@@ -15,14 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from processes import PRETOKENIZE, wait_until
+from processes import PRETOKENIZE, alive, wait_until
 from raymuse.clusters.guard import marked
 from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.pretokenize import PretokenizeConfig
@@ -354,7 +353,7 @@ def test_a_run_killed_in_the_middle_and_resumed_with_two_encoders_writes_the_byt
     done = committed()
     assert 0 < done < 12
     (ray,) = folder.glob("raymuse-*")
-    wait_until(lambda: not [p for p in marked(ray) if p.status() != psutil.STATUS_ZOMBIE], 30)
+    wait_until(lambda: not alive(marked(ray)), 30)
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "_manifest").glob("part-*.json")}
     pretokenize(changed(config, encoders=2, decoders=2), Run.off())

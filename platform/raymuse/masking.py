@@ -23,10 +23,24 @@ SCHEDULES: dict[str, Schedule] = {
     "arccos": lambda r: math.acos(r) / (math.pi / 2),
     "square": lambda r: 1 - r**2,
     "root": lambda r: 1 - math.sqrt(r),
+    "power": lambda r: 1 - r**3,
+    "sigmoid": lambda r: (_sigmoid(3) - _sigmoid(6 * r - 3)) / (_sigmoid(3) - _sigmoid(-3)),  # arXiv 2301.10972
+}
+
+# How much of the guidance applies at a step, as a function of the progress (i + 1) / N in (0, 1].
+GUIDANCE_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda r: 1.0,
+    "linear": lambda r: r,  # Muse, section 2.7
+    "cosine": lambda r: (1 - math.cos(r * math.pi)) / 2,
 }
 
 # Streams keep draws for different purposes apart under one seed.
 MASK, DROPOUT, LOW_NOISE, CAPTION, ORDER, CHOICE, CONFIDENCE, HIGH_CHOICE, HIGH_CONFIDENCE, SEED = range(10)
+START, HIGH_START = range(10, 12)
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
 
 
 def uniforms(seed: int, stream: int, positions: Sequence[int] | NDArray[np.int64], count: int) -> NDArray[np.float64]:
@@ -82,12 +96,48 @@ def masked_counts(length: int, steps: int, schedule: str = "cosine", start_ratio
     return [max(1, count) for count in counts] + [0]
 
 
-def temperatures(start: float, steps: int) -> list[float]:
-    """Confidence temperature of each step, falling linearly from `start` to 0."""
-    return [float(value) for value in np.linspace(start, 0.0, steps)]
+def temperatures(start: float, steps: int, end: float = 0.0) -> list[float]:
+    """Confidence temperature of each step, going linearly from `start` to `end`."""
+    return [float(value) for value in np.linspace(start, end, steps)]
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def guidance_scales(
+    scale: float, steps: int, schedule: str = "constant", span: tuple[float, float] = (0.0, 1.0)
+) -> list[float]:
+    """Guidance of each step: 1 + (scale - 1) f((i + 1) / N) where the progress i / N lies in [span), else 1 (none)."""
+    shape, (first, last) = GUIDANCE_SCHEDULES[schedule], span
+    return [
+        1 + (scale - 1) * shape((step + 1) / steps) if first <= step / steps < last else 1.0 for step in range(steps)
+    ]
+
+
+def halton_ranks(height: int, width: int) -> NDArray[np.int64]:
+    """When each cell of a grid comes (height * width,) in the order that spreads best: a 2-D Halton sequence.
+
+    Points with the radical inverses to the bases 2 and 3 as coordinates; a cell comes with its first point (Besnier et
+    al., "Halton Scheduler for Masked Generative Image Transformer", arXiv 2503.17076, section 3.2).
+    """
+    ranks = np.full(height * width, -1, dtype=np.int64)
+    found = point = 0
+    while found < len(ranks):
+        point += 1
+        cell = int(_radical_inverse(point, 2) * height) * width + int(_radical_inverse(point, 3) * width)
+        if ranks[cell] < 0:
+            ranks[cell] = found
+            found += 1
+    return ranks
+
+
+def _radical_inverse(number: int, base: int) -> float:
+    """The digits of `number` mirrored at the point, in [0, 1)."""
+    value, place = 0.0, 1 / base
+    while number:
+        number, digit = divmod(number, base)
+        value, place = value + digit * place, place / base
+    return value
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance on logits: uncond + scale (cond - uncond) (Ho & Salimans; Muse, section 2.7)."""
     return unconditional + scale * (conditional - unconditional)
 
@@ -102,6 +152,12 @@ def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(ordered).scatter_(-1, order, ordered.masked_fill(before >= top_p, 0))
 
 
+def likeliest(probabilities: Tensor, top_k: int) -> Tensor:
+    """The `top_k` likeliest codes, the others at 0."""
+    kept, order = probabilities.topk(min(top_k, probabilities.shape[-1]), dim=-1)
+    return torch.zeros_like(probabilities).scatter_(-1, order, kept / kept.sum(dim=-1, keepdim=True))
+
+
 def reveal(
     logits: Tensor,
     ids: Tensor,
@@ -112,6 +168,8 @@ def reveal(
     *,
     mask_id: int,
     top_p: float = 1.0,
+    top_k: int = 0,
+    priority: Tensor | None = None,
 ) -> Tensor:
     """One sampling step: draw every masked id, then mask the least confident again.
 
@@ -123,24 +181,30 @@ def reveal(
         remaining: (B,) ids that stay masked; 0 keeps all.
         temperature: (B,) scale of the Gumbel noise.
         top_p: draw from each position's `nucleus`; 1: from all codes.
+        top_k: draw from each position's `likeliest`; 0: from all codes; 1: the best, without chance.
+        priority: (B, L) takes the place of the confidence: the highest are kept first.
 
     Returns:
         ids (B, L). Confidence is log p + temperature * Gumbel (MaskGIT, section 3.2), p of all codes' softmax.
     """
     unknown = ids == mask_id
     probabilities = logits.float().softmax(dim=-1)
-    cdf = (probabilities if top_p == 1 else nucleus(probabilities, top_p)).cumsum(dim=-1)
+    allowed = likeliest(probabilities, top_k) if top_k else probabilities
+    cdf = (allowed if top_p == 1 else nucleus(allowed, top_p)).cumsum(dim=-1)
     below_one = choice.to(cdf.dtype).clamp(max=1 - 2**-24)  # at the very end of the CDF stand codes of probability 0
     target = (below_one * cdf[..., -1]).unsqueeze(-1)
     drawn = torch.searchsorted(cdf.contiguous(), target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
     drawn = torch.where(unknown, drawn, ids)
 
-    picked = probabilities.gather(-1, drawn.clamp(max=logits.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
-    tiny = torch.finfo(picked.dtype).tiny
-    gumbel = -torch.log(-torch.log(confidence.to(picked.dtype).clamp(tiny, 1 - 1e-7)))
-    score = picked.clamp(min=tiny).log() + temperature.to(picked.dtype)[:, None] * gumbel
+    score = _confidence(probabilities, drawn, confidence, temperature) if priority is None else priority
     score = score.masked_fill(~unknown, math.inf)
-
     left = torch.minimum(remaining, unknown.sum(dim=1) - 1).clamp(min=1) * (remaining > 0)
     ranks = score.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
     return torch.where((ranks < left[:, None]) & unknown, mask_id, drawn)
+
+
+def _confidence(probabilities: Tensor, drawn: Tensor, uniform: Tensor, temperature: Tensor) -> Tensor:
+    picked = probabilities.gather(-1, drawn.clamp(max=probabilities.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
+    tiny = torch.finfo(picked.dtype).tiny
+    gumbel = -torch.log(-torch.log(uniform.to(picked.dtype).clamp(tiny, 1 - 1e-7)))
+    return picked.clamp(min=tiny).log() + temperature.to(picked.dtype)[:, None] * gumbel

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import tiny
-from processes import PRETOKENIZE, wait_until
+from processes import PRETOKENIZE, alive, wait_until
 from raymuse.clusters.guard import marked
 from raymuse.config.pretokenize import PretokenizeConfig
 
@@ -133,12 +133,7 @@ class Job:
         return self.process.wait(timeout=600)
 
     def _left(self) -> list[psutil.Process]:
-        return [
-            process
-            for ray in self.home.glob("raymuse-*")
-            for process in marked(ray)
-            if process.status() != psutil.STATUS_ZOMBIE
-        ]
+        return alive(process for ray in self.home.glob("raymuse-*") for process in marked(ray))
 
 
 def sums(folder: Path) -> dict[str, str]:

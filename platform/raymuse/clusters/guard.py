@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 import psutil
 
@@ -19,11 +20,11 @@ POLL_SECONDS = 0.5
 TRIES = 20  # at ending what is still being started
 
 
-def marked(folder: str) -> set[psutil.Process]:
+def marked(folder: str | Path) -> set[psutil.Process]:
     """The living processes that carry the folder's mark, and their descendants."""
     found: set[psutil.Process] = set()
     for process in psutil.process_iter():
-        if _is_marked(process, folder):
+        if _is_marked(process, str(folder)):
             found |= {process, *_descendants(process)}
     return found
 

@@ -203,20 +203,20 @@ def _restore(name: str, outside: dict[str, str]) -> None:
 
 def _end(folder: Path) -> None:
     """End Serve and Ray, in silence: Ray reports its own end as failures. Then end what an interrupted start left."""
-    processes = guard.marked(str(folder))
+    processes = guard.marked(folder)
     with contextlib.redirect_stdout(io.StringIO()):
         if ray.is_initialized() and _serve_runs():
             from ray import serve
 
             serve.shutdown()
         ray.shutdown()
-    processes |= guard.marked(str(folder))
+    processes |= guard.marked(folder)
     for number in (signal.SIGTERM, signal.SIGKILL):
         for process in processes:
             with contextlib.suppress(psutil.Error):
                 process.send_signal(number)
         _, left = psutil.wait_procs(processes, timeout=3)
-        processes = {*left} | guard.marked(str(folder))
+        processes = {*left} | guard.marked(folder)
 
 
 def _serve_runs() -> bool:

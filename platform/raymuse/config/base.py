@@ -13,7 +13,7 @@ class AddressMark:
 
 
 # Names of masking.SCHEDULES, so that a wrong one is said with the config and not at the first draw.
-MaskingSchedule = Literal["cosine", "linear", "arccos", "square", "root"]
+MaskingSchedule = Literal["cosine", "linear", "arccos", "square", "root", "power", "sigmoid"]
 
 Address = Annotated[str, AddressMark()]
 
