@@ -8,11 +8,12 @@ from ray.data import DataContext
 from raymuse.config.pretokenize import PretokenizeConfig
 
 RETRIES = 3
+SMALLEST_BLOCK = 8 << 20  # bytes: of smaller blocks, what Ray Data does for each is what counts
 
 
 @contextmanager
 def stage_data(config: PretokenizeConfig) -> Iterator[None]:
-    """Inside, data sets of this process hold a chunk a block, and what fails is tried again.
+    """Inside, data sets of this process hold a chunk a block, or a few small ones, and what fails is tried again.
 
     Ray Data's own blocks of 128 MiB are often a whole shard, for all of which an encoder would wait, and of which a
     decoder holds several. What waits between the steps takes at most half of the object store, by Ray Data's own bound.
@@ -21,7 +22,7 @@ def stage_data(config: PretokenizeConfig) -> Iterator[None]:
     those that it had already.
     """
     context = DataContext.get_current().copy()
-    context.target_max_block_size = _chunk_bytes(config) // 2  # a block ends where it holds more
+    context.target_max_block_size = max(_chunk_bytes(config) // 2, SMALLEST_BLOCK)  # a block ends where it holds more
     context.retried_map_errors, context.max_map_retries = True, RETRIES
     context.actor_init_retry_on_errors, context.max_consecutive_actor_init_deaths = True, RETRIES
     with DataContext.current(context):

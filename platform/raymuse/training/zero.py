@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -174,7 +173,7 @@ def _cut_apart(parameters: list[Any], world: int) -> list[Place]:
     return places
 
 
-def _import_deepspeed() -> ModuleType:
+def _import_deepspeed() -> Any:
     """DeepSpeed without MLflow, which its autotuner imports where it can: a second or two and 100 MiB a rank."""
     hide = "mlflow" not in sys.modules
     if hide:
