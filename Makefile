@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test check format soak bench bench-pretokenize clean
+.PHONY: venv demo test check format soak bench bench-pretokenize bench-generate clean
 
 venv: $(STAMP)
 
@@ -31,10 +31,13 @@ test: check
 soak: $(STAMP)
 	$(BIN)/pytest -m soak --timeout 7200 tests
 
-bench: bench-pretokenize
+bench: bench-pretokenize bench-generate
 
 bench-pretokenize: $(STAMP)
 	$(BIN)/python tests/benchmarks/pretokenize.py
+
+bench-generate: $(STAMP)
+	$(BIN)/python tests/benchmarks/generate.py
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -17,7 +17,7 @@ from raymuse.models.superres import SuperRes, SuperResConfig
 from raymuse.models.uvit import UVit, UVitConfig
 from raymuse.models.weights import weights_sha256
 from raymuse.pipeline import Settings, save_network
-from raymuse.stages.export import _write_diffusers
+from raymuse.stages.export import write_diffusers
 from raymuse.storage.images import list_shards
 from raymuse.storage.manifest import Manifest
 from raymuse.storage.tokens import EMPTY, parquet_bytes
@@ -154,7 +154,7 @@ def write_model(folder: Path, encoders: str, *, cascade: bool = False) -> str:
         high = SamplingConfig(steps=3, guidance=2.0)
     size = grid * 4
     Settings(size, SIDE, (size, size, 0, 0, 6), SamplingConfig(steps=5, guidance=3.0), high).save(folder)
-    _write_diffusers(folder)
+    write_diffusers(folder)
     return str(folder)
 
 

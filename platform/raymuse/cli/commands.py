@@ -148,8 +148,23 @@ def export(words: Words = None, mlflow: Mlflow = None) -> None:
 
 
 @app.command()
-def generate(words: Words = None, mlflow: Mlflow = None) -> None:
+def generate(
+    words: Words = None,
+    mlflow: Mlflow = None,
+    from_png: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw this picture once more: with model=FOLDER output=FILE.")
+    ] = None,
+) -> None:
     """Draw every prompt of a file, exactly once."""
+    if from_png is not None:
+        from raymuse.config.edit import RepeatConfig
+        from raymuse.config.load import from_values
+        from raymuse.stages.edit import repeat
+
+        again = from_values("repeat", {"picture": str(from_png)}, words or [])
+        assert isinstance(again, RepeatConfig)
+        typer.echo(repeat(again))
+        return
     from raymuse.config.generate import GenerateConfig
 
     loaded = config_for(GenerateConfig, "generate", words, ("generate",))
@@ -157,6 +172,26 @@ def generate(words: Words = None, mlflow: Mlflow = None) -> None:
     from raymuse.stages import generate as stage
 
     run_stage(stage.generate, loaded, mlflow)
+
+
+@app.command()
+def edit(
+    words: Annotated[list[str] | None, _words("MODEL KEY=VALUE")] = None,
+) -> None:
+    """Draw from a picture: inpaint, outpaint, vary, edit, enlarge.
+
+    raymuse edit MODEL task=inpaint picture=a.png mask=m.png prompt="a small blue star" output=b.png
+    """
+    from raymuse.config.edit import EditConfig
+    from raymuse.config.load import from_values
+
+    word, changes = split(words)
+    loaded = from_values("edit", {} if word is None else {"model": word}, changes)
+    assert isinstance(loaded, EditConfig)
+    from raymuse.stages import edit as stage
+
+    for place in stage.edit(loaded):
+        typer.echo(place)
 
 
 @app.command()

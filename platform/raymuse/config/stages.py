@@ -2,6 +2,7 @@
 
 from raymuse.config.base import Config
 from raymuse.config.data import DataConfig
+from raymuse.config.edit import EditConfig, RepeatConfig
 from raymuse.config.export import ExportConfig
 from raymuse.config.flow import FlowConfig
 from raymuse.config.generate import GenerateConfig, ServeConfig
@@ -18,6 +19,8 @@ STAGES: dict[str, type[Config]] = {
     "train-superres": SuperresConfig,
     "export": ExportConfig,
     "generate": GenerateConfig,
+    "edit": EditConfig,
+    "repeat": RepeatConfig,
     "serve": ServeConfig,
     "score": ScoreConfig,
     "flow": FlowConfig,

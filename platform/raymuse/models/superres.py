@@ -145,10 +145,13 @@ class SuperRes(nn.Module):
     def condition(self, text_states_BTE: Tensor, low_ids_Bhw: Tensor) -> Condition:
         """From text states and the low-res ids. Raises ValueError for a grid larger than the config's."""
         _check_side("low-res", low_ids_Bhw, self.config.low_grid)
-        text_BTD = self.text_norm(self.text_proj(text_states_BTE.to(self.text_proj.weight.dtype)))
         embedded = self.low_embed(low_ids_Bhw) + self.positions(low_ids_Bhw, coarse=True)
         low_BhwD = run_blocks(self.low_layers, embedded, (), recompute=self.gradient_checkpointing)
-        return Condition(text_BTD, self.low_norm(low_BhwD))
+        return Condition(self._read(text_states_BTE), self.low_norm(low_BhwD))
+
+    def retold(self, condition: Condition, text_states_BTE: Tensor) -> Condition:
+        """The same low-res ids under another text, without reading them again."""
+        return Condition(self._read(text_states_BTE), condition.low)
 
     def precompute(self, condition: Condition) -> Condition:
         """The same condition with every block's keys and values, for sampling many steps from it."""
@@ -186,6 +189,10 @@ class SuperRes(nn.Module):
             residual=("to_out.0", "ff.net.2"),
             depth=self.config.num_hidden_layers,
         )
+
+    def _read(self, text_states_BTE: Tensor) -> Tensor:
+        text_BTD: Tensor = self.text_norm(self.text_proj(text_states_BTE.to(self.text_proj.weight.dtype)))
+        return text_BTD
 
     def _check_grid(self, ids_BHW: Tensor, condition: Condition) -> None:
         _check_side("high-res", ids_BHW, self.config.high_grid)

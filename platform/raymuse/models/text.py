@@ -43,7 +43,12 @@ class TextEncoder(ABC):
 
     @staticmethod
     def load(
-        folder_or_id: str, device: str = "cpu", dtype: torch.dtype = torch.float32, *, length: int | None = None
+        folder_or_id: str,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        length: int | None = None,
+        variant: str | None = None,
     ) -> "TextEncoder":
         """Load from a model folder (`text_encoder/` and `tokenizer/`), or a folder or Hugging Face id with all in one.
 
@@ -52,14 +57,15 @@ class TextEncoder(ABC):
             device: where it runs.
             dtype: that it computes in.
             length: T; by default what the tokenizer says, at most CLIP's positions (77) or 256 for T5.
+            variant: of the weights' files, e.g. "fp16".
 
         Raises:
             UserError: for what is missing, pickled, damaged, neither CLIP nor T5, or too short for the length.
         """
         without_bars()
-        root, folder, (encoder, tower) = _found(folder_or_id)
-        network = _network(tower, folder, dtype).eval().requires_grad_(False).to(device)
-        return encoder(network, _tokenizer(root), text_length(folder_or_id, length))
+        root, folder, (encoder, tower) = _found(folder_or_id, variant)
+        network = _network(tower, folder, dtype, variant).eval().requires_grad_(False).to(device)
+        return encoder(network, _tokenizer(root), _length_of(root, folder, encoder, length, folder_or_id))
 
     @staticmethod
     @abstractmethod
@@ -160,16 +166,20 @@ def text_length(folder_or_id: str, asked: int | None = None) -> int:
     Raises:
         UserError: as `load`, but for the weights.
     """
+    root, folder, (encoder, _) = _found(folder_or_id, None)
+    return _length_of(root, folder, encoder, asked, folder_or_id)
+
+
+def _length_of(root: Path, folder: Path, encoder: type[TextEncoder], asked: int | None, name: str) -> int:
     from transformers import AutoConfig
 
-    root, folder, (encoder, _) = _found(folder_or_id)
     longest = encoder.longest(AutoConfig.from_pretrained(folder))
-    return _length(longest, _tokenizer(root), asked, folder_or_id)
+    return _length(longest, _tokenizer(root), asked, name)
 
 
-def _found(folder_or_id: str) -> tuple[Path, Path, tuple[type[TextEncoder], str]]:
+def _found(folder_or_id: str, variant: str | None) -> tuple[Path, Path, tuple[type[TextEncoder], str]]:
     """The model folder, the one with the weights in it, and what kind of encoder they are."""
-    root, subfolder = require_safetensors(folder_or_id, "text_encoder")
+    root, subfolder = require_safetensors(folder_or_id, "text_encoder", variant)
     folder = Path(root, subfolder or "")
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
     if kind not in _KINDS:
@@ -177,14 +187,14 @@ def _found(folder_or_id: str) -> tuple[Path, Path, tuple[type[TextEncoder], str]
     return Path(root), folder, _KINDS[kind]
 
 
-def _network(tower: str, folder: Path, dtype: torch.dtype) -> Any:
+def _network(tower: str, folder: Path, dtype: torch.dtype, variant: str | None) -> Any:
     """transformers' model from a folder. Raises UserError where weights are damaged, or some are missing."""
     import transformers
 
     try:
         with _without_reports():
             network, loaded = getattr(transformers, tower).from_pretrained(
-                folder, use_safetensors=True, dtype=dtype, output_loading_info=True
+                folder, variant=variant, use_safetensors=True, dtype=dtype, output_loading_info=True
             )
     except Exception as error:  # of safetensors, transformers and torch, for files that are cut or do not fit
         raise UserError(f"{folder}: the weights cannot be read: {' '.join(str(error).split())[:300]}") from error

@@ -34,13 +34,20 @@ class Vqgan:
     tf32: bool = False
 
     @classmethod
-    def load(cls, folder_or_id: str, device: str = "cpu", precision: Precision = "fp32") -> "Vqgan":
+    def load(
+        cls, folder_or_id: str, device: str = "cpu", precision: Precision = "fp32", variant: str | None = None
+    ) -> "Vqgan":
         """Load from a local folder (itself, or its `vqvae/`) or a Hugging Face id; safetensors only."""
         from diffusers import VQModel
 
-        root, subfolder = require_safetensors(folder_or_id, "vqvae")
+        root, subfolder = require_safetensors(folder_or_id, "vqvae", variant)
         network = VQModel.from_pretrained(
-            root, subfolder=subfolder, use_safetensors=True, torch_dtype=torch.float32, low_cpu_mem_usage=False
+            root,
+            subfolder=subfolder,
+            variant=variant,
+            use_safetensors=True,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
         )
         network = network.eval().requires_grad_(False).to(device)
         if DTYPES[precision] != torch.float32:

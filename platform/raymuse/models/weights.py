@@ -1,12 +1,15 @@
 """Where weights come from: local folders and Hugging Face ids alike, safetensors only, with a fingerprint."""
 
 import hashlib
+import re
 from pathlib import Path
 
 from raymuse.config.errors import UserError
 
 HUB = "hf://"
 TWINS = ".fp16."  # in the name of half-precision twins, which are never what is loaded
+# NAME.fp16.safetensors; of shards NAME.fp16-00001-of-00002, and formerly NAME-00001-of-00002.fp16.
+_VARIANT = re.compile(r"^[^.]+?(?:\.([a-z]\w*))?(?:-\d+-of-\d+)?\.safetensors$")
 _READ = ("*.json", "*.safetensors", "*.txt", "*.model")
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 _TOKENIZER = (
@@ -15,22 +18,28 @@ _TOKENIZER = (
 )
 
 
-def require_safetensors(folder_or_id: str, part: str) -> tuple[str, str | None]:
+def require_safetensors(folder_or_id: str, part: str, variant: str | None = None) -> tuple[str, str | None]:
     """The (root, subfolder) on this disk to load from: the part itself, or a model folder that holds it.
 
-    A Hugging Face id stands as `hf://owner/name` (inside a flow's recipe, whose bare names are folders), or bare; what
-    the part needs of it is downloaded once, to the Hub's own cache.
+    Of several sets of weights the variant's (e.g. "fp16") are meant, or those without a variant. A Hugging Face id
+    stands as `hf://owner/name` (inside a flow's recipe, whose bare names are folders), or bare; what the part needs of
+    it is downloaded once, to the Hub's own cache.
 
     Raises:
         UserError: for a folder or id that is missing, or that has only pickled weights.
     """
     name = hub_id(folder_or_id, part)
-    root = Path(folder_or_id) if name is None else _download(name, part)
+    root = Path(folder_or_id) if name is None else _download(name, part, variant)
     subfolder = part if (root / part / "config.json").exists() else None
     folder = root / subfolder if subfolder else root
     if not (folder / "config.json").exists():
         raise UserError(f"{folder_or_id} holds neither config.json nor {part}/config.json: it is no {part} folder.")
-    if not _weights(folder):
+    if not weight_files(folder, variant):
+        if others := sorted({str(_variant(path)) for path in folder.glob("*.safetensors")}):
+            raise UserError(
+                f"{folder} has no weights {f'of the variant {variant!r}' if variant else 'without a variant'}; "
+                f"it has the variants {', '.join(others)}."
+            )
         pickled = [path.name for path in folder.glob("*") if path.suffix in _PICKLES]
         raise UserError(
             f"{folder_or_id if name else folder} holds no .safetensors file"
@@ -56,7 +65,7 @@ def weights_sha256(folder_or_id: str, part: str) -> str:
     """sha256 (hex) over the part's safetensors files, in the order of their names, wherever they came from."""
     root, subfolder = require_safetensors(folder_or_id, part)
     digest = hashlib.sha256()
-    for path in _weights(Path(root, subfolder or "")):
+    for path in weight_files(Path(root, subfolder or "")):
         with path.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
@@ -93,20 +102,27 @@ def without_bars() -> None:
     huggingface_hub.utils.enable_progress_bars()
 
 
-def _weights(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.safetensors") if TWINS not in path.name)
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The safetensors files of a part: those of the variant, or those of none."""
+    return sorted(path for path in folder.glob("*.safetensors") if _variant(path) == variant)
 
 
-def _download(name: str, part: str) -> Path:
+def _variant(path: Path) -> str | None:
+    match = _VARIANT.match(path.name)
+    return match[1] if match else None
+
+
+def _download(name: str, part: str, variant: str | None) -> Path:
     """The snapshot of a repository with the part and its tokenizer: from folders of their own, or all from its root."""
     from huggingface_hub import snapshot_download
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=["config.json", "*/config.json"]))
+        twins = [f"*{TWINS}*"] if variant is None else []
         if (folder / part / "config.json").exists():
-            wanted, left = [f"{place}/{kind}" for place in (part, "tokenizer") for kind in _READ], [f"*{TWINS}*"]
+            wanted, left = [f"{place}/{kind}" for place in (part, "tokenizer") for kind in _READ], twins
         else:
-            wanted, left = list(_READ), [f"*{TWINS}*", "*/*"]
+            wanted, left = list(_READ), [*twins, "*/*"]
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=left))
     except Exception as error:  # of a dozen kinds: no network, no such id, a gated one, an incomplete cache
         said = " ".join(str(error).split())

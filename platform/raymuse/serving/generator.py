@@ -3,14 +3,14 @@
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from ray import serve
 
-from raymuse.pipeline import Pipeline
+from raymuse.pipeline import Options, Pipeline
 from raymuse.serving.instance import QUIET
 
 
@@ -26,9 +26,9 @@ class DrawRequest:
     temperature: float | None = None
 
     @property
-    def sampling(self) -> tuple[int, float, float]:
-        """What requests of one batch must share; -1 stands for the default."""
-        return (self.steps or -1, _or(self.guidance), _or(self.temperature))
+    def options(self) -> Options:
+        given = {"steps": self.steps, "guidance": self.guidance, "temperature": self.temperature}
+        return cast(Options, {name: value for name, value in given.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -73,23 +73,9 @@ class Generator:
 
 
 def draw_all(pipeline: Pipeline, requests: list[DrawRequest]) -> list[Drawing]:
-    """Draw requests, those with equal sampling parameters together; the answers keep the requests' order."""
-    drawings: dict[int, Drawing] = {}
-    order = sorted(range(len(requests)), key=lambda place: requests[place].sampling)
-    for _, group in groupby(order, key=lambda place: requests[place].sampling):
-        places = list(group)
-        first = requests[places[0]]
-        drawn = pipeline(
-            [requests[place].prompt for place in places],
-            negative=[requests[place].negative for place in places],
-            seeds=[requests[place].seed for place in places],
-            steps=first.steps,
-            guidance=first.guidance,
-            temperature=first.temperature,
-        )
-        for place, pixels, base in zip(places, drawn.pixels, drawn.base_pixels, strict=True):
-            drawings[place] = Drawing(pixels, base)
-    return [drawings[place] for place in range(len(requests))]
+    """Draw requests together, whatever their steps and guidance; the answers keep their order."""
+    drawn = pipeline.draw([pipeline.request(one.prompt, one.seed, one.negative, **one.options) for one in requests])
+    return [Drawing(picture.pixels, picture.base_pixels) for picture in drawn]
 
 
 def deployed(
@@ -112,7 +98,3 @@ def deployed(
 def batches_at_a_time(cpus: float, gpus: float) -> int:
     """Batches that a replica draws at a time: one a core, or one on its GPU."""
     return 1 if gpus else max(1, int(cpus))
-
-
-def _or(value: float | None) -> float:
-    return -1.0 if value is None else value

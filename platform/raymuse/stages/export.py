@@ -44,7 +44,7 @@ def export(config: ExportConfig, run: Run) -> str:
             shutil.copytree(source, folder / name, dirs_exist_ok=True)
         settings = _settings(config, folder)
         settings.save(folder)
-        _write_diffusers(folder)
+        write_diffusers(folder)
         (folder / "README.md").write_text(model_card(config, settings, sums))
         pipeline = Pipeline.load(config.output)
         run.metrics(_sizes(pipeline), 0)
@@ -93,7 +93,7 @@ def _settings(config: ExportConfig, folder: Path) -> Settings:
     )
 
 
-def _write_diffusers(folder: Path) -> None:
+def write_diffusers(folder: Path) -> None:
     """model_index.json and the scheduler: what makes the folder an AmusedPipeline."""
     import diffusers
 

@@ -26,8 +26,7 @@ from ray.serve.handle import DeploymentHandle
 
 from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.generate import GenerateConfig
-from raymuse.models.weights import weights_sha256
-from raymuse.pipeline import SETTINGS, Pipeline, image_seed
+from raymuse.pipeline import Pipeline, image_seed, model_sha256
 from raymuse.serving.generator import Drawing, DrawRequest, batches_at_a_time, deployed
 from raymuse.serving.instance import join_serve
 from raymuse.storage.contact_sheet import Entry, sheet_html, sheet_png
@@ -98,7 +97,13 @@ def generate(config: GenerateConfig, run: Run) -> str:
         sampling = Pipeline.load(config.model).settings.base
         defaults = {"steps": sampling.steps, "guidance": sampling.guidance, "temperature": sampling.temperature}
         chosen = {name: value if (value := getattr(config, name)) is not None else defaults[name] for name in defaults}
-        _draw_pending(manifest, plan, config, {**chosen, "model": facts["model_sha256"][:16]}, run)
+        _draw_pending(
+            manifest,
+            plan,
+            config,
+            {**chosen, "model": facts["model_sha256"][:16], "batch_size": config.batch_size},
+            run,
+        )
         _write_tables(manifest)
         _write_sheets(manifest, run)
         manifest.finish(**facts)
@@ -108,16 +113,6 @@ def generate(config: GenerateConfig, run: Run) -> str:
     if rejects > config.max_reject_fraction * total:
         raise TooManyRejects(rejects, total, f"{config.output}/rejects")
     return config.output
-
-
-def model_sha256(folder_or_id: str) -> str:
-    """One sha256 (hex) for everything that decides the pictures: all weights, and how they are drawn from."""
-    folder = Path(folder_or_id)
-    cascade = [part for part in ("superres", "superres_vqvae") if (folder / part).exists()]
-    sums = {part: weights_sha256(folder_or_id, part) for part in ("transformer", "vqvae", "text_encoder", *cascade)}
-    if (settings := folder / SETTINGS).exists():
-        sums["settings"] = hashlib.sha256(settings.read_bytes()).hexdigest()
-    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
 def read_prompts(address: str) -> list[Prompt]:

@@ -31,6 +31,7 @@ ROWS_SCHEMA = pa.schema(
         ("steps", pa.int32()),
         ("guidance", pa.float32()),
         ("temperature", pa.float32()),
+        ("batch_size", pa.int32()),
         ("model", pa.string()),
         ("part", pa.string()),
     ]
@@ -53,6 +54,7 @@ class PictureRow:
     steps: int
     guidance: float
     temperature: float
+    batch_size: int
     model: str
     part: str
 

@@ -23,7 +23,7 @@ from raymuse.models.superres import SuperRes, SuperResConfig
 from raymuse.models.text import TextEncoder
 from raymuse.models.uvit import UVit, UVitConfig
 from raymuse.models.vqgan import Vqgan
-from raymuse.pipeline import load_uvit, sample_ids, save_network
+from raymuse.pipeline import Course, load_uvit, sample_ids, save_network
 from raymuse.storage.tokens import TokenStore
 from raymuse.training.engine import Engine
 from raymuse.training.order import SampleOrder
@@ -134,13 +134,14 @@ class MaskedTask:
             batch["low_ids"] = torch.from_numpy(rows.low_ids)
         loss = MaskedLoss(network, 0.0)
         with torch.no_grad():
+            sampling = SamplingConfig(temperature=0.5, guidance=1)
             ids = sample_ids(
                 network,
                 loss.condition(batch),
                 None,
-                grid=self.grid,
+                ids=torch.full((len(truth), *self.grid), network.config.mask_id),
                 seeds=list(range(len(truth))),
-                sampling=SamplingConfig(temperature=0.5),
+                courses=[Course.of(sampling, self.grid[0] * self.grid[1])] * len(truth),
             )
         vqgan = Vqgan.load(self.config.vqgan)
         return sheet([vqgan.decode(truth), vqgan.decode(ids.cpu())])

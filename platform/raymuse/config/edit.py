@@ -1,0 +1,46 @@
+"""One picture from another."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from raymuse.config.base import Address, AddressMark, Config
+
+Task = Literal["image-to-image", "inpaint", "outpaint", "mask-free", "super-resolution"]
+
+
+class EditConfig(Config):
+    """Draw from a picture and a prompt, at once and without Ray."""
+
+    stage: Literal["edit"] = "edit"
+    model: Address = Field(description="model folder")
+    task: Task = Field(description="what is kept of the picture: see docs/generate.md")
+    picture: Address = Field(description="the file to start from")
+    prompt: str = Field(description="what the result shows")
+    negative: str = ""
+    output: Address = Field("edited.png", description="PNG to write; of several samples NAME-0.png, NAME-1.png, ...")
+    mask: Annotated[str, AddressMark()] | None = Field(
+        None, description="inpaint: a picture as large as the other, white where to draw"
+    )
+    strength: float = Field(0.8, ge=0, le=1, description="image-to-image: 0 keeps the picture, 1 ignores it")
+    sides: tuple[int, int, int, int] = Field(
+        (0, 0, 0, 0), description="outpaint: pixels to add at the left, top, right and bottom"
+    )
+    rounds: int = Field(100, ge=1, description="mask-free: how often a share of the ids is drawn again")
+    share: float = Field(0.08, gt=0, le=1, description="mask-free: that share")
+    paste: bool = Field(False, description="inpaint, outpaint: put the picture's own pixels back outside the mask")
+    size: tuple[int, int] | None = Field(
+        None, description="width and height to which picture and mask are first resized and cut; null: as they are"
+    )
+    seed: int = 0
+    samples: int = Field(1, ge=1, description="how many variations")
+    sampling: dict[str, Any] = Field({}, description="changes to the model's own: sampling.steps=18 ...")
+
+
+class RepeatConfig(Config):
+    """Draw a picture of `raymuse generate` once more, from what its file says."""
+
+    stage: Literal["repeat"] = "repeat"
+    picture: Address = Field(description="PNG that `raymuse generate` wrote")
+    model: Address = Field(description="the model folder that drew it")
+    output: Address = Field("repeated.png", description="PNG to write")

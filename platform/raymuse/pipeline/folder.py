@@ -1,0 +1,148 @@
+"""The model folder: diffusers' layout with what ours adds, read and written.
+
+transformer/ vqvae/ text_encoder/ tokenizer/ scheduler/     as diffusers has them, safetensors only
+superres/ superres_vqvae/                                   of a cascade; the second where it has a VQGAN of its own
+generation_config.json                                      how the weights are best drawn from
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from raymuse.config.errors import UserError
+from raymuse.config.export import SamplingConfig
+from raymuse.models.superres import SuperRes, SuperResConfig
+from raymuse.models.text import TextEncoder
+from raymuse.models.uvit import UVit, UVitConfig
+from raymuse.models.weights import hub_id, require_safetensors, weight_files, weights_sha256
+
+SETTINGS = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """generation_config.json: how the weights are best drawn from."""
+
+    base_size: int
+    size: int
+    micro_conditioning: tuple[float, float, float, float, float]
+    base: SamplingConfig
+    superres: SamplingConfig | None = None
+
+    def save(self, folder: Path) -> None:
+        record = {
+            "base_size": self.base_size,
+            "size": self.size,
+            "micro_conditioning": list(self.micro_conditioning),
+            "base": self.base.model_dump(),
+            "superres": None if self.superres is None else self.superres.model_dump(),
+        }
+        (folder / SETTINGS).write_text(json.dumps(record, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path, transformer: UVitConfig, factor: int) -> Self:
+        """From the folder; a plain diffusers folder has none and gets aMUSEd's defaults for its size."""
+        path = folder / SETTINGS
+        if not path.exists():
+            size = 512 if transformer.downsample else 256
+            guidance = 10.0 if transformer.downsample else 4.0  # best FID per model (facts of the aMUSEd sweep)
+            return cls(size, size, (size, size, 0, 0, 6), SamplingConfig(guidance=guidance))
+        record = json.loads(path.read_text())
+        m = record["micro_conditioning"]
+        high = record["superres"]
+        return cls(
+            record["base_size"],
+            record["size"],
+            (m[0], m[1], m[2], m[3], m[4]),
+            SamplingConfig(**record["base"]),
+            None if high is None else SamplingConfig(**high),
+        )
+
+
+def save_network(network: nn.Module, config: dict[str, Any], folder: Path, weights: dict[str, Tensor]) -> None:
+    """Write config.json and diffusion_pytorch_model.safetensors of a transformer, fp32, checked by loading."""
+    network.load_state_dict(weights, strict=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(contiguous, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+
+
+def load_uvit(folder: Path, device: str = "cpu", variant: str | None = None) -> UVit:
+    """A base transformer from a folder with diffusers' config.json and safetensors."""
+    config = _read_config(folder, "transformer", variant)
+    network = UVit(UVitConfig.from_diffusers(config))
+    _load_weights(network, folder, variant)
+    return network.eval().requires_grad_(False).to(device)
+
+
+def load_superres(folder: Path, device: str = "cpu", variant: str | None = None) -> SuperRes:
+    """A super-resolution transformer from its folder."""
+    network = SuperRes(SuperResConfig.from_dict(_read_config(folder, "superres", variant)))
+    _load_weights(network, folder, variant)
+    return network.eval().requires_grad_(False).to(device)
+
+
+def _read_config(folder: Path, part: str, variant: str | None) -> dict[str, Any]:
+    require_safetensors(str(folder), part, variant)
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
+
+
+def _load_weights(network: nn.Module, folder: Path, variant: str | None) -> None:
+    """Fill the network from the folder's safetensors."""
+    weights: dict[str, Tensor] = {}
+    try:
+        for path in weight_files(folder, variant):
+            weights.update(load_file(path))
+        network.load_state_dict(weights, strict=True)
+    except (RuntimeError, SafetensorError) as error:
+        problems = [line.strip() for line in str(error).splitlines()]
+        raise UserError(f"{folder}: the weights are damaged, or not its config.json's: {problems[-1]}") from error
+
+
+def local_folder(folder_or_id: str) -> Path:
+    """The model folder on this disk; a Hugging Face id is downloaded, safetensors only."""
+    folder = Path(folder_or_id)
+    name = hub_id(folder_or_id, "transformer")
+    if name is not None:
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+    for part in ("transformer", "vqvae", "text_encoder", "tokenizer"):
+        if not (folder / part).exists():
+            raise UserError(f"{folder_or_id} has no {part}/: it is no model folder. `raymuse export` writes one.")
+    return folder
+
+
+def model_sha256(folder_or_id: str) -> str:
+    """One sha256 (hex) for everything that decides the pictures: all weights, and how they are drawn from."""
+    folder = Path(folder_or_id)
+    cascade = [part for part in ("superres", "superres_vqvae") if (folder / part).exists()]
+    sums = {part: weights_sha256(folder_or_id, part) for part in ("transformer", "vqvae", "text_encoder", *cascade)}
+    if (settings := folder / SETTINGS).exists():
+        sums["settings"] = hashlib.sha256(settings.read_bytes()).hexdigest()
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+
+
+def check_widths(name: str, part: str, config: UVitConfig | SuperResConfig, codes: int, text: TextEncoder) -> None:
+    """Raise UserError where a transformer was made for another VQGAN or another text encoder."""
+    wanted = {"codebook_size": codes, "encoder_hidden_size": text.width}
+    if isinstance(config, UVitConfig):
+        wanted["cond_embed_dim"] = text.pooled_width
+    wrong = [
+        f"{field} is {getattr(config, field)} and must be {value}"
+        for field, value in wanted.items()
+        if getattr(config, field) != value
+    ]
+    if wrong:
+        raise UserError(
+            f"{name}: {part}/ does not belong to this VQGAN and text encoder: {', '.join(wrong)}. "
+            "Use the parts that it was trained with."
+        )

@@ -1,0 +1,84 @@
+"""Pictures drawn at once, without Ray: `raymuse edit`, and a drawn picture once more (`generate --from-png`)."""
+
+from pathlib import Path
+from typing import Any
+
+from raymuse.config.edit import EditConfig, RepeatConfig
+from raymuse.config.errors import UserError
+from raymuse.pipeline import Picture, Pipeline, image_seed, model_sha256
+from raymuse.storage.pictures import png_bytes, png_facts
+
+
+def edit(config: EditConfig) -> list[str]:
+    """Draw the variations and return their files. Each PNG carries how it was made.
+
+    Raises:
+        UserError: before any work, for what cannot be read or does not fit together.
+    """
+    places = _places(Path(config.output), config.samples)
+    pipeline = Pipeline.load(config.model, batch_size=1)
+    facts = config.model_dump(mode="json", exclude={"stage", "model", "output", "samples", "seed"})
+    facts |= {"model": model_sha256(config.model)[:16], "batch_size": 1}
+    for sample, place in enumerate(places):
+        seed = config.seed if config.samples == 1 else image_seed(config.seed, 0, sample)
+        (picture,) = pipeline.edit(
+            config.task,
+            [config.prompt],
+            [config.picture],
+            seeds=[seed],
+            negative=config.negative,
+            masks=None if config.mask is None else [config.mask],
+            strength=config.strength,
+            sides=config.sides,
+            rounds=config.rounds,
+            share=config.share,
+            size=config.size,
+            paste=config.paste,
+            **config.sampling,
+        ).pictures
+        place.write_bytes(png_bytes(picture.pixels, {**facts, "seed": seed}))
+    return [str(place) for place in places]
+
+
+def repeat(config: RepeatConfig) -> str:
+    """Draw a picture of `raymuse generate` once more, from what its file says, and return the new file.
+
+    Raises:
+        UserError: for a file that does not say how it was drawn, or another model.
+    """
+    png, model = Path(config.picture), config.model
+    (output,) = _places(Path(config.output), 1)
+    if not png.is_file():
+        raise UserError(f"the picture {png} does not exist.")
+    facts = png_facts(png.read_bytes())
+    if missing := sorted({"prompt", "negative", "seed", "steps", "guidance", "temperature", "model"} - facts.keys()):
+        raise UserError(
+            f"{png} does not say how it was drawn ({', '.join(missing)} missing from its text): give a PNG that "
+            "`raymuse generate` wrote, not saved anew by another program."
+        )
+    if facts["model"] != (given := model_sha256(model)[:16]):
+        raise UserError(f"{png} was drawn by another model: {facts['model']}, and {model} is {given}.")
+    output.write_bytes(png_bytes(_drawn(model, facts).pixels, facts))
+    return str(output)
+
+
+def _drawn(model: str, facts: dict[str, Any]) -> Picture:
+    pipeline = Pipeline.load(model, batch_size=int(facts.get("batch_size", 1)))
+    (picture,) = pipeline(
+        [facts["prompt"]],
+        seeds=[facts["seed"]],
+        negative=facts["negative"],
+        steps=facts["steps"],
+        guidance=facts["guidance"],
+        temperature=facts["temperature"],
+    ).pictures
+    return picture
+
+
+def _places(output: Path, samples: int) -> list[Path]:
+    """Where the pictures go. Raises UserError for another kind of file, or a folder that is not there."""
+    if output.suffix.lower() != ".png":
+        raise UserError(f"output={output}: pictures are written as .png, which carries how they were made.")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"output={output}: there is no folder {output.absolute().parent}; make it first.")
+    return [output] if samples == 1 else [output.with_stem(f"{output.stem}-{sample}") for sample in range(samples)]
