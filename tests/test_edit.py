@@ -1,5 +1,6 @@
 """Pictures from pictures: what each task keeps, draws and refuses, and that a batch changes nothing of it."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,15 @@ import pytest
 from PIL import Image
 
 import tiny
+from raymuse.cli.app import main
 from raymuse.config.errors import ConfigError, UserError
 from raymuse.datasets import shapes
+from raymuse.drawing.inputs import read_mask, read_picture
+from raymuse.drawing.model_folder import model_sha256
+from raymuse.drawing.tasks import UNKNOWN, from_picture, resampled, touched
 from raymuse.encoding.pictures import downscale
-from raymuse.pipeline import UNKNOWN, Drawn, Pipeline
-from raymuse.pipeline.inputs import read_mask, read_picture
-from raymuse.pipeline.tasks import from_picture, resampled, touched
+from raymuse.pipeline import Drawn, Pipeline, image_seed
+from raymuse.storage.pictures import png_bytes, png_facts
 
 SIDE = tiny.SIDE
 PROMPTS = [f"a picture of {word}" for word in ("one", "two", "three", "four", "five", "six", "seven")]
@@ -32,11 +36,6 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> str:
 def pipeline(request: pytest.FixtureRequest, encoders: str, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     folder = tmp_path_factory.mktemp("model") / request.param
     return Pipeline.load(tiny.write_model(folder, encoders, cascade=request.param == "cascade"), batch_size=8)
-
-
-def base_of(pipeline: Pipeline) -> Pipeline:
-    """The same model without its super-resolution."""
-    return pipeline
 
 
 def low_ids(pipeline: Pipeline, picture: np.ndarray) -> np.ndarray:
@@ -292,7 +291,7 @@ def test_what_does_not_fit_is_said_before_any_work(
 
 
 def test_a_wrong_option_is_said_with_the_nearest(pipeline: Pipeline) -> None:
-    with pytest.raises(ConfigError, match=r"masking: must be .*; was 'cosin'; did you mean 'cosine'"):
+    with pytest.raises(ConfigError, match=r"masking: must be .*; was 'cosin'; did you mean cosine"):
         pipeline(["a"], seeds=[1], masking="cosin")  # type: ignore[typeddict-item]
     with pytest.raises(ConfigError, match=r"guidance_span 0\.8, 0\.2: two shares of the steps"):
         pipeline(["a"], seeds=[1], guidance_span=(0.8, 0.2))
@@ -303,6 +302,79 @@ def test_a_wrong_option_is_said_with_the_nearest(pipeline: Pipeline) -> None:
 def test_a_prompt_that_is_too_long_is_cut_and_said(pipeline: Pipeline) -> None:
     with pytest.warns(UserWarning, match=r"^1 prompts have more than 24 tokens.* as of: 'a red circle a red"):
         pipeline(["a red circle " * 30, "a"], seeds=[1, 2])
+
+
+# --- the commands
+
+
+@pytest.fixture(scope="module")
+def folder(encoders: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.write_model(tmp_path_factory.mktemp("commands") / "model", encoders, cascade=True)
+
+
+def test_raymuse_edit_writes_what_python_draws(folder: str, tmp_path: Path) -> None:
+    Image.fromarray(PICTURES[0]).save(tmp_path / "a.png")
+    Image.fromarray(MASKS[1]).save(tmp_path / "m.png")
+    words = [
+        "task=inpaint",
+        f"picture={tmp_path}/a.png",
+        f"mask={tmp_path}/m.png",
+        "prompt=a small blue star",
+        "seed=7",
+    ]
+    words += [f"output={tmp_path}/b.png", "sampling.steps=3", "samples=2"]
+    assert main(["edit", folder, *words]) == 0
+    pipeline = Pipeline.load(folder, batch_size=1)
+    for sample in range(2):
+        data = (tmp_path / f"b-{sample}.png").read_bytes()
+        facts = png_facts(data)
+        assert facts["seed"] == image_seed(7, 0, sample)
+        assert (facts["task"], facts["prompt"], facts["sampling"]) == ("inpaint", "a small blue star", {"steps": 3})
+        drawn = pipeline.edit(
+            "inpaint", ["a small blue star"], PICTURES[:1], masks=MASKS[1:2], seeds=[facts["seed"]], steps=3
+        )
+        assert np.array_equal(np.asarray(Image.open(tmp_path / f"b-{sample}.png")), drawn.pixels[0])
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("task=paint", "task: must be .*; was 'paint'"),
+        ("output=b.jpg", "pictures are written as .png"),
+        ("output=nowhere/b.png", "there is no folder"),
+        ("picture=nothing.png", "the picture nothing.png does not exist"),
+        ("sampling.order=haltn", "order: must be .* did you mean halton"),
+        ("strength=2", "strength: must be at most 1"),
+    ],
+)
+def test_a_wrong_edit_is_one_sentence_and_writes_nothing(
+    word: str, said: str, folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(PICTURES[0]).save(tmp_path / "a.png")
+    words = {"task": "image-to-image", "picture": f"{tmp_path}/a.png", "prompt": "x", "output": f"{tmp_path}/b.png"}
+    key, _, value = word.partition("=")
+    assert main(["edit", folder, *(f"{name}={given}" for name, given in {**words, key: value}.items())]) == 2
+    assert re.search(said, capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_picture_is_drawn_once_more_from_its_file(
+    folder: str, encoders: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = Pipeline.load(folder, batch_size=4)
+    drawn = pipeline(["a small blue star", "a"], seeds=[7, 8], steps=3, negative="red")
+    facts = {"prompt": "a small blue star", "negative": "red", "seed": 7, "steps": 3, "batch_size": 4}
+    facts |= {"guidance": 3.0, "temperature": 2.0, "model": model_sha256(folder)[:16], "part": "part-000000"}
+    (tmp_path / "a.png").write_bytes(png_bytes(drawn.pixels[0], facts))
+    words = ["generate", "--from-png", f"{tmp_path}/a.png", f"output={tmp_path}/b.png"]
+    assert main([*words, f"model={folder}"]) == 0
+    assert (tmp_path / "b.png").read_bytes() == (tmp_path / "a.png").read_bytes()
+    other = tiny.write_model(tmp_path / "other", encoders)
+    assert main([*words, f"model={other}"]) == 2
+    assert "was drawn by another model" in capsys.readouterr().err
+    Image.fromarray(drawn.pixels[0]).save(tmp_path / "a.png")
+    assert main([*words, f"model={folder}"]) == 2
+    assert "does not say how it was drawn" in capsys.readouterr().err
 
 
 # --- pictures as people have them

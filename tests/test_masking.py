@@ -16,7 +16,9 @@ from raymuse.masking import (
     CONFIDENCE,
     MASK,
     SCHEDULES,
+    guidance_scales,
     guide,
+    halton_ranks,
     hide,
     masked_counts,
     nucleus,
@@ -258,3 +260,54 @@ def test_temperatures_fall_linearly_to_zero() -> None:
 @pytest.mark.parametrize(("scale", "wanted"), [(0.0, [1.0, 2.0]), (1.0, [3.0, 5.0]), (4.0, [9.0, 14.0])])
 def test_guidance_goes_on_from_the_unconditional_logits(scale: float, wanted: Sequence[float]) -> None:
     assert guide(torch.tensor([3.0, 5.0]), torch.tensor([1.0, 2.0]), scale).tolist() == wanted
+
+
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+def test_schedules_fall_from_all_to_none(schedule: str) -> None:
+    values = [SCHEDULES[schedule](r) for r in np.linspace(0, 1, 101)]
+    assert values[0] == pytest.approx(1)
+    assert values[-1] == pytest.approx(0, abs=1e-12)
+    assert (np.diff(values) < 0).all()
+
+
+def test_guidance_rises_over_the_steps_and_ends_with_its_span() -> None:
+    assert guidance_scales(5, 4) == [5, 5, 5, 5]
+    assert guidance_scales(5, 4, "linear") == [2, 3, 4, 5]
+    np.testing.assert_allclose(guidance_scales(5, 2, "cosine"), [3, 5])
+    assert guidance_scales(5, 4, span=(0.0, 0.5)) == [5, 5, 1, 1]
+    assert guidance_scales(5, 4, span=(0.25, 0.75)) == [1, 5, 5, 1]
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (16, 16), (5, 12), (1, 7)])
+def test_halton_ranks_are_an_order_that_spreads(grid: tuple[int, int]) -> None:
+    ranks = halton_ranks(*grid)
+    assert sorted(ranks) == list(range(grid[0] * grid[1]))
+    if grid == (16, 16):  # of the first 16 cells each is alone in its quarter of a quarter
+        first = np.argwhere(ranks.reshape(grid) < 16) // 4
+        assert len({tuple(cell) for cell in first}) >= 13
+
+
+@pytest.mark.parametrize(("top_k", "drawn"), [(1, {2}), (2, {0, 2}), (4, {0, 1, 2, 3}), (9, {0, 1, 2, 3})])
+def test_only_the_likeliest_codes_are_drawn(top_k: int, drawn: set[int]) -> None:
+    logits = torch.tensor([2.0, 1.0, 3.0, 0.5]).expand(1, 4000, 4)
+    choice = torch.from_numpy(uniforms(0, CHOICE, [0], 4000))
+    ids = reveal(
+        logits,
+        torch.full((1, 4000), 9),
+        choice,
+        choice,
+        torch.tensor([0]),
+        torch.tensor([0.0]),
+        mask_id=9,
+        top_k=top_k,
+    )
+    assert set(ids.unique().tolist()) == drawn
+
+
+def test_a_priority_takes_the_place_of_the_confidence() -> None:
+    logits, noise = fixed_logits(8, 5), torch.full((1, 8), 0.5)
+    priority = torch.tensor([[3.0, 7, 1, 0, 6, 2, 5, 4]])
+    ids = torch.full((1, 8), 9)
+    ids[0, 3] = 1
+    after = reveal(logits, ids, noise, noise, torch.tensor([5]), torch.tensor([2.0]), mask_id=9, priority=priority)
+    assert (after == 9).tolist() == [[True, False, True, False, False, True, True, True]]

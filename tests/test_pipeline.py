@@ -178,6 +178,107 @@ def test_diffusers_computes_the_same_logits(folder: str) -> None:
     torch.testing.assert_close(logits.permute(0, 3, 1, 2), wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("downsample", [False, True], ids=["256", "512"])
+def test_without_chance_diffusers_draws_the_same_ids_step_by_step(
+    downsample: bool, encoders: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy codes, no noise, guidance: equal logits and equal ids at every step, for both published shapes.
+
+    Four blocks a side tell all positions apart: of equally sure ones diffusers masks fewer than the schedule says.
+    """
+    shape = {"downsample": downsample, "upsample": downsample, "num_res_blocks": 4}
+    folder = tiny.write_model(tmp_path / "model", encoders, **shape)
+    theirs, ours = diffusers.AmusedPipeline.from_pretrained(folder), Pipeline.load(folder, batch_size=len(PROMPTS))
+    theirs.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(torch, "multinomial", lambda given, *_, **__: given.argmax(dim=-1, keepdim=True))
+    logits: dict[str, list[torch.Tensor]] = {"theirs": [], "ours": []}
+    head, forward = ours.base.head, theirs.transformer.forward
+
+    def our_head(features: torch.Tensor) -> torch.Tensor:
+        logits["ours"].append(head(features))
+        return logits["ours"][-1]
+
+    def their_forward(*given: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+        free, conditional = forward(*given, **named).chunk(2)
+        logits["theirs"].append(torch.cat([conditional, free]).permute(0, 2, 3, 1))
+        return torch.cat([free, conditional])
+
+    monkeypatch.setattr(ours.base, "head", our_head)
+    monkeypatch.setattr(theirs.transformer, "forward", their_forward)
+    steps: dict[str, list[np.ndarray]] = {"theirs": [], "ours": []}
+    theirs(
+        PROMPTS,
+        num_inference_steps=7,
+        guidance_scale=3.0,
+        temperature=(0, 0),
+        output_type="latent",
+        callback=lambda step, time, ids: steps["theirs"].append(ids.numpy().copy()),
+    )
+    ours(
+        PROMPTS,
+        seeds=SEEDS,
+        steps=7,
+        guidance=3.0,
+        temperature=0.0,
+        top_k=1,
+        on_step=lambda step, ids: steps["ours"].append(ids),
+    )
+    assert len(steps["ours"]) == len(steps["theirs"]) == 7
+    for mine, other in zip(logits["ours"], logits["theirs"], strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
+    for mine, other in zip(steps["ours"], steps["theirs"], strict=True):
+        assert np.array_equal(mine, other.reshape(mine.shape))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("diffusion_pytorch_model.fp16.safetensors",),
+        (
+            "diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+            "diffusion_pytorch_model.fp16-00002-of-00002.safetensors",
+        ),
+        (
+            "diffusion_pytorch_model-00001-of-00002.fp16.safetensors",
+            "diffusion_pytorch_model-00002-of-00002.fp16.safetensors",
+        ),
+    ],
+    ids=["one file", "shards", "shards as they were named before"],
+)
+def test_the_weights_of_a_variant_are_read_by_either_naming(
+    names: tuple[str, ...], folder: str, tmp_path: Path
+) -> None:
+    place = copied(folder, tmp_path)
+    for part, stem in (("vqvae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        (place / part / f"{stem}.safetensors").rename(place / part / f"{stem}.fp16.safetensors")
+    plain = place / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = sorted(load_file(plain).items())
+    plain.unlink()
+    for number, name in enumerate(names):
+        share = {key: value.half() for key, value in weights[number :: len(names)]}
+        save_file(share, plain.with_name(name), metadata={"format": "pt"})
+    half = Pipeline.load(str(place), variant="fp16", batch_size=8)
+    for key, value in half.base.state_dict().items():
+        assert torch.equal(value, dict(weights)[key].half().float())
+    with pytest.raises(UserError, match=r"has no weights without a variant; it has the variants fp16\.$"):
+        Pipeline.load(str(place))
+    with pytest.raises(UserError, match=r"has no weights of the variant 'bf16'"):
+        Pipeline.load(str(place), variant="bf16")
+
+
+def test_parts_that_do_not_belong_together_are_refused(encoders: str, tmp_path: Path) -> None:
+    for number, (change, said) in enumerate(
+        [
+            ({"codebook_size": 40}, "codebook_size is 40 and must be 32"),
+            ({"encoder_hidden_size": 24}, "encoder_hidden_size is 24 and must be 16"),
+            ({"cond_embed_dim": 9}, "cond_embed_dim is 9 and must be 8"),
+        ]
+    ):
+        folder = tiny.write_model(tmp_path / str(number), encoders, **change)
+        with pytest.raises(UserError, match=f"transformer/ does not belong to this VQGAN and text encoder: {said}"):
+            Pipeline.load(folder)
+
+
 def test_a_plain_diffusers_folder_gets_amuseds_defaults(folder: str, tmp_path: Path) -> None:
     place = copied(folder, tmp_path)
     (place / "generation_config.json").unlink()

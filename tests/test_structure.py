@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "platform" / "raymuse"
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
-FREE_OF_RAY = ("pipeline", "training", "encoding", "models", "masking")
+FREE_OF_RAY = ("pipeline", "drawing", "training", "encoding", "models", "masking")
 
 IMPORT_WITHOUT = """
 import importlib, sys

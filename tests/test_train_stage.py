@@ -13,7 +13,7 @@ import tiny
 from processes import children_named, wait_until
 from raymuse.config.errors import UserError
 from raymuse.config.training import BaseConfig
-from raymuse.pipeline import load_uvit
+from raymuse.drawing.model_folder import load_uvit
 from raymuse.stages.train import train
 from raymuse.storage import checkpoint
 from raymuse.tracking.run import Run

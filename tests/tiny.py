@@ -11,12 +11,12 @@ from raymuse.config.export import SamplingConfig
 from raymuse.config.pretokenize import PretokenizeConfig
 from raymuse.config.training import BaseConfig, ClipConfig, SuperresConfig, VqganConfig
 from raymuse.datasets import shapes
+from raymuse.drawing.model_folder import Settings, save_network
 from raymuse.encoding.chunks import decode_chunks
 from raymuse.encoding.encoder import ChunkEncoder
 from raymuse.models.superres import SuperRes, SuperResConfig
 from raymuse.models.uvit import UVit, UVitConfig
 from raymuse.models.weights import weights_sha256
-from raymuse.pipeline import Settings, save_network
 from raymuse.stages.export import write_diffusers
 from raymuse.storage.images import list_shards
 from raymuse.storage.manifest import Manifest
@@ -137,15 +137,18 @@ def write_tokens(folder: Path, shards: str, encoders: str, **changes: Any) -> st
     return str(folder)
 
 
-def write_model(folder: Path, encoders: str, *, cascade: bool = False) -> str:
-    """A model folder of random weights, as the export stage lays it out; `cascade` adds `superres/`."""
+def write_model(folder: Path, encoders: str, *, cascade: bool = False, **changes: Any) -> str:
+    """A model folder of random weights, as the export stage lays it out; `cascade` adds `superres/`.
+
+    changes: of the base's shape.
+    """
     source = Path(encoders)
     for part in ("vqvae", "text_encoder", "tokenizer"):
         (folder / part).parent.mkdir(parents=True, exist_ok=True)
         _copy(source / part, folder / part)
     grid = LOW_SIDE // 4 if cascade else SIDE // 4
     shared = {"encoder_hidden_size": CLIP["width"], "vocab_size": CODES + 64, "codebook_size": CODES}
-    base = UVitConfig(**{**UVIT, **shared, "cond_embed_dim": CLIP["projection"], "sample_size": grid})
+    base = UVitConfig(**{**UVIT, **shared, "cond_embed_dim": CLIP["projection"], "sample_size": grid, **changes})
     save_network(UVit(base), base.to_diffusers(), folder / "transformer", _random_weights(UVit(base)))
     high = None
     if cascade:

@@ -19,8 +19,9 @@ from report import Row, compare, write
 from raymuse.config.export import SamplingConfig
 from raymuse.config.training import ClipConfig
 from raymuse.datasets import shapes
+from raymuse.drawing.model_folder import Settings, save_network
 from raymuse.models.uvit import UVit, UVitConfig
-from raymuse.pipeline import Pipeline, Settings, save_network
+from raymuse.pipeline import Pipeline
 from raymuse.stages.export import write_diffusers
 from raymuse.storage.webdataset_writer import write_shard
 from raymuse.training.clip import ClipTask
@@ -102,7 +103,7 @@ def same_ids(ours: Pipeline, theirs: AmusedPipeline) -> None:
     torch.multinomial = lambda probabilities, *_, **__: probabilities.argmax(-1, keepdim=True)
     try:
         wanted = theirs(
-            [PROMPT], num_inference_steps=STEPS, guidance_scale=GUIDANCE, temperature=0, output_type="latent"
+            [PROMPT], num_inference_steps=STEPS, guidance_scale=GUIDANCE, temperature=(0, 0), output_type="latent"
         ).images
     finally:
         torch.multinomial = sample

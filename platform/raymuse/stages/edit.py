@@ -5,7 +5,8 @@ from typing import Any
 
 from raymuse.config.edit import EditConfig, RepeatConfig
 from raymuse.config.errors import UserError
-from raymuse.pipeline import Picture, Pipeline, image_seed, model_sha256
+from raymuse.drawing.model_folder import model_sha256
+from raymuse.pipeline import Picture, Pipeline, image_seed
 from raymuse.storage.pictures import png_bytes, png_facts
 
 

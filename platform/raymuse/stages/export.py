@@ -11,9 +11,10 @@ from typing import Any
 
 from raymuse.config.errors import UserError
 from raymuse.config.export import ExportConfig
+from raymuse.drawing.model_folder import Settings
 from raymuse.models.vqgan import Vqgan
 from raymuse.models.weights import weights_sha256
-from raymuse.pipeline import Pipeline, Settings
+from raymuse.pipeline import Pipeline
 from raymuse.storage.folder import Folder
 from raymuse.storage.manifest import Manifest
 from raymuse.tracking.run import Run

@@ -26,7 +26,8 @@ from ray.serve.handle import DeploymentHandle
 
 from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.generate import GenerateConfig
-from raymuse.pipeline import Pipeline, image_seed, model_sha256
+from raymuse.drawing.model_folder import model_sha256
+from raymuse.pipeline import Pipeline, image_seed
 from raymuse.serving.generator import Drawing, DrawRequest, batches_at_a_time, deployed
 from raymuse.serving.instance import join_serve
 from raymuse.storage.contact_sheet import Entry, sheet_html, sheet_png

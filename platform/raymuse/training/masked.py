@@ -18,12 +18,13 @@ from torch.nn import functional as F
 from raymuse.config.errors import ConfigError, UserError
 from raymuse.config.export import SamplingConfig
 from raymuse.config.training import BaseConfig, MaskedConfig, Precision, SuperresConfig
+from raymuse.drawing.model_folder import load_uvit, save_network
+from raymuse.drawing.sampler import Course, sample_ids
 from raymuse.masking import CAPTION, DROPOUT, LOW_NOISE, hide, uniforms
 from raymuse.models.superres import SuperRes, SuperResConfig
 from raymuse.models.text import TextEncoder
 from raymuse.models.uvit import UVit, UVitConfig
 from raymuse.models.vqgan import Vqgan
-from raymuse.pipeline import Course, load_uvit, sample_ids, save_network
 from raymuse.storage.tokens import TokenStore
 from raymuse.training.engine import Engine
 from raymuse.training.order import SampleOrder

@@ -24,17 +24,17 @@ from raymuse.config.edit import Task
 from raymuse.config.errors import ConfigError, UserError
 from raymuse.config.explain import sentences
 from raymuse.config.export import SamplingConfig
+from raymuse.drawing import tasks
+from raymuse.drawing.inputs import Mask, PictureLike, Pixels, fit, fit_mask, grown, read_mask, read_picture
+from raymuse.drawing.model_folder import Settings, check_widths, load_superres, load_uvit, local_folder
+from raymuse.drawing.sampler import Course, OnStep, TokenTransformer, sample_ids
+from raymuse.drawing.tasks import UNKNOWN, Ids, Request, Stage
 from raymuse.encoding.pictures import downscale
 from raymuse.masking import CHOICE, CONFIDENCE, HIGH_CHOICE, HIGH_CONFIDENCE
 from raymuse.models.superres import SuperRes
 from raymuse.models.text import TextEncoder
 from raymuse.models.uvit import UVit
 from raymuse.models.vqgan import Vqgan
-from raymuse.pipeline import tasks
-from raymuse.pipeline.folder import Settings, check_widths, load_superres, load_uvit, local_folder
-from raymuse.pipeline.inputs import Mask, PictureLike, Pixels, fit, fit_mask, grown, read_mask, read_picture
-from raymuse.pipeline.sampler import Course, OnStep, TokenTransformer, sample_ids
-from raymuse.pipeline.tasks import UNKNOWN, Ids, Request, Stage
 
 Size = tuple[int, int]
 Texts = str | Sequence[str]
@@ -167,7 +167,7 @@ class Pipeline:
             UserError: before any work, for what does not fit together.
         """
         sizes = size if isinstance(size, list) else [size] * len(prompts)
-        known = [None] * len(prompts) if ids is None else ids
+        known = [None] * len(prompts) if ids is None else list(ids)
         each = _each(len(prompts), seeds=seeds, negatives=_texts(negative, prompts), sizes=sizes, ids=known)
         requests = [self.request(*parts, **options) for parts in zip(prompts, *each, strict=True)]
         return Drawn(self.draw(requests, on_step))
@@ -323,7 +323,8 @@ class Pipeline:
     def _base_ids(self, pixels: Pixels) -> Ids:
         """The base's ids of a picture of the final size."""
         height, width = (side * self.vqgan.factor for side in self._grids(_size(pixels))[0])
-        return self.vqgan.encode(downscale(pixels, (height, width))[None])[0]
+        ids: Ids = self.vqgan.encode(downscale(pixels, (height, width))[None])[0]
+        return ids
 
     def _anew(self, pixels: Pixels) -> Stage | None:
         """The high-res ids of a picture's size, all to be drawn."""

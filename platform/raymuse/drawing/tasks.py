@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from raymuse.config.errors import UserError
 from raymuse.config.export import SamplingConfig
+from raymuse.drawing.inputs import Mask
+from raymuse.drawing.sampler import Course, Draws
 from raymuse.masking import START, uniforms
-from raymuse.pipeline.inputs import Mask
-from raymuse.pipeline.sampler import Course, Draws
 
 Ids = NDArray[np.int64]
 
@@ -114,4 +114,5 @@ def resampled(ids: Ids, sampling: SamplingConfig, seed: int, rounds: int = ROUND
 def touched(mask: Mask, grid: tuple[int, int]) -> NDArray[np.bool_]:
     """Which cells of a grid (h, w) a mask (H, W) touches: none of its pixels survives in a known cell."""
     height, width = grid
-    return mask.reshape(height, mask.shape[0] // height, width, mask.shape[1] // width).any(axis=(1, 3))
+    cells = mask.reshape(height, mask.shape[0] // height, width, mask.shape[1] // width)
+    return np.asarray(cells.any(axis=(1, 3)))

@@ -119,7 +119,8 @@ def sample_ids(
     draws = draws or Draws()
     grid, mask_id, device = tuple(ids.shape[1:]), int(network.config.mask_id), ids.device
     batch, length = len(seeds), grid[0] * grid[1]
-    steps = max(len(course.remaining) for course in courses)
+    if not (steps := max(len(course.remaining) for course in courses)):
+        return ids
     choice, confidence = (_noise(seeds, stream, steps, length).to(device) for stream in streams)
     remaining = _table([course.remaining for course in courses], steps, 0, torch.int64).to(device)
     heat = _table([course.temperature for course in courses], steps, 0.0, torch.float64).to(device)

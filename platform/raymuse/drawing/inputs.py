@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from raymuse.config.errors import UserError
-from raymuse.encoding.pictures import Unreadable, crop, decode
+from raymuse.encoding.pictures import crop, decode
+from raymuse.storage.rejects import Unreadable
 
 PictureLike = Image.Image | NDArray[Any] | str | Path
 Pixels = NDArray[np.uint8]
