@@ -17,6 +17,7 @@ from raymuse.drawing.inputs import read_mask, read_picture
 from raymuse.drawing.model_folder import model_sha256
 from raymuse.drawing.tasks import UNKNOWN, from_picture, resampled, touched
 from raymuse.encoding.pictures import downscale
+from raymuse.models.clip import Clip
 from raymuse.pipeline import Drawn, Pipeline, image_seed
 from raymuse.storage.pictures import png_bytes, png_facts
 
@@ -242,6 +243,17 @@ def test_known_ids_stay_and_the_others_are_told_step_by_step(pipeline: Pipeline)
     assert masked == sorted(masked, reverse=True)
     assert masked[-1] == 0
     assert np.array_equal(seen[-1], drawn.base_ids)
+
+
+def test_the_best_of_several_is_what_clip_finds_nearest(pipeline: Pipeline, encoders: str) -> None:
+    clip = Clip.load(encoders)
+    best = pipeline.best_of(5, clip, PROMPTS[:3], seeds=SEEDS[:3], steps=2)
+    assert len({picture.ids.tobytes() for picture in best.pictures}) == 3
+    for prompt, seed, picture in zip(PROMPTS, SEEDS, best.pictures, strict=False):
+        seeds = [image_seed(seed, 0, sample) for sample in range(5)]
+        drawn = pipeline([prompt] * 5, seeds=seeds, steps=2)
+        scores = clip.score(drawn.pixels, [prompt] * 5)
+        assert np.array_equal(drawn.ids[scores.argmax()], picture.ids)
 
 
 def test_steps_without_guidance_need_one_pass_of_one_row_each(

@@ -6,12 +6,13 @@ drawn.images[0].save("circle.png")
 again = pipeline.edit("inpaint", ["a small blue star on a white background"], [picture], masks=[mask], seeds=[7])
 """
 
+import copy
 import hashlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, Literal, Self, TypedDict, Unpack, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack, get_args
 
 import numpy as np
 import torch
@@ -31,10 +32,14 @@ from raymuse.drawing.sampler import Course, OnStep, TokenTransformer, sample_ids
 from raymuse.drawing.tasks import UNKNOWN, Ids, Request, Stage
 from raymuse.encoding.pictures import downscale
 from raymuse.masking import CHOICE, CONFIDENCE, HIGH_CHOICE, HIGH_CONFIDENCE
+from raymuse.models.lora import Adapter
 from raymuse.models.superres import SuperRes
 from raymuse.models.text import TextEncoder
 from raymuse.models.uvit import UVit
 from raymuse.models.vqgan import Vqgan
+
+if TYPE_CHECKING:
+    from raymuse.models.clip import Clip  # seconds to import, and few need it
 
 Size = tuple[int, int]
 Texts = str | Sequence[str]
@@ -139,6 +144,23 @@ class Pipeline:
             check_widths(folder_or_id, "superres", superres.config, superres_vqgan.codes, text)
         return cls(vqgan, text, base, settings, superres, superres_vqgan, batch_size)
 
+    def styled(self, adapters: Mapping[str, float]) -> Self:
+        """This model with LoRA adapters merged into it, by address and scale; this one itself stays as it is.
+
+        Raises:
+            UserError: for an adapter that cannot be read, or was made for another model.
+        """
+        loaded = [(Adapter.load(address), scale) for address, scale in adapters.items()]
+        base, superres, text = copy.deepcopy((self.base, self.superres, self.text.network))
+        for adapter, scale in loaded:
+            adapter.merge(base, "transformer", scale)
+            adapter.merge(text, "text_encoder", scale)
+            if superres is not None:
+                adapter.merge(superres, "superres", scale)
+            elif "superres" in adapter.changes:
+                raise UserError(f"{adapter.name} was made for a cascade, and this model has no super-resolution.")
+        return replace(self, base=base, superres=superres, text=replace(self.text, network=text))
+
     # --- what is asked for
 
     def __call__(
@@ -186,6 +208,34 @@ class Pipeline:
         grid, high = self._grids(size)
         base = tasks.from_nothing(grid, sampling) if ids is None else tasks.from_known(self._known(ids, grid), sampling)
         return Request(prompt, negative, seed, base, self._high(high))
+
+    def best_of(
+        self,
+        count: int,
+        clip: "Clip",
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        negative: Texts = "",
+        size: Size | None = None,
+        **options: Unpack[Options],
+    ) -> Drawn:
+        """Of `count` variations of each prompt the one that CLIP finds nearest to it (Muse draws 16).
+
+        The variations of a seed have the seeds `image_seed(seed, 0, 0)`, `image_seed(seed, 0, 1)`, ...
+        """
+        if count < 1:
+            raise UserError(f"best of {count}: draw at least one picture a prompt")
+        each = _each(len(prompts), seeds=seeds, negatives=_texts(negative, prompts))
+        requests = [
+            self.request(prompt, image_seed(seed, 0, sample), said, size, **options)
+            for prompt, seed, said in zip(prompts, *each, strict=True)
+            for sample in range(count)
+        ]
+        drawn = self.draw(requests)
+        scores = clip.score(np.stack([one.pixels for one in drawn]), [request.prompt for request in requests])
+        best = scores.reshape(len(prompts), count).argmax(axis=1)
+        return Drawn([drawn[row * count + column] for row, column in enumerate(best)])
 
     def edit(
         self,

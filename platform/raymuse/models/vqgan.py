@@ -105,7 +105,7 @@ def to_unit(
     pixels: NDArray[np.uint8], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """uint8 (B, H, W, 3) to floats in [0, 1] (B, 3, H, W)."""
-    tensor = torch.from_numpy(np.ascontiguousarray(pixels)).to(device)
+    tensor = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).to(device)
     return tensor.permute(0, 3, 1, 2).to(dtype) / 255
 
 
