@@ -18,7 +18,20 @@ from raymuse.config.errors import ConfigError, TooManyRejects, UserError
 from raymuse.config.load import load
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["demo", "data", "train", "pretokenize", "tokens", "export", "generate", "edit", "serve", "score", "ui"]
+COMMANDS = [
+    "demo",
+    "data",
+    "train",
+    "pretokenize",
+    "tokens",
+    "export",
+    "generate",
+    "edit",
+    "serve",
+    "verify-weights",
+    "score",
+    "ui",
+]
 COMMANDS += ["config", "cluster"]
 HEAVY = {"ray", "torch", "deepspeed", "mlflow", "pydantic", "rich", "numpy"}
 

@@ -178,7 +178,7 @@ def generate(
 def edit(
     words: Annotated[list[str] | None, _words("MODEL KEY=VALUE")] = None,
 ) -> None:
-    """Draw from a picture: inpaint, outpaint, vary, edit, enlarge.
+    """Inpaint, outpaint, vary, edit or enlarge a picture.
 
     raymuse edit MODEL task=inpaint picture=a.png mask=m.png prompt="a small blue star" output=b.png
     """
@@ -216,6 +216,24 @@ def serve(
 
     with local_ray():
         deploy.serve(loaded)
+
+
+@app.command(name="verify-weights")
+def verify_weights(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hugging Face id of amused-256 or -512.")],
+) -> None:
+    """Check published aMUSEd weights by known pixels."""
+    from raymuse.drawing.golden import TOLERANCE, verify
+    from raymuse.pipeline import Pipeline
+
+    pipeline = Pipeline.load(model)
+    verdict = verify(pipeline.text, pipeline.base, pipeline.vqgan)
+    for name, values in (("drawn", verdict.drawn), ("published", verdict.published)):
+        typer.echo(f"{name:10}" + "".join(f"{value:8.4f}" for value in values))
+    word = "pass" if verdict.passed else "FAIL"
+    typer.echo(f"{word}: largest difference {verdict.error:.4f}, allowed {TOLERANCE}")
+    if not verdict.passed:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -78,13 +78,17 @@ class Vqgan:
             ids = nearest_codes(latents, network.quantize.embedding.weight)
         return ids.cpu().numpy(), latents.isfinite().flatten(1).all(dim=1).cpu().numpy()
 
-    @torch.no_grad()
     def decode(self, ids: Tensor | NDArray[np.int64]) -> NDArray[np.uint8]:
         """Ids (B, h, w) to pictures uint8 (B, H, W, 3)."""
+        return to_bytes(self.decode_unit(ids))
+
+    @torch.no_grad()
+    def decode_unit(self, ids: Tensor | NDArray[np.int64]) -> Tensor:
+        """Ids (B, h, w) to pictures (B, 3, H, W), floats clipped to [0, 1]."""
         grid = torch.as_tensor(ids, device=self.network.device)
         codes = self.network.quantize.embedding(grid).permute(0, 3, 1, 2).contiguous()
-        pixels = self.network.decoder(self.network.post_quant_conv(codes))
-        return to_bytes(pixels)
+        pixels: Tensor = self.network.decoder(self.network.post_quant_conv(codes))
+        return pixels.clamp(0, 1)
 
 
 def _lower_blocks(encoder: "Encoder", dtype: torch.dtype) -> None:
