@@ -82,7 +82,7 @@ def write_bucketed(address: str, encoders: str, finish: bool = True) -> str:
         "text_encoder_sha256": weights_sha256(encoders, "text_encoder"),
         "codebook_size": encoder.crops.vqgan.codes,
         "low_codebook_size": encoder.crops.low_vqgan.codes,
-        "text_length": encoder.text.length,
+        "text_length": encoder.captions.text.length,
     }
     metadata = {f"raymuse.{name}": str(value) for name, value in facts.items()}
     manifest = Manifest.open(address, {**config.identity(), **facts})

@@ -119,7 +119,7 @@ def write_tokens(folder: Path, shards: str, encoders: str, **changes: Any) -> st
         "text_encoder_sha256": weights_sha256(encoders, "text_encoder"),
         "codebook_size": encoder.crops.vqgan.codes,
         "low_codebook_size": encoder.crops.low_vqgan.codes,
-        "text_length": encoder.text.length,
+        "text_length": encoder.captions.text.length,
     }
     manifest = Manifest.open(config.output, {**config.identity(), **facts})
     empty = parquet_bytes(encoder.captions([""]), facts)

@@ -91,52 +91,25 @@ class CropEncoder:
         return Codes(ids[:rows], low_ids[:rows], (finite & low_finite)[:rows])
 
 
-class ChunkEncoder:
-    """Holds the VQGAN(s) and the text encoder.
+class CaptionEncoder:
+    """Holds the text encoder. It counts in bf16 where the config's `precision` says so and in fp32 else.
 
     Args:
-        config: `precision` says how the VQGANs count: fp32, tf32 (on CUDA; fp32 elsewhere) or bf16. The nearest code
-            is always sought in fp32. The text encoder counts in bf16 where that is asked for and in fp32 else; its
-            states are stored as float16.
         device: of PyTorch.
     """
 
     def __init__(self, config: PretokenizeConfig, device: str = "cpu") -> None:
         self.config = config
-        self.crops = CropEncoder.load(config, device, config.precision)
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.text = TextEncoder.load(config.text_encoder, device, dtype, length=config.text_length)
 
-    def __call__(self, chunk: Chunk) -> Encoded:
-        """Encode a chunk. A picture of which an encoder says nothing finite becomes a reject, with all its crops.
-
-        Such a reject is taken off the count `pictures`, so that pictures and rejects still add up to the input.
-        """
-        counts = Counter(chunk.counts)
-        schema = tokens_schema(*self.crops.grids(chunk.shape))
-        if not chunk.facts:
-            return Encoded(schema.empty_table(), self.captions([]), to_table(chunk.rejects), dict(counts))
-        codes = self.crops(chunk.shape, chunk.pixels)
-        names = list(dict.fromkeys(caption for facts in chunk.facts for caption in facts.captions))
-        captions, sound, truncated = self._captions(names)
-        wrong = {name for name, finite in zip(names, sound, strict=True) if not finite}
-        refused = _refused(chunk, codes.finite, wrong)
-        rows = [row for row, facts in enumerate(chunk.facts) if facts.key not in refused]
-        if refused:
-            used = {caption for row in rows for caption in chunk.facts[row].captions}
-            captions = captions.filter(pa.array([name in used for name in names]))
-        counts.subtract({"pictures": len(refused)} if refused else {})
-        tokens = _tokens([chunk.facts[row] for row in rows], codes, rows, schema)
-        kept = truncated.intersection(captions["caption_id"].to_pylist())
-        return Encoded(tokens, captions, to_table([*chunk.rejects, *refused.values()]), dict(counts), kept)
-
-    def captions(self, captions: Sequence[str]) -> pa.Table:
+    def __call__(self, captions: Sequence[str]) -> pa.Table:
         """The captions table: text ids, and what the encoder says of them where the config asks for states.
 
         Raises:
             UserError: the encoder says of one what is not finite, or what float16 cannot hold.
         """
-        table, sound, _ = self._captions(captions)
+        table, sound, _ = self.encode(captions)
         if not sound.all():
             raise UserError(
                 f"{self.config.text_encoder}: the states of the caption {captions[int(sound.argmin())]!r} are not "
@@ -144,7 +117,7 @@ class ChunkEncoder:
             )
         return table
 
-    def _captions(self, captions: Sequence[str]) -> tuple[pa.Table, NDArray[np.bool_], frozenset[str]]:
+    def encode(self, captions: Sequence[str]) -> tuple[pa.Table, NDArray[np.bool_], frozenset[str]]:
         """The captions table, which rows (K,) can be stored, and the ids of the captions that were truncated."""
         states = self.config.text == "states"
         schema = captions_schema(
@@ -179,6 +152,44 @@ class ChunkEncoder:
             pieces.append([tensor.cpu().numpy() for tensor in (states, pooled, finite)])
         states_KTE, pooled_KP, finite_K = (np.concatenate(column) for column in zip(*pieces, strict=True))
         return states_KTE, pooled_KP, finite_K
+
+
+class ChunkEncoder:
+    """Holds the VQGAN(s) and the text encoder.
+
+    Args:
+        config: `precision` says how the VQGANs count: fp32, tf32 (on CUDA; fp32 elsewhere) or bf16. The nearest code
+            is always sought in fp32.
+        device: of PyTorch.
+    """
+
+    def __init__(self, config: PretokenizeConfig, device: str = "cpu") -> None:
+        self.config = config
+        self.crops = CropEncoder.load(config, device, config.precision)
+        self.captions = CaptionEncoder(config, device)
+
+    def __call__(self, chunk: Chunk) -> Encoded:
+        """Encode a chunk. A picture of which an encoder says nothing finite becomes a reject, with all its crops.
+
+        Such a reject is taken off the count `pictures`, so that pictures and rejects still add up to the input.
+        """
+        counts = Counter(chunk.counts)
+        schema = tokens_schema(*self.crops.grids(chunk.shape))
+        if not chunk.facts:
+            return Encoded(schema.empty_table(), self.captions([]), to_table(chunk.rejects), dict(counts))
+        codes = self.crops(chunk.shape, chunk.pixels)
+        names = list(dict.fromkeys(caption for facts in chunk.facts for caption in facts.captions))
+        captions, sound, truncated = self.captions.encode(names)
+        wrong = {name for name, finite in zip(names, sound, strict=True) if not finite}
+        refused = _refused(chunk, codes.finite, wrong)
+        rows = [row for row, facts in enumerate(chunk.facts) if facts.key not in refused]
+        if refused:
+            used = {caption for row in rows for caption in chunk.facts[row].captions}
+            captions = captions.filter(pa.array([name in used for name in names]))
+        counts.subtract({"pictures": len(refused)} if refused else {})
+        tokens = _tokens([chunk.facts[row] for row in rows], codes, rows, schema)
+        kept = truncated.intersection(captions["caption_id"].to_pylist())
+        return Encoded(tokens, captions, to_table([*chunk.rejects, *refused.values()]), dict(counts), kept)
 
 
 def code_agreement(config: PretokenizeConfig, chunk: Chunk, device: str = "cpu") -> float:

@@ -19,7 +19,7 @@ from raymuse.clusters.quiet import quiet_data
 from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.pretokenize import PretokenizeConfig
 from raymuse.encoding.chunks import decode_chunks, reading_of
-from raymuse.encoding.encoder import ChunkEncoder, code_agreement
+from raymuse.encoding.encoder import CaptionEncoder, code_agreement
 from raymuse.encoding.plan import fingerprint, plan_of
 from raymuse.encoding.tasks import DECODE_CPUS, WRITE_CPUS
 from raymuse.models.vqgan import Vqgan
@@ -114,9 +114,9 @@ def _write_empty(manifest: Manifest, config: PretokenizeConfig, facts: Mapping[s
         manifest.write_part(EMPTY, {f"captions/{EMPTY}.parquet": data}, rows=0, rejects=0, source="")
 
 
-@ray.remote(num_cpus=1, max_calls=1)  # torch and the encoders leave the memory with the process
+@ray.remote(num_cpus=1, max_calls=1)  # torch and the encoder leave the memory with the process
 def _encode_empty(config: PretokenizeConfig) -> pa.Table:
-    return ChunkEncoder(config, config.device).captions([""])
+    return CaptionEncoder(config, config.device)([""])
 
 
 def _agreement(config: PretokenizeConfig, plan: Mapping[str, Shard], run: Run) -> dict[str, float]:
