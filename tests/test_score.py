@@ -48,7 +48,7 @@ def write_generated(
             pixels = np.asarray(decode(truth[index].data))
             key = f"{index:09d}-0"
             row = PictureRow(
-                index, 0, key, truth[index].key, captions[index], "", 0, 64, 64, 1, 1.0, 1.0, "truth", name
+                index, 0, key, truth[index].key, captions[index], "", 0, 64, 64, 1, 1.0, 1.0, 16, "truth", name
             )
             facts = dict(vars(row))
             members.append((f"{key}.png", png_bytes(pixels, facts)))
