@@ -172,6 +172,7 @@ def _environment(token: Path) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; without it every start warns of the change
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # no cloud takes this machine away: a process less a training
+        "RAY_prestart_worker_first_driver": "0",  # what works here asks for few workers, and starts them itself
         # Several workers share the cores: one thread each, or they wait for one another.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
