@@ -25,7 +25,6 @@ from processes import PRETOKENIZE, alive, wait_until
 from raymuse.clusters.guard import marked
 from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.pretokenize import PretokenizeConfig
-from raymuse.datasets import shapes
 from raymuse.encoding.pictures import crop, decode, downscale
 from raymuse.encoding.plan import plan_text
 from raymuse.models.text import TextEncoder
@@ -213,13 +212,16 @@ def test_of_several_sources_a_shard_that_cannot_be_read_is_a_fault_and_what_filt
     tars, loose = write_pictures(tmp_path / "tars", drawn), tmp_path / "loose"
     Path(tars, "00001.tar").write_bytes(b"this is no tar")
     loose.mkdir()
-    picture(9).save(loose / "better.png")
-    (loose / "better.json").write_text('{"caption": "better", "aesthetic": 7}')
+    for name, number in (("again", 0), ("better", 9)):
+        picture(number).save(loose / f"{name}.png")
+        (loose / f"{name}.json").write_text(f'{{"caption": "{name}", "aesthetic": 7}}')
     config = changed(
         token_config,
         input=[tars, str(loose)],
         output=str(tmp_path / "out"),
         filters={"min_aesthetic": 5.0, "unknown": "drop"},
+        duplicates="count",
+        precision="bf16",
         max_reject_fraction=0.0,
     )
     with pytest.raises(TooManyRejects, match="1 of 3 inputs were rejected"):  # of the shards: it may have held many
@@ -227,14 +229,21 @@ def test_of_several_sources_a_shard_that_cannot_be_read_is_a_fault_and_what_filt
     kept = pq.read_table(tmp_path / "out/tokens")
     assert list(zip(kept["source"].to_pylist(), kept["key"].to_pylist(), strict=True)) == [
         ("0/00000.tar", "fine"),
+        ("1/pictures-000000", "again"),
         ("1/pictures-000000", "better"),
     ]
     rejects = pq.read_table(tmp_path / "out/rejects").to_pylist()
     reasons = {"": "shard_unreadable", "dull": "low_aesthetic", "silent": "filtered_unknown"}
     assert {row["key"]: row["reason"] for row in rejects} == reasons
-    counts = json.loads((tmp_path / "out/_SUCCESS").read_text())["counts"]
+    (found,) = pq.read_table(tmp_path / "out/duplicates.parquet").to_pylist()
+    assert (found["part"], found["key"], found["reason"]) == ("part-000002", "again", "duplicate_picture")
+    assert "fine" in found["detail"]
+    assert "00000.tar" in found["detail"]
+    summary = json.loads((tmp_path / "out/_SUCCESS").read_text())
+    assert 0.5 < summary["code_agreement"] <= 1
+    counts = summary["counts"]
     assert counts["rejects/low_aesthetic"] == counts["rejects/filtered_unknown"] == 1
-    assert counts["pictures"] == 2
+    assert counts["pictures"] == 3
 
     picture(10).save(loose / "added.png")
     (loose / "added.txt").write_text("added")
@@ -247,29 +256,6 @@ def test_what_workers_would_not_see_is_refused(token_config: PretokenizeConfig) 
         pretokenize(changed(token_config, output="memory://tokens"), Run.off())
     with pytest.raises(UserError, match="tokens is a relative path, and the cluster has several machines"):
         pretokenize(changed(token_config, output="tokens"), Run.off())
-
-
-def test_duplicates_of_all_shards_are_counted_and_a_lower_precision_is_measured(
-    token_config: PretokenizeConfig, tmp_path: Path
-) -> None:
-    scenes = [sample.image for sample in shapes.samples(4, 0, 64, held_out=False)]
-    (tmp_path / "in").mkdir()
-    for number, chosen in enumerate([(0, 1), (2, 0), (1, 3)]):
-        rows = ((f"{number}-{scene}", scenes[scene], f"scene {scene}", {}) for scene in chosen)
-        write_shard(tmp_path / f"in/{number:05d}.tar", rows)
-    places = {"input": str(tmp_path / "in"), "output": str(tmp_path / "out")}
-    pretokenize(changed(token_config, **places, duplicates="count", precision="bf16"), Run.off())
-    found = pq.read_table(tmp_path / "out/duplicates.parquet").to_pylist()
-    assert {(row["part"], row["key"], row["reason"]) for row in found} == {
-        ("part-000001", "1-0", "duplicate_picture"),
-        ("part-000002", "2-1", "duplicate_picture"),
-    }
-    assert "0-0" in found[0]["detail"]
-    assert "00000.tar" in found[0]["detail"]
-    keys = pq.read_table(tmp_path / "out/tokens", columns=["key"])["key"].to_pylist()
-    assert keys == ["0-0", "0-1", "1-2", "1-0", "2-1", "2-3"]
-    assert not (tmp_path / "out/_hashes").exists()
-    assert 0.5 < json.loads((tmp_path / "out/_SUCCESS").read_text())["code_agreement"] <= 1
 
 
 def test_the_plan_says_rows_bytes_time_and_cost(token_config: PretokenizeConfig, tmp_path: Path) -> None:
@@ -292,14 +278,6 @@ def test_crops_that_do_not_fit_the_vqgan_are_refused_before_anything_is_written(
 
 
 # --- the same bytes, again and again
-
-
-def test_four_encoders_that_come_as_work_waits_write_the_same_bytes(
-    tokens: str, token_config: PretokenizeConfig, tmp_path: Path
-) -> None:
-    config = changed(token_config, output=str(tmp_path / "out"), encoders=4, min_encoders=1, decoders=3)
-    pretokenize(config, Run.off())
-    assert sums(tmp_path / "out") == sums(tokens)
 
 
 def test_a_second_run_does_nothing_and_is_quick(tokens: str, token_config: PretokenizeConfig) -> None:
@@ -336,10 +314,10 @@ def own_ray() -> Iterator[tuple[dict[str, str], Path]]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_a_run_killed_in_the_middle_and_resumed_with_two_encoders_writes_the_bytes_of_an_undisturbed_one(
+def test_a_run_killed_with_two_encoders_and_resumed_with_four_writes_the_bytes_of_an_undisturbed_one_with_one(
     tokens: str, token_config: PretokenizeConfig, own_ray: tuple[dict[str, str], Path], tmp_path: Path
 ) -> None:
-    config = changed(token_config, output=str(tmp_path))
+    config = changed(token_config, output=str(tmp_path), encoders=2)
     environment, folder = own_ray
     driver = subprocess.Popen(
         [sys.executable, "-c", PRETOKENIZE, config.model_dump_json()], env=environment, stdout=subprocess.DEVNULL
@@ -357,7 +335,7 @@ def test_a_run_killed_in_the_middle_and_resumed_with_two_encoders_writes_the_byt
     wait_until(lambda: not alive(marked(ray)), 30)
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "_manifest").glob("part-*.json")}
-    pretokenize(changed(config, encoders=2, decoders=2), Run.off())
+    pretokenize(changed(config, encoders=4, min_encoders=1, decoders=3), Run.off())  # they come as work waits
     assert {path: path.stat().st_mtime_ns for path in before} == before, "what was committed was done again"
     assert sums(tmp_path) == sums(tokens)
     assert len(sums(tokens)) == 12 + 12 + 1  # a table of tokens and one of captions a shard, and the empty caption
