@@ -25,8 +25,10 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-test: check
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+test: $(STAMP)
+	@mkdir -p build; $(MAKE) --no-print-directory check > build/check.log 2>&1 & checks=$$!; \
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS); tests=$$?; \
+	wait $$checks; checks=$$?; cat build/check.log; exit $$((tests || checks))
 
 soak: $(STAMP)
 	$(BIN)/pytest -m soak --timeout 7200 tests

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -18,11 +19,14 @@ from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.generate import GenerateConfig
 from raymuse.pipeline import Pipeline, image_seed
 from raymuse.serving.generator import Drawing, DrawRequest
-from raymuse.stages.generate import _deploy, _draw, generate, read_prompts
+from raymuse.stages.generate import _deploy, _draw, generate, plan_parts
 from raymuse.storage.pictures import png_facts
+from raymuse.storage.prompts import Asked, read_prompts
+from raymuse.storage.rejects import Reason
 from raymuse.tracking.run import Run
 
 PROMPTS = ["a red circle", "a blue star", "a green square", "", *(f"a yellow ring number {n}" for n in range(8))]
+ASKED = {1: {"negative": "red", "steps": 2, "guidance": 1.5}, 2: {"seed": 77}}  # by rows of their own
 SAMPLES, SEED = 2, 5
 
 
@@ -30,11 +34,12 @@ SAMPLES, SEED = 2, 5
 def drawn(model: str, http_port: int, tmp_path_factory: pytest.TempPathFactory) -> GenerateConfig:
     """The config of an undisturbed run of 24 pictures in three parts, two of them of an empty prompt."""
     folder = tmp_path_factory.mktemp("drawn")
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    lines = [{"prompt": prompt, **ASKED.get(index, {})} for index, prompt in enumerate(PROMPTS)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = GenerateConfig(
         output=str(folder / "images"),
         model=model,
-        prompts=str(folder / "prompts.txt"),
+        prompts=str(folder / "prompts.jsonl"),
         samples=SAMPLES,
         seed=SEED,
         pictures_per_part=8,
@@ -80,8 +85,12 @@ def test_the_manifest_holds_every_picture_in_the_order_of_the_prompts(drawn: Gen
     wanted = [(index, sample) for index in range(12) for sample in range(SAMPLES) if PROMPTS[index]]
     assert [(row["index"], row["sample"]) for row in table] == wanted
     assert [row["prompt"] for row in table] == [PROMPTS[index] for index, _ in wanted]
-    assert [row["seed"] for row in table] == [image_seed(SEED, index, sample) for index, sample in wanted]
-    assert {(row["width"], row["height"], row["steps"]) for row in table} == {(64, 64, 3)}
+    seeds = {(index, sample): image_seed(SEED, index, sample) for index, sample in wanted}
+    seeds |= {(2, 0): 77, (2, 1): image_seed(77, 0, 1)}
+    assert [row["seed"] for row in table] == [seeds[place] for place in wanted]
+    assert {(row["width"], row["height"]) for row in table} == {(64, 64)}
+    asked = {row["index"]: (row["steps"], row["guidance"], row["negative"]) for row in table}
+    assert asked == {index: (2, 1.5, "red") if index == 1 else (3, 2.0, "") for index, _ in wanted}
     assert {row["part"] for row in table} == {"part-000000", "part-000001", "part-000002"}
     names = files(drawn.output)
     assert set(names) == {row["key"] + ending for row in table for ending in (".png", ".base.png", ".json")}
@@ -117,10 +126,11 @@ def test_pictures_are_those_of_the_pipeline_alone(drawn: GenerateConfig) -> None
     pipeline = Pipeline.load(drawn.model, batch_size=drawn.batch_size)
     seen = pixels(drawn.output)
     table = rows(drawn.output)
-    alone = pipeline([row["prompt"] for row in table], seeds=[row["seed"] for row in table])
-    for row, high, low in zip(table, alone.pixels, alone.base_pixels, strict=True):
-        assert seen[row["key"] + ".png"] == high.tobytes()
-        assert seen[row["key"] + ".base.png"] == low.tobytes()
+    for row in table:
+        options = {name: row[name] for name in ("negative", "steps", "guidance", "temperature")}
+        (alone,) = pipeline([row["prompt"]], seeds=[row["seed"]], **options).pictures
+        assert seen[row["key"] + ".png"] == alone.pixels.tobytes()
+        assert seen[row["key"] + ".base.png"] == alone.base_pixels.tobytes()
     assert len(set(seen.values())) == len(seen), "pictures that are all the same would prove nothing"
 
 
@@ -211,9 +221,35 @@ def test_prompts_come_from_text_json_lines_and_tables(name: str, text: str, tmp_
     assert [one.key for one in read] == (["", "", ""] if name == "p.txt" else ["x", "", ""])
 
 
+def test_a_row_says_how_it_is_drawn_and_a_wrong_one_keeps_its_place(drawn: GenerateConfig, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a", "negative": "b", "seed": 7, "samples": 2, "steps": 3, "guidance": 1.5, "other": "x"},
+        {"prompt": "b", "steps": 0, "guidance": "much"},
+        {"prompt": "c"},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "p.csv").write_text(
+        "prompt,negative,seed,samples,steps,guidance,other\na,b,7,2,3,1.5,x\nb,,,,0,much,\nc,,,,,,\n"
+    )
+    pq.write_table(pa.Table.from_pylist([rows[0], {"prompt": "b", "steps": 0}, rows[2]]), tmp_path / "p.parquet")
+    for name in ("p.jsonl", "p.csv", "p.parquet"):
+        first, wrong, last = read_prompts(str(tmp_path / name))
+        asked = first.asked
+        assert (asked.negative, asked.seed, asked.samples, asked.steps, asked.guidance) == ("b", 7, 2, 3, 1.5)
+        assert wrong.fault is not None
+        assert wrong.fault[0] == Reason.BAD_PARAMETER
+        assert "steps: must be at least 1, was 0" in wrong.fault[1]
+        assert (last.asked, last.fault) == (Asked(), None)
+        wanted = [one for part in plan_parts([first, wrong, last], drawn).values() for one in part]
+        run = [image_seed(drawn.seed, 2, sample) for sample in range(drawn.samples)]
+        assert [one.seed for one in wanted if one.prompt is first] == [7, image_seed(7, 0, 1)]
+        assert [one.seed for one in wanted if one.prompt is last] == run
+
+
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
+        ("p.parquet", b"x", "cannot be read as Parquet"),
         ("gone.txt", None, "does not exist"),
         ("p.txt", b"", "holds no prompts"),
         ("p.jsonl", b"\n", "holds no prompts"),

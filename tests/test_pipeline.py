@@ -178,6 +178,22 @@ def test_diffusers_computes_the_same_logits(folder: str) -> None:
     torch.testing.assert_close(logits.permute(0, 3, 1, 2), wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_packed_linears_draw_the_same(pipeline: Pipeline) -> None:
+    packed = pipeline.packed()
+    ids = torch.randint(tiny.CODES, (2, 4, 4), generator=torch.Generator().manual_seed(0))
+    logits = []
+    for one in (pipeline, packed):
+        condition = one.base.condition(*one.text(PROMPTS[:2]), torch.tensor([one.settings.micro_conditioning] * 2))
+        logits.append(one.base.head(one.base.features(ids, one.base.precompute(condition))))
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+    together = draw(packed, range(7))
+    for numbers in ([0], [6, 2, 5, 0, 1, 4, 3]):
+        assert np.array_equal(draw(packed, numbers).ids, together.ids[list(numbers)])
+    assert np.mean(together.ids == draw(pipeline, range(7)).ids) > 0.9
+    with pytest.raises(UserError, match=r"call styled\(\) first, then packed\(\)"):
+        packed.styled({"anything": 1.0})
+
+
 @pytest.mark.parametrize("downsample", [False, True], ids=["256", "512"])
 def test_without_chance_diffusers_draws_the_same_ids_step_by_step(
     downsample: bool, encoders: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -28,6 +28,7 @@ from raymuse.config.export import SamplingConfig
 from raymuse.drawing import tasks
 from raymuse.drawing.inputs import Mask, PictureLike, Pixels, fit, fit_mask, grown, read_mask, read_picture
 from raymuse.drawing.model_folder import Settings, check_widths, load_superres, load_uvit, local_folder
+from raymuse.drawing.packed import is_packed, pack
 from raymuse.drawing.sampler import Course, OnStep, TokenTransformer, sample_ids
 from raymuse.drawing.tasks import UNKNOWN, Ids, Request, Stage
 from raymuse.encoding.pictures import downscale
@@ -150,6 +151,8 @@ class Pipeline:
         Raises:
             UserError: for an adapter that cannot be read, or was made for another model.
         """
+        if is_packed(self.base):
+            raise UserError("styles are merged into plain weights: call styled() first, then packed().")
         loaded = [(Adapter.load(address), scale) for address, scale in adapters.items()]
         base, superres, text = copy.deepcopy((self.base, self.superres, self.text.network))
         for adapter, scale in loaded:
@@ -160,6 +163,16 @@ class Pipeline:
             elif "superres" in adapter.changes:
                 raise UserError(f"{adapter.name} was made for a cascade, and this model has no super-resolution.")
         return replace(self, base=base, superres=superres, text=replace(self.text, network=text))
+
+    def packed(self) -> Self:
+        """This model with its linears laid out for oneDNN: quicker on a CPU; add styles before.
+
+        Raises:
+            UserError: where it is not on the CPU, or PyTorch has no oneDNN.
+        """
+        rows = self.batch_size * (self.settings.base_size // self.vqgan.factor) ** 2
+        base = pack(self.base, rows)
+        return replace(self, base=base, superres=None if self.superres is None else pack(self.superres, rows))
 
     # --- what is asked for
 

@@ -5,7 +5,6 @@
 A picture's seed follows from the run's seed and its place, so a resume draws what an undisturbed run would have.
 """
 
-import csv
 import hashlib
 import io
 import json
@@ -14,7 +13,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -24,7 +22,7 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
-from raymuse.config.errors import TooManyRejects, UserError
+from raymuse.config.errors import TooManyRejects
 from raymuse.config.generate import GenerateConfig
 from raymuse.drawing.model_folder import model_sha256
 from raymuse.pipeline import Pipeline, image_seed
@@ -35,6 +33,7 @@ from raymuse.storage.folder import Folder
 from raymuse.storage.generated import Generated, PictureRow, read_part, rows_table
 from raymuse.storage.manifest import FileRecord, Manifest, PartRecord
 from raymuse.storage.pictures import png_bytes
+from raymuse.storage.prompts import Prompt, read_prompts
 from raymuse.storage.rejects import Reason, Reject, to_table
 from raymuse.storage.tokens import parquet_bytes
 from raymuse.storage.webdataset_writer import write_tar
@@ -42,15 +41,6 @@ from raymuse.tracking.run import Run
 
 TRIES = 5
 SHEET_PICTURES = 36
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A row of the prompt file."""
-
-    index: int
-    prompt: str
-    key: str
 
 
 @dataclass(frozen=True)
@@ -96,15 +86,13 @@ def generate(config: GenerateConfig, run: Run) -> str:
     if not manifest.finished:
         run.params({**config.model_dump(mode="json"), **facts})
         sampling = Pipeline.load(config.model).settings.base
-        defaults = {"steps": sampling.steps, "guidance": sampling.guidance, "temperature": sampling.temperature}
-        chosen = {name: value if (value := getattr(config, name)) is not None else defaults[name] for name in defaults}
-        _draw_pending(
-            manifest,
-            plan,
-            config,
-            {**chosen, "model": facts["model_sha256"][:16], "batch_size": config.batch_size},
-            run,
-        )
+        rest: dict[str, Any] = {
+            "steps": sampling.steps,
+            "guidance": sampling.guidance,
+            "temperature": sampling.temperature,
+        }
+        rest |= {"model": facts["model_sha256"][:16], "batch_size": config.batch_size}
+        _draw_pending(manifest, plan, config, rest, run)
         _write_tables(manifest)
         _write_sheets(manifest, run)
         manifest.finish(**facts)
@@ -116,62 +104,23 @@ def generate(config: GenerateConfig, run: Run) -> str:
     return config.output
 
 
-def read_prompts(address: str) -> list[Prompt]:
-    """Prompts from a txt file (one a line), or the column `prompt` of a jsonl or csv file.
-
-    Raises:
-        UserError: for a file that is missing, empty, of another kind, or without the column.
-    """
-    if not address.endswith((".txt", ".jsonl", ".csv")):
-        raise UserError(f"{address}: prompts come as .txt (one a line), .jsonl or .csv with a column `prompt`.")
-    folder = Folder(str(Path(address).parent) if "://" not in address else address.rpartition("/")[0])
-    name = address.rpartition("/")[2]
-    if not folder.exists(name):
-        raise UserError(f"the prompt file {address} does not exist.")
-    rows = _prompt_rows(address, _text(address, folder.read(name)))
-    if not rows:
-        raise UserError(f"{address} holds no prompts.")
-    if "prompt" not in rows[0]:
-        raise UserError(f"{address} has no column `prompt`; it has {', '.join(rows[0])}.")
-    return [Prompt(index, str(row.get("prompt") or ""), str(row.get("key") or "")) for index, row in enumerate(rows)]
-
-
-def _text(address: str, data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{address}, line {line} is not UTF-8. Save the file as UTF-8.") from None
-
-
-def _prompt_rows(address: str, text: str) -> list[dict[str, Any]]:
-    if address.endswith(".csv"):
-        return list(csv.DictReader(io.StringIO(text, newline="")))
-    lines = text.removesuffix("\n").replace("\r\n", "\n").split("\n") if text else []
-    if address.endswith(".txt"):
-        return [{"prompt": line} for line in lines]
-    return [_json_row(address, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def _json_row(address: str, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{address}, line {number} is no JSON: {error}.") from None
-    if not isinstance(row, dict):
-        raise UserError(f'{address}, line {number} is no JSON object. Write {{"prompt": "..."}} a line.')
-    return row
-
-
 def plan_parts(prompts: list[Prompt], config: GenerateConfig) -> dict[str, list[Wanted]]:
     """Which picture is in which part: a function of prompts and config alone."""
     wanted = [
-        Wanted(prompt, sample, image_seed(config.seed, prompt.index, sample))
+        Wanted(prompt, sample, _seed(prompt, sample, config))
         for prompt in prompts
-        for sample in range(config.samples)
+        for sample in range(prompt.asked.samples or config.samples)
     ]
     size = config.pictures_per_part
     return {f"part-{start // size:06d}": wanted[start : start + size] for start in range(0, len(wanted), size)}
+
+
+def _seed(prompt: Prompt, sample: int, config: GenerateConfig) -> int:
+    """The row's own for its first picture, from which those of the others follow; else by its place in the run."""
+    own = prompt.asked.seed
+    if own is None:
+        return image_seed(config.seed, prompt.index, sample)
+    return own if sample == 0 else image_seed(own, 0, sample)
 
 
 def _draw_pending(
@@ -236,18 +185,17 @@ def _begin(
     pool: ThreadPoolExecutor, handle: DeploymentHandle, part: str, wanted: list[Wanted], config: GenerateConfig
 ) -> _Begun:
     """Have a part's pictures drawn, in batches."""
-    good = [one for one in wanted if one.prompt.prompt.strip()]
-    requests = [
-        DrawRequest(one.prompt.prompt, one.seed, config.negative, config.steps, config.guidance, config.temperature)
-        for one in good
-    ]
+    good = [one for one in wanted if one.prompt.fault is None]
+    requests = [DrawRequest(one.prompt.prompt, one.seed, **_asked(one.prompt, config)) for one in good]
     batches = [requests[start : start + config.batch_size] for start in range(0, len(good), config.batch_size)]
-    rejects = [
-        Reject(config.prompts, one.key, Reason.EMPTY_PROMPT, "the prompt is empty")
-        for one in wanted
-        if not one.prompt.prompt.strip()
-    ]
+    rejects = [Reject(config.prompts, one.key, *one.prompt.fault) for one in wanted if one.prompt.fault is not None]
     return _Begun(part, good, rejects, [pool.submit(_draw, handle, batch) for batch in batches])
+
+
+def _asked(prompt: Prompt, config: GenerateConfig) -> dict[str, Any]:
+    """What a row's pictures are drawn with: its own word, else the config's."""
+    names = ("negative", "steps", "guidance", "temperature")
+    return {name: getattr(config, name) if (own := getattr(prompt.asked, name)) is None else own for name in names}
 
 
 def _finish(begun: _Begun, config: GenerateConfig, address: str, facts: dict[str, Any]) -> PartRecord:
@@ -288,12 +236,11 @@ def _row(one: Wanted, drawing: Drawing, config: GenerateConfig, part: str, facts
         key=one.key,
         source_key=one.prompt.key,
         prompt=one.prompt.prompt,
-        negative=config.negative,
         seed=one.seed,
         width=width,
         height=height,
         part=part,
-        **facts,
+        **{**facts, **{name: value for name, value in _asked(one.prompt, config).items() if value is not None}},
     )
 
 
@@ -358,4 +305,4 @@ def _ask(reference: ray.ObjectRef) -> PartRecord:
 
 
 def _digest(prompts: list[Prompt]) -> str:
-    return hashlib.sha256("\n".join(f"{prompt.key} {prompt.prompt}" for prompt in prompts).encode()).hexdigest()
+    return hashlib.sha256("\n".join(map(repr, prompts)).encode()).hexdigest()

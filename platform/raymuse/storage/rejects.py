@@ -27,6 +27,7 @@ class Reason(StrEnum):
     SHARD_DAMAGED = "shard_damaged"  # a stretch of a tar that holds no readable member
     SHARD_UNREADABLE = "shard_unreadable"  # nothing of the tar can be read
     EMPTY_PROMPT = "empty_prompt"
+    BAD_PARAMETER = "bad_parameter"  # a prompt's row asks for what cannot be, such as 0 steps
     GENERATION_FAILED = "generation_failed"  # the model failed on it; a full queue or a lost replica is tried again
     NOT_FINITE = "not_finite"  # an encoder says infinity or not-a-number of it, or more than float16 can hold
 
