@@ -4,6 +4,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Where it is set, each of a hundred processes compiles the package anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: venv demo test check format soak bench bench-pretokenize bench-generate clean
 
