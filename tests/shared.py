@@ -23,8 +23,9 @@ from ray.cluster_utils import Cluster
 import tiny
 from raymuse.clusters.local import _reread_authentication
 from raymuse.config.data import DataConfig
-from raymuse.config.export import ExportConfig, SamplingConfig
+from raymuse.config.export import ExportConfig
 from raymuse.config.pretokenize import PretokenizeConfig
+from raymuse.config.sampling import SamplingConfig
 from raymuse.serving.deploy import free_port
 from raymuse.serving.instance import serves_http, start_http
 from raymuse.stages.data import make_data

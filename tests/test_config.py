@@ -7,16 +7,17 @@ from typing import get_args
 
 import pytest
 
-from raymuse.config.base import Config, MaskingSchedule
+from raymuse.config.base import Config
 from raymuse.config.describe import describe
 from raymuse.config.errors import ConfigError, TooManyRejects, UserError
 from raymuse.config.flow import FlowConfig
 from raymuse.config.load import from_values, load, recipes_for
 from raymuse.config.reading import parse, parse_value
 from raymuse.config.recipe import SECTIONS, read, recipe_text, recipes, stage_of
+from raymuse.config.sampling import GuidanceSchedule, MaskingSchedule, Options, SamplingConfig
 from raymuse.config.stages import STAGES
 from raymuse.config.training import BaseConfig
-from raymuse.masking import SCHEDULES
+from raymuse.masking import GUIDANCE_SCHEDULES, SCHEDULES
 
 
 def write(folder: Path, text: str, name: str = "my.yaml") -> str:
@@ -107,8 +108,10 @@ def test_overrides_reach_every_depth() -> None:
     assert config.model["num_hidden_layers"] == 1
 
 
-def test_configs_know_the_masking_schedules_by_name() -> None:
+def test_configs_know_the_schedules_by_name() -> None:
     assert set(get_args(MaskingSchedule)) == set(SCHEDULES)
+    assert set(get_args(GuidanceSchedule)) == set(GUIDANCE_SCHEDULES)
+    assert Options.__annotations__.keys() == SamplingConfig.model_fields.keys()
 
 
 def test_all_errors_are_said_at_once_with_place_and_suggestion(tmp_path: Path) -> None:

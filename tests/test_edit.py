@@ -206,7 +206,7 @@ def test_sizes_mix_in_one_call(encoders: str, tmp_path: Path) -> None:
     drawn = pipeline(PROMPTS[:4], seeds=SEEDS[:4], size=sizes)
     assert [image.size for image in drawn.images] == sizes
     for number, size in enumerate(sizes):
-        alone = pipeline([PROMPTS[number]], seeds=[SEEDS[number]], size=size)
+        alone = pipeline([PROMPTS[number]], seeds=[SEEDS[number]], size=list(size))
         assert np.array_equal(alone.ids[0], drawn.pictures[number].ids)
 
 
@@ -280,6 +280,7 @@ SAID: list[tuple[Callable[[Pipeline], object], str]] = [
     (lambda p: edit(p, "outpaint", [0]), r"at least one above 0"),
     (lambda p: edit(p, "outpaint", [0], sides=(3, 0, 0, 0)), r"^35 x 32 pixels: this model draws in cells of \d"),
     (lambda p: edit(p, "paint-by-numbers", [0]), r"^there is no task 'paint-by-numbers'; there are image-to-image"),
+    (lambda p: p(["a"], seeds=[-1]), r"^seed -1: seeds are whole numbers from 0"),
     (lambda p: p(["a"], seeds=[1], size=(30, 32)), r"^30 x 32 pixels: this model draws in cells of \d"),
     (lambda p: p(["a"], seeds=[1], ids=np.zeros((1, 2, 2), int)), r"^known ids of shape \(2, 2\)"),
     (lambda p: p.edit("mask-free", ["a"], PICTURES[:1], seeds=[1], share=0.0), r"share in \(0, 1\]"),
@@ -357,6 +358,7 @@ def test_raymuse_edit_writes_what_python_draws(folder: str, tmp_path: Path) -> N
         ("picture=nothing.png", "the picture nothing.png does not exist"),
         ("sampling.order=haltn", "order: must be .* did you mean halton"),
         ("strength=2", "strength: must be at most 1"),
+        ("seed=-1", "seed: must be at least 0"),
     ],
 )
 def test_a_wrong_edit_is_one_sentence_and_writes_nothing(
@@ -377,10 +379,12 @@ def test_a_picture_is_drawn_once_more_from_its_file(
     drawn = pipeline(["a small blue star", "a"], seeds=[7, 8], steps=3, negative="red")
     facts = {"prompt": "a small blue star", "negative": "red", "seed": 7, "steps": 3, "batch_size": 4}
     facts |= {"guidance": 3.0, "temperature": 2.0, "model": model_sha256(folder)[:16], "part": "part-000000"}
-    (tmp_path / "a.png").write_bytes(png_bytes(drawn.pixels[0], facts))
     words = ["generate", "--from-png", f"{tmp_path}/a.png", f"output={tmp_path}/b.png"]
-    assert main([*words, f"model={folder}"]) == 0
-    assert (tmp_path / "b.png").read_bytes() == (tmp_path / "a.png").read_bytes()
+    for pixels in (drawn.base_pixels[0], drawn.pixels[0]):
+        own = {**facts, "width": pixels.shape[1], "height": pixels.shape[0]}
+        (tmp_path / "a.png").write_bytes(png_bytes(pixels, own))
+        assert main([*words, f"model={folder}"]) == 0
+        assert (tmp_path / "b.png").read_bytes() == (tmp_path / "a.png").read_bytes()
     other = tiny.write_model(tmp_path / "other", encoders)
     assert main([*words, f"model={other}"]) == 2
     assert "was drawn by another model" in capsys.readouterr().err

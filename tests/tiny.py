@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from raymuse.config.export import SamplingConfig
 from raymuse.config.pretokenize import PretokenizeConfig
+from raymuse.config.sampling import SamplingConfig
 from raymuse.config.training import BaseConfig, ClipConfig, SuperresConfig, VqganConfig
 from raymuse.datasets import shapes
 from raymuse.drawing.model_folder import Settings, save_network

@@ -35,8 +35,7 @@ GUIDANCE_SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 # Streams keep draws for different purposes apart under one seed.
-MASK, DROPOUT, LOW_NOISE, CAPTION, ORDER, CHOICE, CONFIDENCE, HIGH_CHOICE, HIGH_CONFIDENCE, SEED = range(10)
-START, HIGH_START = range(10, 12)
+MASK, DROPOUT, LOW_NOISE, CAPTION, ORDER, CHOICE, CONFIDENCE, HIGH_CHOICE, HIGH_CONFIDENCE, SEED, START = range(11)
 
 
 def _sigmoid(x: float) -> float:

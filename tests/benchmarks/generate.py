@@ -16,7 +16,7 @@ import torch
 from diffusers import AmusedPipeline, VQModel
 from report import Row, compare, write
 
-from raymuse.config.export import SamplingConfig
+from raymuse.config.sampling import SamplingConfig
 from raymuse.config.training import ClipConfig
 from raymuse.datasets import shapes
 from raymuse.drawing.model_folder import Settings, save_network

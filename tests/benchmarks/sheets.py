@@ -7,30 +7,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from sampling import OPTIONS
 
 from raymuse.datasets import shapes
 from raymuse.encoding.pictures import downscale
-from raymuse.pipeline import Drawn, Options, Pipeline
+from raymuse.pipeline import Drawn, Pipeline
 
 COUNT, LABEL, GAP = 6, 190, 4
 CIRCLE = "a large red circle on a white background"
-OPTIONS: dict[str, Options] = {
-    "as the model says": {},
-    **{f"masking: {name}": {"masking": name} for name in ("linear", "arccos", "square", "root", "power", "sigmoid")},
-    "order: halton": {"order": "halton"},
-    "order: random": {"order": "random"},
-    "guidance 1 (none)": {"guidance": 1.0},
-    "guidance 4": {"guidance": 4.0},
-    "guidance to 4, linear": {"guidance": 4.0, "guidance_schedule": "linear"},
-    "guidance to 4, cosine": {"guidance": 4.0, "guidance_schedule": "cosine"},
-    "guidance, first half": {"guidance_span": (0.0, 0.5)},
-    "temperature 0": {"temperature": 0.0},
-    "temperature 2": {"temperature": 2.0},
-    "top_k 3": {"top_k": 3},
-    "top_p 0.5": {"top_p": 0.5},
-    "6 steps": {"steps": 6},
-    "24 steps": {"steps": 24},
-}
 Row = tuple[str, Sequence[NDArray[np.uint8]]]
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -11,9 +11,6 @@ from pydantic.fields import FieldInfo
 class AddressMark:
     """Marks a field that holds a local path or an fsspec address (`s3://...`)."""
 
-
-# Names of masking.SCHEDULES, so that a wrong one is said with the config and not at the first draw.
-MaskingSchedule = Literal["cosine", "linear", "arccos", "square", "root", "power", "sigmoid"]
 
 Address = Annotated[str, AddressMark()]
 

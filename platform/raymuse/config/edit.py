@@ -8,6 +8,9 @@ from raymuse.config.base import Address, AddressMark, Config
 
 Task = Literal["image-to-image", "inpaint", "outpaint", "mask-free", "super-resolution"]
 
+STRENGTH = 0.8
+ROUNDS, SHARE = 100, 0.08  # Muse, section 4.5
+
 
 class EditConfig(Config):
     """Draw from a picture and a prompt, at once and without Ray."""
@@ -22,17 +25,17 @@ class EditConfig(Config):
     mask: Annotated[str, AddressMark()] | None = Field(
         None, description="inpaint: a picture as large as the other, white where to draw"
     )
-    strength: float = Field(0.8, ge=0, le=1, description="image-to-image: 0 keeps the picture, 1 ignores it")
+    strength: float = Field(STRENGTH, ge=0, le=1, description="image-to-image: 0 keeps the picture, 1 ignores it")
     sides: tuple[int, int, int, int] = Field(
         (0, 0, 0, 0), description="outpaint: pixels to add at the left, top, right and bottom"
     )
-    rounds: int = Field(100, ge=1, description="mask-free: how often a share of the ids is drawn again")
-    share: float = Field(0.08, gt=0, le=1, description="mask-free: that share")
+    rounds: int = Field(ROUNDS, ge=1, description="mask-free: how often a share of the ids is drawn again")
+    share: float = Field(SHARE, gt=0, le=1, description="mask-free: that share")
     paste: bool = Field(False, description="inpaint, outpaint: put the picture's own pixels back outside the mask")
     size: tuple[int, int] | None = Field(
         None, description="width and height to which picture and mask are first resized and cut; null: as they are"
     )
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63, description="of the picture; those of more samples follow from it")
     samples: int = Field(1, ge=1, description="how many variations")
     sampling: dict[str, Any] = Field({}, description="changes to the model's own: sampling.steps=18 ...")
 

@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from raymuse.config.base import Address, AddressMark, Config, MaskingSchedule, StageConfig, runtime
+from raymuse.config.base import Address, AddressMark, Config, StageConfig, runtime
+from raymuse.config.sampling import MaskingSchedule
 
 Precision = Literal["fp32", "bf16"]
 

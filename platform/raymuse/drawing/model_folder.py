@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from raymuse.config.errors import UserError
-from raymuse.config.export import SamplingConfig
+from raymuse.config.sampling import SamplingConfig
 from raymuse.models.superres import SuperRes, SuperResConfig
 from raymuse.models.text import TextEncoder
 from raymuse.models.uvit import UVit, UVitConfig

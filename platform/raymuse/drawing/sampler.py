@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raymuse.config.export import SamplingConfig
+from raymuse.config.sampling import SamplingConfig
 from raymuse.masking import (
     CHOICE,
     CONFIDENCE,

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from raymuse.config.edit import ROUNDS, SHARE
 from raymuse.config.errors import UserError
-from raymuse.config.export import SamplingConfig
+from raymuse.config.sampling import SamplingConfig
 from raymuse.drawing.inputs import Mask
 from raymuse.drawing.sampler import Course, Draws
 from raymuse.masking import START, uniforms
@@ -26,7 +27,7 @@ Ids = NDArray[np.int64]
 UNKNOWN = -1
 """In place of an id that is to be drawn; what stands for it in the network is the model's own mask id."""
 
-ROUNDS, SHARE, TOP_K = 100, 0.08, 3  # of mask-free editing: Muse, section 4.5
+TOP_K = 3  # of mask-free editing: Muse, section 4.5
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class Request:
     Attributes:
         high: of a cascade's super-resolution; None without one.
         paste: pixels and mask: what lies outside the mask is the picture's own again after drawing.
+
+    Raises:
+        UserError: for a seed that is not in [0, 2^63).
     """
 
     prompt: str
@@ -53,6 +57,10 @@ class Request:
     base: Stage
     high: Stage | None = None
     paste: tuple[NDArray[np.uint8], Mask] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed {self.seed}: seeds are whole numbers from 0 to 2^63 - 1")
 
     @property
     def shape(self) -> tuple[object, ...]:

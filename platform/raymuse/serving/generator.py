@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from ray import serve
 
-from raymuse.pipeline import Options, Pipeline
+from raymuse.config.sampling import Options
+from raymuse.pipeline import Pipeline
 from raymuse.serving.instance import QUIET
 
 

@@ -3,11 +3,20 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from raymuse.config.edit import EditConfig, RepeatConfig
 from raymuse.config.errors import UserError
 from raymuse.drawing.model_folder import model_sha256
-from raymuse.pipeline import Picture, Pipeline, image_seed
+from raymuse.pipeline import Pipeline, image_seed
 from raymuse.storage.pictures import png_bytes, png_facts
+
+# What a PNG must say to be drawn again.
+NEEDED = {
+    *("prompt", "negative", "seed", "width", "height"),
+    *("steps", "guidance", "temperature", "batch_size", "model"),
+}
 
 
 def edit(config: EditConfig) -> list[str]:
@@ -52,19 +61,20 @@ def repeat(config: RepeatConfig) -> str:
     if not png.is_file():
         raise UserError(f"the picture {png} does not exist.")
     facts = png_facts(png.read_bytes())
-    if missing := sorted({"prompt", "negative", "seed", "steps", "guidance", "temperature", "model"} - facts.keys()):
+    if missing := sorted(NEEDED - facts.keys()):
         raise UserError(
             f"{png} does not say how it was drawn ({', '.join(missing)} missing from its text): give a PNG that "
             "`raymuse generate` wrote, not saved anew by another program."
         )
     if facts["model"] != (given := model_sha256(model)[:16]):
         raise UserError(f"{png} was drawn by another model: {facts['model']}, and {model} is {given}.")
-    output.write_bytes(png_bytes(_drawn(model, facts).pixels, facts))
+    output.write_bytes(png_bytes(_drawn(model, facts), facts))
     return str(output)
 
 
-def _drawn(model: str, facts: dict[str, Any]) -> Picture:
-    pipeline = Pipeline.load(model, batch_size=int(facts.get("batch_size", 1)))
+def _drawn(model: str, facts: dict[str, Any]) -> NDArray[np.uint8]:
+    """The picture of the size that the file says: of a cascade that, or its base's."""
+    pipeline = Pipeline.load(model, batch_size=facts["batch_size"])
     (picture,) = pipeline(
         [facts["prompt"]],
         seeds=[facts["seed"]],
@@ -73,7 +83,8 @@ def _drawn(model: str, facts: dict[str, Any]) -> Picture:
         guidance=facts["guidance"],
         temperature=facts["temperature"],
     ).pictures
-    return picture
+    base = picture.base_pixels
+    return base if base.shape[:2] == (facts["height"], facts["width"]) else picture.pixels
 
 
 def _places(output: Path, samples: int) -> list[Path]:

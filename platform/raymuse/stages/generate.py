@@ -255,7 +255,9 @@ def _write_part(
         facts = asdict(row)
         members.append((f"{row.key}.png", png_bytes(drawing.pixels, facts)))
         if keep_base and drawing.base_pixels.shape != drawing.pixels.shape:
-            members.append((f"{row.key}.base.png", png_bytes(drawing.base_pixels, facts)))
+            height, width = drawing.base_pixels.shape[:2]
+            own = {**facts, "width": width, "height": height}
+            members.append((f"{row.key}.base.png", png_bytes(drawing.base_pixels, own)))
         members.append((f"{row.key}.json", json.dumps(facts, sort_keys=True).encode()))
     (folder / "parts").create()
     write_tar((folder / "parts" / f"{part}.tar").address, members)

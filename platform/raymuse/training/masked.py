@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from raymuse.config.errors import ConfigError, UserError
-from raymuse.config.export import SamplingConfig
+from raymuse.config.sampling import SamplingConfig
 from raymuse.config.training import BaseConfig, MaskedConfig, Precision, SuperresConfig
 from raymuse.drawing.model_folder import load_uvit, save_network
 from raymuse.drawing.sampler import Course, sample_ids

@@ -1,0 +1,110 @@
+"""The networks of a model and how they are sampled by default."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Self
+
+from raymuse.config.errors import UserError
+from raymuse.drawing.model_folder import Settings, check_widths, load_superres, load_uvit, local_folder
+from raymuse.drawing.packed import is_packed, pack
+from raymuse.models.lora import Adapter
+from raymuse.models.superres import SuperRes
+from raymuse.models.text import TextEncoder
+from raymuse.models.uvit import UVit
+from raymuse.models.vqgan import Vqgan
+
+Size = tuple[int, int]
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Everything that draws: text encoder, base transformer, VQGAN, and super-resolution where there is one.
+
+    Attributes:
+        batch_size: rows that every network call is padded to, so that a picture does not depend on its batch.
+    """
+
+    vqgan: Vqgan
+    text: TextEncoder
+    base: UVit
+    settings: Settings
+    superres: SuperRes | None = None
+    superres_vqgan: Vqgan | None = None
+    batch_size: int = 16
+
+    @classmethod
+    def load(cls, folder_or_id: str, *, device: str = "cpu", batch_size: int = 16, variant: str | None = None) -> Self:
+        """Open a model folder (ours, or diffusers' aMUSEd layout) or a Hugging Face id.
+
+        Args:
+            variant: read the weights from the files of that name, e.g. "fp16".
+
+        Raises:
+            UserError: for a folder that is missing, incomplete, or holds pickled weights.
+        """
+        folder = local_folder(folder_or_id)
+        vqgan = Vqgan.load(str(folder), device, variant=variant)
+        base = load_uvit(folder / "transformer", device, variant)
+        settings = Settings.load(folder, base.config, vqgan.factor)
+        superres = superres_vqgan = None
+        if (folder / "superres").exists():
+            superres = load_superres(folder / "superres", device, variant)
+            own = folder / "superres_vqvae"
+            superres_vqgan = Vqgan.load(str(own), device, variant=variant) if own.exists() else vqgan
+        text = TextEncoder.load(str(folder), device, variant=variant)
+        check_widths(folder_or_id, "transformer", base.config, vqgan.codes, text)
+        if superres is not None and superres_vqgan is not None:
+            check_widths(folder_or_id, "superres", superres.config, superres_vqgan.codes, text)
+        return cls(vqgan, text, base, settings, superres, superres_vqgan, batch_size)
+
+    def styled(self, adapters: Mapping[str, float]) -> Self:
+        """This model with LoRA adapters merged into it, by address and scale; this one itself stays as it is.
+
+        Raises:
+            UserError: for an adapter that cannot be read, or was made for another model.
+        """
+        if is_packed(self.base):
+            raise UserError("styles are merged into plain weights: call styled() first, then packed().")
+        loaded = [(Adapter.load(address), scale) for address, scale in adapters.items()]
+        base, superres, text = copy.deepcopy((self.base, self.superres, self.text.network))
+        for adapter, scale in loaded:
+            adapter.merge(base, "transformer", scale)
+            adapter.merge(text, "text_encoder", scale)
+            if superres is not None:
+                adapter.merge(superres, "superres", scale)
+            elif "superres" in adapter.changes:
+                raise UserError(f"{adapter.name} was made for a cascade, and this model has no super-resolution.")
+        return replace(self, base=base, superres=superres, text=replace(self.text, network=text))
+
+    def packed(self) -> Self:
+        """This model with its linears laid out for oneDNN: quicker on a CPU; add styles before.
+
+        Raises:
+            UserError: where it is not on the CPU, or PyTorch has no oneDNN.
+        """
+        rows = self.batch_size * (self.settings.base_size // self.vqgan.factor) ** 2
+        base = pack(self.base, rows)
+        return replace(self, base=base, superres=None if self.superres is None else pack(self.superres, rows))
+
+    def grids(self, size: Size | None) -> tuple[Grid, Grid | None]:
+        """Base and high-res grid (h, w) of a picture of `size`, (width, height); None: the model's own.
+
+        Raises:
+            UserError: for sides that are no whole cells, or too large for the super-resolution.
+        """
+        width, height = size or (self.settings.size, self.settings.size)
+        scale = self.settings.size // self.settings.base_size
+        cell = self.vqgan.factor * scale * (2 if self.base.config.downsample else 1)
+        if width % cell or height % cell or min(width, height) < cell:
+            raise UserError(
+                f"{width} x {height} pixels: this model draws in cells of {cell}, so sides are multiples of it"
+            )
+        base = height // scale // self.vqgan.factor, width // scale // self.vqgan.factor
+        if self.superres is None or self.superres_vqgan is None:
+            return base, None
+        most = self.superres.config.high_grid * self.superres_vqgan.factor
+        if max(width, height) > most:
+            raise UserError(f"{width} x {height} pixels: the super-resolution draws at most {most} on a side")
+        return base, (height // self.superres_vqgan.factor, width // self.superres_vqgan.factor)
