@@ -11,9 +11,10 @@ from raymuse.config.pretokenize import PretokenizeConfig
 from raymuse.config.sampling import SamplingConfig
 from raymuse.config.training import BaseConfig, ClipConfig, SuperresConfig, VqganConfig
 from raymuse.datasets import shapes
-from raymuse.drawing.model_folder import Settings, save_network
+from raymuse.drawing.model_folder import Settings
 from raymuse.encoding.chunks import decode_chunks
 from raymuse.encoding.encoder import ChunkEncoder
+from raymuse.models.network_files import save_network
 from raymuse.models.superres import SuperRes, SuperResConfig
 from raymuse.models.uvit import UVit, UVitConfig
 from raymuse.models.weights import weights_sha256
@@ -101,7 +102,8 @@ def write_encoders(folder: Path, shards: str) -> str:
     task = VqganTask(vqgan_config(folder, shards))
     task.module(task.batch(np.arange(32), np.ones(32, np.float32)))
     task.codebook.start(torch.cat(task.module.latents), 0)  # so that the ids say something of the pictures
-    task.network.save_pretrained(folder / "vqvae", safe_serialization=True)
+    network = task.network
+    save_network(network, network.config.to_diffusers(), folder / "vqvae", network.state_dict())
     clip = ClipTask(clip_config(folder, shards))
     clip.save({f"network.{name}": value for name, value in clip.network.state_dict().items()}, folder)
     return str(folder)

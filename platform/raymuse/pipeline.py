@@ -9,7 +9,7 @@ again = pipeline.edit("inpaint", ["a small blue star on a white background"], [p
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Unpack, get_args
+from typing import Any, Unpack, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,9 +27,7 @@ from raymuse.drawing.networks import Grid, Networks, Size
 from raymuse.drawing.sampler import OnStep
 from raymuse.drawing.tasks import UNKNOWN, Ids, Request, Stage
 from raymuse.encoding.pictures import downscale
-
-if TYPE_CHECKING:
-    from raymuse.models.clip import Clip  # seconds to import, and few need it
+from raymuse.models.clip import Clip
 
 Texts = str | Sequence[str]
 
@@ -123,7 +121,7 @@ class Pipeline(Networks):
     def best_of(
         self,
         count: int,
-        clip: "Clip",
+        clip: Clip,
         prompts: Sequence[str],
         *,
         seeds: Sequence[int],

@@ -19,7 +19,8 @@ from report import Row, compare, write
 from raymuse.config.sampling import SamplingConfig
 from raymuse.config.training import ClipConfig
 from raymuse.datasets import shapes
-from raymuse.drawing.model_folder import Settings, save_network
+from raymuse.drawing.model_folder import Settings
+from raymuse.models.network_files import save_network
 from raymuse.models.uvit import UVit, UVitConfig
 from raymuse.pipeline import Pipeline
 from raymuse.stages.export import write_diffusers

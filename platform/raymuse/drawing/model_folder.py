@@ -9,18 +9,15 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
-
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from typing import Self
 
 from raymuse.config.errors import UserError
 from raymuse.config.sampling import SamplingConfig
+from raymuse.models.network_files import load_weights, read_config
 from raymuse.models.superres import SuperRes, SuperResConfig
 from raymuse.models.text import TextEncoder
 from raymuse.models.uvit import UVit, UVitConfig
-from raymuse.models.weights import hub_id, require_safetensors, weight_files, weights_sha256
+from raymuse.models.weights import hub_id, weights_sha256
 
 SETTINGS = "generation_config.json"
 
@@ -65,46 +62,19 @@ class Settings:
         )
 
 
-def save_network(network: nn.Module, config: dict[str, Any], folder: Path, weights: dict[str, Tensor]) -> None:
-    """Write config.json and diffusion_pytorch_model.safetensors of a transformer, fp32, checked by loading."""
-    network.load_state_dict(weights, strict=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
-    save_file(contiguous, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-
-
 def load_uvit(folder: Path, device: str = "cpu", variant: str | None = None) -> UVit:
     """A base transformer from a folder with diffusers' config.json and safetensors."""
-    config = _read_config(folder, "transformer", variant)
+    config = read_config(folder, "transformer", variant)
     network = UVit(UVitConfig.from_diffusers(config))
-    _load_weights(network, folder, variant)
+    load_weights(network, folder, variant)
     return network.eval().requires_grad_(False).to(device)
 
 
 def load_superres(folder: Path, device: str = "cpu", variant: str | None = None) -> SuperRes:
     """A super-resolution transformer from its folder."""
-    network = SuperRes(SuperResConfig.from_dict(_read_config(folder, "superres", variant)))
-    _load_weights(network, folder, variant)
+    network = SuperRes(SuperResConfig.from_dict(read_config(folder, "superres", variant)))
+    load_weights(network, folder, variant)
     return network.eval().requires_grad_(False).to(device)
-
-
-def _read_config(folder: Path, part: str, variant: str | None) -> dict[str, Any]:
-    require_safetensors(str(folder), part, variant)
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return config
-
-
-def _load_weights(network: nn.Module, folder: Path, variant: str | None) -> None:
-    """Fill the network from the folder's safetensors."""
-    weights: dict[str, Tensor] = {}
-    try:
-        for path in weight_files(folder, variant):
-            weights.update(load_file(path))
-        network.load_state_dict(weights, strict=True)
-    except (RuntimeError, SafetensorError) as error:
-        problems = [line.strip() for line in str(error).splitlines()]
-        raise UserError(f"{folder}: the weights are damaged, or not its config.json's: {problems[-1]}") from error
 
 
 def local_folder(folder_or_id: str) -> Path:

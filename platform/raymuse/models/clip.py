@@ -6,17 +6,19 @@ B pictures or captions, P projected width.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoTokenizer, CLIPModel
 
 from raymuse.models.vqgan import to_unit
 from raymuse.models.weights import require_safetensors, without_bars
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel  # seconds to import, and many import this module
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -35,12 +37,14 @@ def normalise(pixels: NDArray[np.uint8], side: int, device: str | torch.device =
 class Clip:
     """A frozen CLIP with its tokenizer."""
 
-    network: CLIPModel
+    network: "CLIPModel"
     tokenizer: Any
 
     @classmethod
     def load(cls, folder_or_id: str) -> "Clip":
         """From a folder with `clip/` and `tokenizer/`, a plain CLIP folder, or a Hugging Face id; safetensors only."""
+        from transformers import AutoTokenizer, CLIPModel
+
         without_bars()
         root, subfolder = require_safetensors(folder_or_id, "clip")
         network = CLIPModel.from_pretrained(root, subfolder=subfolder or "", use_safetensors=True)

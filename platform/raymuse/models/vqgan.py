@@ -1,23 +1,22 @@
-"""The VQGAN (diffusers `VQModel`): pictures to token ids and back.
+"""The VQGAN: pictures to token ids and back.
 
 Pictures are uint8 (B, H, W, 3); ids are int64 (B, h, w), row-major, with h = H / factor. Pixels enter the network
 in [0, 1], not normalised (aMUSEd).
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from raymuse.config.errors import UserError
+from raymuse.models.network_files import load_weights, read_config
 from raymuse.models.precision import DTYPES, Precision, float32_products
+from raymuse.models.vqmodel import Encoder, VqModel, VqModelConfig
 from raymuse.models.weights import require_safetensors
-
-if TYPE_CHECKING:
-    from diffusers import VQModel  # a second to import, and a training that draws no samples never needs it
-    from diffusers.models.autoencoders.vae import Encoder
 
 
 @dataclass(frozen=True)
@@ -25,12 +24,12 @@ class Vqgan:
     """A frozen VQGAN with its codebook.
 
     Args:
-        network: diffusers' model. The blocks of its encoder may be bf16; all the rest counts in fp32: the first
+        network: the blocks of its encoder may be bf16; all the rest counts in fp32: the first
             convolution, since bf16 rounds the pixels themselves, what follows the blocks, and the nearest code.
         tf32: whether the encoder may use TF32 on CUDA.
     """
 
-    network: "VQModel"
+    network: VqModel
     tf32: bool = False
 
     @classmethod
@@ -38,17 +37,13 @@ class Vqgan:
         cls, folder_or_id: str, device: str = "cpu", precision: Precision = "fp32", variant: str | None = None
     ) -> "Vqgan":
         """Load from a local folder (itself, or its `vqvae/`) or a Hugging Face id; safetensors only."""
-        from diffusers import VQModel
-
         root, subfolder = require_safetensors(folder_or_id, "vqvae", variant)
-        network = VQModel.from_pretrained(
-            root,
-            subfolder=subfolder,
-            variant=variant,
-            use_safetensors=True,
-            torch_dtype=torch.float32,
-            low_cpu_mem_usage=False,
-        )
+        folder = Path(root, subfolder or "")
+        try:
+            network = VqModel(VqModelConfig.from_diffusers(read_config(folder, "vqvae", variant)))
+        except ValueError as error:
+            raise UserError(f"{folder}/config.json: {error}") from error
+        load_weights(network, folder, variant)
         network = network.eval().requires_grad_(False).to(device)
         if DTYPES[precision] != torch.float32:
             _lower_blocks(network.encoder, DTYPES[precision])
@@ -56,12 +51,12 @@ class Vqgan:
 
     @property
     def codes(self) -> int:
-        return int(self.network.config.num_vq_embeddings)
+        return self.network.config.num_vq_embeddings
 
     @property
     def factor(self) -> int:
         """Pixels a side of one id's cell."""
-        return int(2 ** (len(self.network.config.block_out_channels) - 1))
+        return self.network.config.factor
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
         """Pictures uint8 (B, H, W, 3) to ids (B, h, w)."""
@@ -87,11 +82,10 @@ class Vqgan:
         """Ids (B, h, w) to pictures (B, 3, H, W), floats clipped to [0, 1]."""
         grid = torch.as_tensor(ids, device=self.network.device)
         codes = self.network.quantize.embedding(grid).permute(0, 3, 1, 2)  # stays channels-last: a third faster
-        pixels: Tensor = self.network.decoder(self.network.post_quant_conv(codes))
-        return pixels.clamp(0, 1)
+        return self.network.draw(codes).clamp(0, 1)
 
 
-def _lower_blocks(encoder: "Encoder", dtype: torch.dtype) -> None:
+def _lower_blocks(encoder: Encoder, dtype: torch.dtype) -> None:
     """Store and run the blocks of an encoder in `dtype`; what comes before and after them keeps its own."""
     for blocks in (encoder.down_blocks, encoder.mid_block):
         blocks.to(dtype)

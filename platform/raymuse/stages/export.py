@@ -6,6 +6,7 @@ superres/         generation_config.json  README.md                             
 
 import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +97,18 @@ def _settings(config: ExportConfig, folder: Path) -> Settings:
 
 def write_diffusers(folder: Path) -> None:
     """model_index.json and the scheduler: what makes the folder an AmusedPipeline."""
-    import diffusers
-
-    vocabulary = _read(folder / "transformer")["vocab_size"]
-    diffusers.AmusedScheduler(mask_token_id=vocabulary - 1).save_pretrained(folder / "scheduler")
-    index: dict[str, Any] = {"_class_name": "AmusedPipeline", "_diffusers_version": diffusers.__version__}
-    index.update({name: list(kind) for name, kind in COMPONENTS.items()})
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    written_for = {"_diffusers_version": version("diffusers")}
+    mask_id = _read(folder / "transformer")["vocab_size"] - 1
+    scheduler = {
+        "_class_name": "AmusedScheduler",
+        **written_for,
+        "mask_token_id": mask_id,
+        "masking_schedule": "cosine",
+    }
+    index = {"_class_name": "AmusedPipeline", **written_for, **{name: list(kind) for name, kind in COMPONENTS.items()}}
+    (folder / "scheduler").mkdir(exist_ok=True)
+    for place, record in (("scheduler/scheduler_config.json", scheduler), ("model_index.json", index)):
+        (folder / place).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def model_card(config: ExportConfig, settings: Settings, sums: dict[str, str]) -> str:

@@ -55,7 +55,7 @@ body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2rem; color: #222; backgro
 header {{ display: flex; gap: 1rem; align-items: baseline; flex-wrap: wrap; position: sticky; top: 0;
   background: #fafafa; padding: .5rem 0 }}
 h1 {{ font-size: 1.3rem; margin: 0 }} input {{ font: inherit; padding: .3rem .6rem; width: 20rem }}
-main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax({len(labels) * 132}px, 1fr)); gap: 1rem }}
+main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax({len(labels) * 134 + 18}px, 1fr)); gap: 1rem }}
 figure {{ margin: 0; background: #fff; border: 1px solid #ddd; border-radius: 6px; padding: .5rem }}
 img {{ width: 128px; height: 128px; image-rendering: pixelated }} figcaption {{ margin-top: .3rem; font-size: .85rem }}
 </style>

@@ -14,7 +14,7 @@ from raymuse.training.task import Task
 def build_task(config: TrainConfig, device: str = "cpu") -> Task:
     """The training that the config describes, its data opened and its network fresh.
 
-    Each imports only what it needs: diffusers and transformers would cost every worker seconds.
+    Each imports only what it needs: transformers would cost every worker seconds.
     """
     if isinstance(config, VqganConfig):
         from raymuse.training.vqgan import VqganTask

@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from raymuse.config.errors import ConfigError, UserError
 from raymuse.config.sampling import SamplingConfig
 from raymuse.config.training import BaseConfig, MaskedConfig, Precision, SuperresConfig
-from raymuse.drawing.model_folder import load_uvit, save_network
+from raymuse.drawing.model_folder import load_uvit
 from raymuse.drawing.sampler import Course, sample_ids
 from raymuse.masking import CAPTION, DROPOUT, LOW_NOISE, hide, uniforms
+from raymuse.models.network_files import save_network
 from raymuse.models.superres import SuperRes, SuperResConfig
 from raymuse.models.text import TextEncoder
 from raymuse.models.uvit import UVit, UVitConfig

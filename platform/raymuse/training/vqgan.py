@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import VQModel
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -18,7 +17,9 @@ from torch import Tensor
 from raymuse.config.errors import ConfigError
 from raymuse.config.training import VqganConfig
 from raymuse.masking import CHOICE, uniforms
+from raymuse.models.network_files import save_network
 from raymuse.models.vqgan import Vqgan, nearest_codes, to_unit
+from raymuse.models.vqmodel import VqModel, VqModelConfig
 from raymuse.training.codebook import Codebook
 from raymuse.training.engine import Engine
 from raymuse.training.pictures import PictureStream
@@ -33,7 +34,7 @@ class VqganLoss(Loss):
     Codes are moved by the codebook's averages, not by gradients; before `quantise` is set the latents pass unrounded.
     """
 
-    def __init__(self, network: VQModel, config: VqganConfig) -> None:
+    def __init__(self, network: VqModel, config: VqganConfig) -> None:
         super().__init__(config.precision)
         self.network = network
         self.config = config
@@ -43,13 +44,13 @@ class VqganLoss(Loss):
 
     def sums(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         pictures, weights = batch["pixels"], batch["weights"]
-        latents = self.network.encode(pictures).latents.float()
+        latents = self.network.latents(pictures).float()
         real = weights > 0  # padding must not move the codes, or the world size would
         codes, commitment = latents, latents.new_zeros(len(latents))
         if self.quantise:
             codes, commitment = self._quantised(latents, real)
         self.latents.append(latents.detach()[real].permute(0, 2, 3, 1).reshape(-1, latents.shape[1]))
-        drawn = self.network.decoder(self.network.post_quant_conv(codes)).float()
+        drawn = self.network.draw(codes).float()
         error = drawn - pictures
         squared = error.square().flatten(1).mean(dim=1)
         loss = (
@@ -140,7 +141,7 @@ class VqganTask:
 
     def save(self, weights: dict[str, Tensor], folder: Path) -> dict[str, Any]:
         network = self._network_with(weights)
-        network.save_pretrained(folder, safe_serialization=True)
+        save_network(network, network.config.to_diffusers(), folder, network.state_dict())
         vqgan = Vqgan(network)
         pixels = self._examples(256)
         ids = vqgan.encode(pixels)
@@ -155,56 +156,45 @@ class VqganTask:
         positions = np.arange(min(count, len(self.pictures.index)))
         return self.pictures.crops(positions, np.full(len(positions), side), side)[0]
 
-    def _network_with(self, weights: dict[str, Tensor]) -> VQModel:
+    def _network_with(self, weights: dict[str, Tensor]) -> VqModel:
         network = copy.deepcopy(self.network).eval()
         state = {**network.state_dict(), **network_weights(weights)}
         network.load_state_dict(state, strict=True)
         return network
 
 
-def build_vqgan(config: VqganConfig) -> VQModel:
-    """A fresh `VQModel` of the recipe's shape, without attention, codes looked up by id.
+def build_vqgan(config: VqganConfig) -> VqModel:
+    """A fresh `VqModel` of the recipe's shape, without attention, codes looked up by id.
 
     Raises:
-        ConfigError: for fields that VQModel does not know, or sizes that do not fit.
+        ConfigError: for fields that there are not, or sizes that do not fit.
     """
-    shape = dict(config.model)
-    channels = shape.get("block_out_channels", [128, 256, 256, 512, 768])
     torch.manual_seed(config.seed)
     try:
-        network = VQModel(
-            **{
-                "down_block_types": ["DownEncoderBlock2D"] * len(channels),
-                "up_block_types": ["UpDecoderBlock2D"] * len(channels),
-                "mid_block_add_attention": False,
-                "lookup_from_codebook": True,
-                "sample_size": config.crop,
-                **shape,
-                "block_out_channels": list(channels),
-            }
-        )
+        network = VqModel(VqModelConfig(**{"sample_size": config.crop, **config.model}))
     except (TypeError, ValueError) as error:
         raise ConfigError(config.stage, [f"model: {error}"]) from error
     if config.rate_weight > 0 and network.quant_conv.out_channels < 2:
         raise ConfigError(config.stage, [f"rate_weight={config.rate_weight} needs latent_channels of 2 or more"])
-    if problems := _misfits(config, 2 ** (len(channels) - 1)):
+    if problems := _misfits(config, network.config.factor):
         raise ConfigError(config.stage, problems)
     if config.rate_weight > 0:
         _keep_place_for_prices(network)
     return network.train()
 
 
-def _keep_place_for_prices(network: VQModel) -> None:
+def _keep_place_for_prices(network: VqModel) -> None:
     """Hold the last of the latents' channels at 0, and out of the decoder: there the codes carry their prices.
 
-    So the network stays a plain VQModel, whose nearest code is the entropy-constrained one for everybody.
+    So the network stays a plain VQModel of diffusers, whose nearest code is the entropy-constrained one for everybody.
     """
     to_codes, from_codes = network.quant_conv, network.post_quant_conv
+    assert to_codes.bias is not None
     for parameter, axis in ((to_codes.weight, 0), (to_codes.bias, 0), (from_codes.weight, 1)):
         kept = torch.ones_like(parameter)
         kept.select(axis, -1).zero_()
         parameter.data.mul_(kept)
-        parameter.register_hook(lambda gradient, kept=kept: gradient * kept.to(gradient.device))
+        parameter.register_hook(lambda gradient, kept=kept: gradient * kept.to(gradient.device))  # type: ignore[no-untyped-call]
 
 
 def _misfits(config: VqganConfig, factor: int) -> list[str]:
