@@ -123,7 +123,7 @@ def _ray(config: FlowConfig) -> contextlib.AbstractContextManager[object]:
 
 
 @contextlib.contextmanager
-def _memory(record: Record, interval: float = 2.0) -> Iterator[None]:
+def _memory(record: Record, interval: float = 4.0) -> Iterator[None]:
     """Inside, keep the highest sum of the process tree's proportional set sizes (GiB)."""
     ended = threading.Event()
 
