@@ -292,7 +292,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "superres field": ("superres", {"model": {"layers": 3}}, "model.layers: no such field; it has"),
     "superres sizes": ("superres", {"model": {**tiny.SUPERRES, "high_grid": 9}}, "is not a multiple of low_grid"),
     "vqgan field": ("vqgan", {"model": {**tiny.VQGAN, "depth": 3}}, "depth"),
-    "vqgan groups": ("vqgan", {"model": {**tiny.VQGAN, "norm_num_groups": 3}}, "must be divisible by num_groups"),
+    "vqgan groups": ("vqgan", {"model": {**tiny.VQGAN, "norm_num_groups": 3}}, "are no multiples of norm_num_groups=3"),
     "vqgan crop": ("vqgan", {"crop": 14}, "crop=14 is no multiple of the VQGAN's factor 4"),
     "vqgan resolution": ("vqgan", {"resolutions": (16, 30)}, "resolutions=30 is no multiple of the VQGAN's factor 4"),
     "vqgan small": ("vqgan", {"resolutions": (12, 32)}, "resolutions=12 is below crop=16"),
