@@ -52,7 +52,7 @@ def compare(
     rates = []
     for number in range(pairs):
         pair = (ours(), peer()) if number % 2 == 0 else tuple(reversed((peer(), ours())))
-        print(f"  {name} {number + 1}/{pairs}: ours {pair[0]:,.1f}, {peer_name} {pair[1]:,.1f} {unit}", flush=True)
+        print(f"  {name} {number + 1}/{pairs}: ours {said(pair[0])}, {peer_name} {said(pair[1])} {unit}", flush=True)
         rates.append(pair)
     ratios = [one / other for one, other in rates]
     return Row(
@@ -78,9 +78,14 @@ def write(name: str, rows: Sequence[Row]) -> None:
     for row in rows:
         low, high = row.spread
         print(
-            f"| {row.name} | {row.peer_name} | {row.ours:,.1f} | {row.peer:,.1f} | {row.unit} "
+            f"| {row.name} | {row.peer_name} | {said(row.ours)} | {said(row.peer)} | {row.unit} "
             f"| {row.ratio:.2f} ({low:.2f} to {high:.2f}) | {row.goal:.2f} |"
         )
+
+
+def said(rate: float) -> str:
+    """Three digits at least."""
+    return f"{rate:,.1f}" if rate >= 10 else f"{rate:.3g}"
 
 
 def hardware() -> str:
