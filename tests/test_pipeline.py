@@ -2,7 +2,7 @@
 
 import html
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import diffusers
@@ -178,20 +178,28 @@ def test_diffusers_computes_the_same_logits(folder: str) -> None:
     torch.testing.assert_close(logits.permute(0, 3, 1, 2), wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_packed_linears_draw_the_same(pipeline: Pipeline) -> None:
-    packed = pipeline.packed()
+@pytest.mark.parametrize("changed", [Pipeline.packed, lambda pipeline: pipeline.compiled("aot_eager")])
+def test_packed_and_compiled_networks_draw_the_same(pipeline: Pipeline, changed: Callable[..., Pipeline]) -> None:
+    other = changed(pipeline)
     ids = torch.randint(tiny.CODES, (2, 4, 4), generator=torch.Generator().manual_seed(0))
     logits = []
-    for one in (pipeline, packed):
+    for one in (pipeline, other):
         condition = one.base.condition(*one.text(PROMPTS[:2]), torch.tensor([one.settings.micro_conditioning] * 2))
         logits.append(one.base.head(one.base.features(ids, one.base.precompute(condition))))
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
-    together = draw(packed, range(7))
+    together = draw(other, range(7))
     for numbers in ([0], [6, 2, 5, 0, 1, 4, 3]):
-        assert np.array_equal(draw(packed, numbers).ids, together.ids[list(numbers)])
+        assert np.array_equal(draw(other, numbers).ids, together.ids[list(numbers)])
     assert np.mean(together.ids == draw(pipeline, range(7)).ids) > 0.9
-    with pytest.raises(UserError, match=r"call styled\(\) first, then packed\(\)"):
-        packed.styled({"anything": 1.0})
+    for again in (lambda: other.styled({"anything": 1.0}), other.packed, other.compiled):
+        with pytest.raises(UserError, match=r"starts from plain weights: call styled\(\) first"):
+            again()
+
+
+def test_compiling_without_a_compiler_is_said(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="compiling needs a C\\+\\+ compiler"):
+        pipeline.compiled()
 
 
 @pytest.mark.parametrize("downsample", [False, True], ids=["256", "512"])

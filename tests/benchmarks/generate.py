@@ -61,14 +61,27 @@ def main() -> None:
             row(folders["36M"], "36M, batch 1", 1, goal=1.3),
             row(folders["36M"], "36M, batch 8", 8, goal=1.3),
             row(folders["36M"], "36M, batch 1, guidance on half of the steps", 1, goal=1.7, span=(0.0, 0.5)),
+            row(folders["demo"], "demo's size, batch 1, ours compiled", 1, goal=2.0, compiled=True),
+            row(folders["36M"], "36M, batch 1, ours compiled", 1, goal=1.3, compiled=True),
+            row(folders["36M"], "36M, batch 8, ours compiled", 8, goal=1.3, compiled=True),
         ]
         write("generate", rows)
     finally:
         shutil.rmtree(root)
 
 
-def row(folder: str, name: str, batch: int, *, goal: float, span: tuple[float, float] = (0.0, 1.0)) -> Row:
+def row(
+    folder: str,
+    name: str,
+    batch: int,
+    *,
+    goal: float,
+    span: tuple[float, float] = (0.0, 1.0),
+    compiled: bool = False,
+) -> Row:
     ours, theirs = Pipeline.load(folder, batch_size=batch), AmusedPipeline.from_pretrained(folder)
+    if compiled:
+        ours = ours.compiled()
     theirs.set_progress_bar_config(disable=True)
     same_ids(Pipeline.load(folder, batch_size=1), theirs)
     prompts, generator = [PROMPT] * batch, torch.Generator().manual_seed(0)

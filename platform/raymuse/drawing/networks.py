@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from raymuse.config.errors import UserError
+from raymuse.drawing.compiled import compile_blocks, is_compiled
 from raymuse.drawing.model_folder import Settings, check_widths, load_superres, load_uvit, local_folder
 from raymuse.drawing.packed import is_packed, pack
 from raymuse.models.lora import Adapter
@@ -65,8 +66,7 @@ class Networks:
         Raises:
             UserError: for an adapter that cannot be read, or was made for another model.
         """
-        if is_packed(self.base):
-            raise UserError("styles are merged into plain weights: call styled() first, then packed().")
+        self._require_plain("styled")
         loaded = [(Adapter.load(address), scale) for address, scale in adapters.items()]
         base, superres, text = copy.deepcopy((self.base, self.superres, self.text.network))
         for adapter, scale in loaded:
@@ -84,9 +84,29 @@ class Networks:
         Raises:
             UserError: where it is not on the CPU, or PyTorch has no oneDNN.
         """
+        self._require_plain("packed")
         rows = self.batch_size * (self.settings.base_size // self.vqgan.factor) ** 2
         base = pack(self.base, rows)
         return replace(self, base=base, superres=None if self.superres is None else pack(self.superres, rows))
+
+    def compiled(self, backend: str = "inductor") -> Self:
+        """This model with its transformers' blocks compiled by `torch.compile`: quicker, but for the first picture of
+        every size, which takes a minute. Add styles before.
+
+        Raises:
+            UserError: where there is no C++ compiler.
+        """
+        self._require_plain("compiled")
+        base = compile_blocks(self.base, backend)
+        return replace(
+            self, base=base, superres=None if self.superres is None else compile_blocks(self.superres, backend)
+        )
+
+    def _require_plain(self, wanted: str) -> None:
+        if is_packed(self.base) or is_compiled(self.base):
+            raise UserError(
+                f"{wanted}() starts from plain weights: call styled() first, and of packed() and compiled() only one."
+            )
 
     def grids(self, size: Size | None) -> tuple[Grid, Grid | None]:
         """Base and high-res grid (h, w) of a picture of `size`, (width, height); None: the model's own.
