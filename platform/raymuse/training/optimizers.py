@@ -13,9 +13,10 @@ FIRST_AND_LAST = (
     *("encoder.conv_in", "decoder.conv_out"),  # VQModel
     *("vision_model.embeddings.patch_embedding", "visual_projection", "text_projection"),  # CLIPModel
     "mlm_layer.conv2",  # UVit
-    "mlm_head.logits",  # SuperRes
+    *("low_skip.conv", "mlm_head.logits"),  # SuperRes
 )
-"""Endings of the names of modules that read pixels, or whose output is the answer: AdamW trains them, as embeddings."""
+"""Endings of the names of modules that read pixels or low-res ids, or whose output is the answer: AdamW trains them, as
+embeddings."""
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
