@@ -188,7 +188,11 @@ def test_the_summary_is_the_mean_of_its_rows() -> None:
 def test_base_and_cascade_are_compared_in_pairs() -> None:
     errors = {"base": {"a": 30.0, "b": 40.0, "c": 50.0, "d": None}, "cascade": {"c": 44.0, "b": 36.0, "a": 28.0}}
     rows = [
-        {**row(kind, 0.5, colour=True), "key": key, "render_error": error}
+        {
+            **row(kind, 0.5, **({"colour": True} if key == "a" else {"relation": True})),
+            "key": key,
+            "render_error": error,
+        }
         for kind, by_key in errors.items()
         for key, error in by_key.items()
     ]
@@ -197,6 +201,8 @@ def test_base_and_cascade_are_compared_in_pairs() -> None:
     half = 1.96 * 2.0 / 3**0.5
     assert compared["difference_low"] == pytest.approx(-4 - half)
     assert compared["difference_high"] == pytest.approx(-4 + half)
+    assert (compared["two_objects"]["base"], compared["two_objects"]["difference"]) == (45.0, -5.0)
+    assert "one_object" not in compared  # of one pair there is no interval
 
 
 def test_the_render_error_of_a_clean_picture_is_small_and_of_a_blurred_one_larger() -> None:

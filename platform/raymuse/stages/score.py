@@ -81,8 +81,12 @@ def summarise(rows: Iterable[Row]) -> dict[str, Any]:
     }
     if any(row["attributes"] is not None for row in by_kind[kinds[0]]):
         summary["accuracy"] = {kind: _accuracy(by_kind[kind]) for kind in kinds}
-    if len(pairs := _pairs(by_kind.get("base", []), by_kind.get("cascade", []))) > 1:
+    base, cascade = by_kind.get("base", []), by_kind.get("cascade", [])
+    if len(pairs := _pairs(base, cascade)) > 1:
         summary["render_error"] = _compare(pairs)
+        for name, count in (("one_object", 1), ("two_objects", 2)):
+            if len(pairs := _pairs(base, [row for row in cascade if _objects(row) == count])) > 1:
+                summary["render_error"][name] = _compare(pairs)
     return summary
 
 
@@ -117,9 +121,13 @@ def markdown(summary: dict[str, Any]) -> str:
         cells = (f"{table[kind][name]:.3f}" if name in table[kind] else "" for kind in kinds)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     if (errors := summary.get("render_error")) is not None:
-        means = f"base {errors['base']:.1f}, cascade {errors['cascade']:.1f} grey levels"
-        interval = f"{errors['difference_low']:.1f} to {errors['difference_high']:.1f}"
-        lines += ["", f"Error against the nearest clean render: {means}; difference {interval}."]
+        lines += ["", "Error against the nearest clean render, in grey levels; below 0 the cascade is nearer:"]
+        for name, compared in (("all", errors), *((name, errors.get(name)) for name in ("one_object", "two_objects"))):
+            if compared is not None:
+                interval = f"{compared['difference_low']:.1f} to {compared['difference_high']:.1f}"
+                lines += [
+                    f"{name}: base {compared['base']:.1f}, cascade {compared['cascade']:.1f}, difference {interval}"
+                ]
     return "\n".join(lines) + "\n"
 
 
@@ -230,16 +238,21 @@ class _Truth:
 def _accuracy(rows: list[Row]) -> dict[str, Any]:
     judged = [row for row in rows if row["attributes"] is not None]
     attributes = list(dict.fromkeys(name for row in judged for name in row["attributes"]))
-    pairs = [row for row in judged if "relation" in row["attributes"]]
-    singles = [row for row in judged if "relation" not in row["attributes"]]
     return {
         "whole": _mean([row["correct"] for row in judged]),
-        "one_object": _mean([row["correct"] for row in singles]),
-        "two_objects": _mean([row["correct"] for row in pairs]),
+        "one_object": _mean([row["correct"] for row in judged if _objects(row) == 1]),
+        "two_objects": _mean([row["correct"] for row in judged if _objects(row) == 2]),
         "attributes": {
             name: _mean([row["attributes"][name] for row in judged if name in row["attributes"]]) for name in attributes
         },
     }
+
+
+def _objects(row: Row) -> int:
+    """How many things the caption of a judged row names; 0: not judged."""
+    if row["attributes"] is None:
+        return 0
+    return 2 if "relation" in row["attributes"] else 1
 
 
 def _pairs(base: list[Row], cascade: list[Row]) -> NDArray[np.float64]:
@@ -249,7 +262,7 @@ def _pairs(base: list[Row], cascade: list[Row]) -> NDArray[np.float64]:
     return np.array([pair for pair in both if None not in pair], dtype=np.float64)
 
 
-def _compare(pairs: NDArray[np.float64]) -> dict[str, float]:
+def _compare(pairs: NDArray[np.float64]) -> dict[str, Any]:
     """Mean errors, and cascade - base with its 95 % interval (normal, paired): below 0 the cascade is nearer."""
     differences = pairs[:, 1] - pairs[:, 0]
     middle, half = float(differences.mean()), 1.96 * float(differences.std(ddof=1)) / len(differences) ** 0.5
