@@ -177,10 +177,7 @@ class Down(nn.Module):
 
     def __init__(self, before: int, width: int, config: VqModelConfig, *, last: bool) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(
-            Residual(before if number == 0 else width, width, config.norm_num_groups)
-            for number in range(config.layers_per_block)
-        )
+        self.resnets = _residuals(config.layers_per_block, before, width, config.norm_num_groups)
         self.downsamplers = None if last else nn.ModuleList([Halve(width)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -194,16 +191,17 @@ class Up(nn.Module):
 
     def __init__(self, before: int, width: int, config: VqModelConfig, *, last: bool) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(
-            Residual(before if number == 0 else width, width, config.norm_num_groups)
-            for number in range(config.layers_per_block + 1)
-        )
+        self.resnets = _residuals(config.layers_per_block + 1, before, width, config.norm_num_groups)
         self.upsamplers = None if last else nn.ModuleList([Double(width)])
 
     def forward(self, x: Tensor) -> Tensor:
         for block in (*self.resnets, *(self.upsamplers or ())):
             x = block(x)
         return x
+
+
+def _residuals(count: int, before: int, width: int, groups: int) -> nn.ModuleList:
+    return nn.ModuleList(Residual(before if number == 0 else width, width, groups) for number in range(count))
 
 
 class Middle(nn.Module):
