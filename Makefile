@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Where it is set, each of a hundred processes compiles the package anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: venv demo test check format soak bench bench-pretokenize bench-generate clean
+.PHONY: venv demo demo-full test check format soak bench bench-pretokenize bench-generate clean
 
 venv: $(STAMP)
 
@@ -20,6 +20,9 @@ $(STAMP): constraints.txt pyproject.toml
 
 demo: $(STAMP)
 	$(BIN)/raymuse demo $(ARGS)
+
+demo-full: $(STAMP)
+	$(BIN)/raymuse demo --recipe demo-full $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -68,7 +68,7 @@ def newest(root: Path, warn: Callable[[str], None] = _warn) -> Checkpoint | None
     for folder in sorted(root.glob("step-*"), reverse=True):
         if not (folder / "checkpoint.json").exists():
             continue
-        checkpoint, problem = _open(folder)
+        checkpoint, problem = read(folder)
         if checkpoint is None:
             damaged = damaged or f"{folder.name} is damaged ({problem})"
             continue
@@ -96,7 +96,8 @@ def prune(root: Path, keep: int, newest_step: int) -> None:
             shutil.rmtree(folder)
 
 
-def _open(folder: Path) -> tuple[Checkpoint | None, str]:
+def read(folder: Path) -> tuple[Checkpoint | None, str]:
+    """The checkpoint in a folder, its files checked; None, and what is wrong, where it is not whole."""
     try:
         record = json.loads((folder / "checkpoint.json").read_text())
         step, state = int(record["step"]), dict(record["state"])
