@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raymuse.config.base import Address, AddressMark, Config, StageConfig, runtime
 from raymuse.config.sampling import MaskingSchedule
@@ -102,6 +102,17 @@ class ZeroConfig(Config):
     stage: Literal[0, 1, 2, 3] = Field(2, description="0: every rank holds all; 3: parameters are sharded too")
 
 
+class LoraConfig(Config):
+    """Which linears get a low-rank change, trained in place of the weights (Hu et al., arXiv 2106.09685)."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0, description="the change counts alpha / rank")
+    targets: tuple[str, ...] = Field(("to_q", "to_k", "to_v"), description="linears, by the ends of their names")
+    text_targets: tuple[str, ...] = Field(
+        (), description="of the text encoder, such as [q_proj, k_proj, v_proj]; needs shards with text ids"
+    )
+
+
 class MaskedConfig(TrainConfig):
     """Masked-image training from token shards (base and super-resolution)."""
 
@@ -117,13 +128,22 @@ class MaskedConfig(TrainConfig):
         None, description="folder with text_encoder/; needed where the shards hold text ids, not states"
     )
     vqgan: Annotated[str, AddressMark()] | None = Field(None, description="VQGAN folder, to draw samples with")
+    start_from: Annotated[str, AddressMark()] | None = Field(
+        None, description="model folder or Hugging Face id whose weights to start from; `model` is then not used"
+    )
+    lora: LoraConfig | None = Field(None, description="train a LoRA of `start_from`, whose weights stay as they are")
+
+    @model_validator(mode="after")
+    def _lora_of_something(self) -> "MaskedConfig":
+        if self.lora is not None and self.start_from is None:
+            raise ValueError("lora needs start_from, the model folder that it changes")
+        return self
 
 
 class BaseConfig(MaskedConfig):
     """Train the base transformer (aMUSEd's U-ViT)."""
 
     stage: Literal["train-base"] = "train-base"
-    start_from: Annotated[str, AddressMark()] | None = Field(None, description="model folder to start from")
 
 
 class SuperresConfig(MaskedConfig):

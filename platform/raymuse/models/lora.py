@@ -1,23 +1,27 @@
-"""LoRA adapters, merged into the weights of a network (Hu et al., arXiv 2106.09685, section 4.1).
+"""LoRA adapters: put into a network to be trained, written, read, and merged into weights.
 
-Read as peft writes them (adapter_config.json and adapter_model.safetensors) and as diffusers does
-(pytorch_lora_weights.safetensors, with `transformer.` and `text_encoder.` before the names).
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685, section 4.1): a weight W becomes
+W + alpha / rank B A. The layers that are trained are peft's. Read as peft writes them (adapter_config.json and
+adapter_model.safetensors) and as diffusers does (pytorch_lora_weights.safetensors, with `transformer.` and
+`text_encoder.` before the names); written in both forms.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from raymuse.config.errors import UserError
 
-_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+DIFFUSERS, PEFT = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
+_FILES = (PEFT, DIFFUSERS)
+_HALF = re.compile(r"\.(lora_[AB])\.default\.weight$")  # as peft names what it trains
 _NAME = re.compile(
     r"^(?:base_model\.model\.)?(?:(?P<part>transformer|text_encoder|superres)\.)?(?P<layer>.+?)"
     r"\.(?P<half>lora_A|lora_B|lora\.down|lora\.up|alpha)(?:\.default)?(?:\.weight)?$"
@@ -75,6 +79,56 @@ class Adapter:
                 )
             with torch.no_grad():
                 weight.add_(change.to(weight).view(weight.shape), alpha=scale)
+
+
+def insert(network: nn.Module, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
+    """Put trainable layers into a network whose own weights stay as they are, in place. B starts at 0.
+
+    Args:
+        targets: linears and convolutions, by their names' ends, e.g. "to_q".
+        seed: of A, drawn as peft does (Kaiming uniform).
+
+    Raises:
+        UserError: no layer has such a name, or one that has is neither linear nor convolution.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)), network)
+        except ValueError as error:
+            raise UserError(f"lora targets {', '.join(targets)}: {str(error).splitlines()[0]}") from error
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}.lora_A") for name, _ in network.named_modules()):
+            raise UserError(f"lora targets: no layer is named {target}")
+
+
+def save(parts: Mapping[str, Mapping[str, Tensor]], alpha: float, folder: Path) -> None:
+    """Write what was trained, of each network ("transformer", "text_encoder", "superres") under its own names.
+
+        pytorch_lora_weights.safetensors                         all: diffusers and this project read it
+        transformer/adapter_config.json, adapter_model.safetensors, ...      one network each: peft reads it
+
+    alpha / rank is counted into B and the files say alpha = rank: diffusers' form has no place for another.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    merged: dict[str, Tensor] = {}
+    for part, weights in parts.items():
+        halves = {_HALF.sub(r".\1.weight", name): value for name, value in weights.items()}
+        rank = next(value.shape[0] for name, value in halves.items() if name.endswith("lora_A.weight"))
+        halves = {
+            name: (value * (alpha / rank) if name.endswith("lora_B.weight") else value).contiguous()
+            for name, value in halves.items()
+        }
+        merged |= {f"{part}.{name}": value for name, value in halves.items()}
+        layers = sorted({name.rpartition(".lora_")[0] for name in halves})
+        facts = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": layers}
+        own = folder / part
+        own.mkdir(exist_ok=True)
+        (own / "adapter_config.json").write_text(json.dumps(facts, indent=2) + "\n")
+        save_file({f"base_model.model.{name}": value for name, value in halves.items()}, own / PEFT, {"format": "pt"})
+    save_file(merged, folder / DIFFUSERS, {"format": "pt"})
 
 
 def _file(path: Path) -> Path:

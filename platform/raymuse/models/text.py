@@ -78,8 +78,13 @@ class TextEncoder(ABC):
         """P."""
 
     @abstractmethod
+    def forward(self, text_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """As `encode`, with gradients where the network has weights that are trained."""
+
+    @torch.no_grad()
     def encode(self, text_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Text ids (B, T) to states (B, T, E) and pooled vectors (B, P)."""
+        return self.forward(text_ids)
 
     @property
     def width(self) -> int:
@@ -116,8 +121,7 @@ class ClipText(TextEncoder):
     def pooled_width(self) -> int:
         return int(self.network.config.projection_dim)
 
-    @torch.no_grad()
-    def encode(self, text_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, text_ids: Tensor) -> tuple[Tensor, Tensor]:
         out = self.network(text_ids.to(self.network.device), output_hidden_states=True)
         return out.hidden_states[-2], out.text_embeds
 
@@ -133,8 +137,7 @@ class T5Text(TextEncoder):
     def pooled_width(self) -> int:
         return self.width
 
-    @torch.no_grad()
-    def encode(self, text_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, text_ids: Tensor) -> tuple[Tensor, Tensor]:
         ids = text_ids.to(self.network.device)
         real = self._real(ids)
         said = self.network(input_ids=ids, attention_mask=real.long()).last_hidden_state

@@ -23,7 +23,7 @@ from ray.train.torch import TorchTrainer
 
 from raymuse.config.errors import UserError
 from raymuse.config.stages import STAGES
-from raymuse.config.training import MaskedConfig, TrainConfig
+from raymuse.config.training import MaskedConfig, SuperresConfig, TrainConfig
 from raymuse.models.weights import weights_sha256
 from raymuse.storage.folder import Folder
 from raymuse.storage.images import list_shards
@@ -58,7 +58,8 @@ def train(config: TrainConfig, run: Run) -> str:
 def data_fingerprint(config: TrainConfig) -> str:
     """What the training reads, by content where the input says it, else by the names of its shards."""
     if isinstance(config, MaskedConfig):
-        frozen = {"text_encoder": config.text_encoder, "transformer": getattr(config, "start_from", None)}
+        start = "superres" if isinstance(config, SuperresConfig) else "transformer"
+        frozen = {"text_encoder": config.text_encoder, start: config.start_from}
         sums = [weights_sha256(address, part) for part, address in frozen.items() if address is not None]
         return " ".join([TokenStore(config.input).fingerprint, *sums])
     address = str(getattr(config, "input", ""))
