@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from ray import serve
 
+import tiny
 from processes import children_named, wait_until
 from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.generate import GenerateConfig
@@ -104,6 +105,20 @@ def test_an_empty_prompt_is_a_reject_and_the_counts_add_up(drawn: GenerateConfig
     ]
     success = json.loads(Path(drawn.output, "_SUCCESS").read_text())
     assert (success["rows"], success["rejects"]) == (22, 2)
+
+
+def test_a_lora_is_merged_where_serve_draws(drawn: GenerateConfig, model: str, tmp_path: Path) -> None:
+    adapter = tiny.write_adapter(tmp_path / "adapter", model)
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue star\n")
+    config = changed(
+        drawn, tmp_path / "styled", prompts=str(tmp_path / "prompts.txt"), samples=1, lora=adapter, lora_scales=[0.5]
+    )
+    generate(config, Run.off())
+    styled = Pipeline.load(model, batch_size=4, lora={adapter: 0.5})
+    wanted = styled(["a red circle", "a blue star"], seeds=[image_seed(SEED, index, 0) for index in range(2)])
+    found = pixels(config.output)
+    assert [found[f"{index:09d}-0.png"] for index in range(2)] == [picture.tobytes() for picture in wanted.pixels]
+    assert found["000000000-0.png"] != pixels(drawn.output)["000000000-0.png"]
 
 
 def test_too_many_rejects_are_told_after_the_work(drawn: GenerateConfig) -> None:

@@ -7,22 +7,36 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from pydantic import ValidationError
 from safetensors.torch import save_file
 
 import tiny
+from raymuse.config.edit import EditConfig
 from raymuse.config.errors import UserError
+from raymuse.config.export import ExportConfig
+from raymuse.config.generate import GenerateConfig
+from raymuse.drawing.model_folder import model_sha256
 from raymuse.models.lora import Adapter
 from raymuse.pipeline import Pipeline
+from raymuse.stages.edit import edit
+from raymuse.stages.export import export
+from raymuse.tracking.run import Run
 
 LAYERS = ("transformer_layers.0.attn1.to_q", "transformer_layers.0.ff.net.2", "mlm_layer.conv2")
 RANK, ALPHA = 3, 6.0
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     root = tmp_path_factory.mktemp("lora")
     encoders = tiny.write_encoders(root / "encoders", tiny.write_shards(root / "shards"))
-    return Pipeline.load(tiny.write_model(root / "model", encoders), batch_size=2)
+    return tiny.write_model(root / "model", encoders)
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder: str) -> Pipeline:
+    return Pipeline.load(folder, batch_size=2)
 
 
 def halves(pipeline: Pipeline, layer: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,3 +146,54 @@ def test_an_adapter_names_its_parts(pipeline: Pipeline, tmp_path: Path) -> None:
     adapter = Adapter.load(write_peft(tmp_path / "a", pipeline))
     assert set(adapter.changes) == {"transformer"}
     assert set(adapter.changes["transformer"]) == set(LAYERS)
+
+
+def test_raymuse_edit_draws_with_adapters_to_scale(pipeline: Pipeline, folder: str, tmp_path: Path) -> None:
+    first, second = (tiny.write_adapter(tmp_path / str(seed), folder, seed) for seed in (1, 2))
+    Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).save(tmp_path / "grey.png")
+    words = {"task": "image-to-image", "picture": tmp_path / "grey.png", "prompt": "a red circle", "strength": 1.0}
+    words |= {"lora": [first, second], "lora_scales": [0.5, 2.0], "model": folder, "output": tmp_path / "out.png"}
+    edit(EditConfig.model_validate({**words, "picture": str(words["picture"]), "output": str(words["output"])}))
+    styled = Pipeline.load(folder, batch_size=1, lora={first: 0.5, second: 2.0})
+    wanted = styled.edit("image-to-image", ["a red circle"], [words["picture"]], seeds=[0], strength=1.0)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out.png")), wanted.pixels[0])
+    assert not np.array_equal(
+        wanted.pixels,
+        pipeline.edit("image-to-image", ["a red circle"], [words["picture"]], seeds=[0], strength=1.0).pixels,
+    )
+    sums = {model_sha256(folder, loras) for loras in ({}, {first: 1.0}, {first: 0.5}, {second: 1.0})}
+    assert len(sums) == 4
+    assert model_sha256(folder, {}) == model_sha256(folder)
+
+
+def test_one_scale_for_each_adapter() -> None:
+    with pytest.raises(ValidationError, match="1 in lora and 2 in lora_scales"):
+        GenerateConfig(output="o", model="m", prompts="p", lora="a", lora_scales=(1.0, 2.0))
+    assert GenerateConfig(output="o", model="m", prompts="p", lora="a").adapters == {"a": 1.0}
+    assert GenerateConfig(output="o", model="m", prompts="p", lora=("a", "b"), lora_scales=2.0).adapters["b"] == 2.0
+    within = GenerateConfig(output="o", model="m", prompts="p", lora=("a", "/b")).within("runs")
+    assert within.adapters == {"runs/a": 1.0, "/b": 1.0}
+
+
+def test_an_exported_model_has_its_adapters_in_its_weights(folder: str, tmp_path: Path) -> None:
+    adapter = tiny.write_adapter(tmp_path / "adapter", folder)
+    config = ExportConfig(
+        output=str(tmp_path / "merged"), base=folder, vqgan=f"{folder}/vqvae", text_encoder=folder, lora=adapter
+    )
+    merged = Pipeline.load(export(config, Run.off()), batch_size=2)
+    styled = Pipeline.load(folder, batch_size=2, lora={adapter: 1.0})
+    assert_weights(merged, weights(styled))
+    from diffusers import AmusedPipeline
+
+    theirs = AmusedPipeline.from_pretrained(config.output).transformer.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in weights(styled).items())
+
+
+def test_an_adapter_alone_is_no_base_to_export(folder: str, tmp_path: Path) -> None:
+    tiny.write_adapter(tmp_path / "trained" / "model", folder)
+    (tmp_path / "trained" / "_SUCCESS").touch()
+    config = ExportConfig(
+        output=str(tmp_path / "no"), base=str(tmp_path / "trained"), vqgan=f"{folder}/vqvae", text_encoder=folder
+    )
+    with pytest.raises(UserError, match=r"holds a LoRA: give the model that it changes here, and lora=.*trained/model"):
+        export(config, Run.off())

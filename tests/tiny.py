@@ -11,9 +11,10 @@ from raymuse.config.pretokenize import PretokenizeConfig
 from raymuse.config.sampling import SamplingConfig
 from raymuse.config.training import BaseConfig, ClipConfig, SuperresConfig, VqganConfig
 from raymuse.datasets import shapes
-from raymuse.drawing.model_folder import Settings
+from raymuse.drawing.model_folder import Settings, load_uvit
 from raymuse.encoding.chunks import decode_chunks
 from raymuse.encoding.encoder import ChunkEncoder
+from raymuse.models import lora
 from raymuse.models.network_files import save_network
 from raymuse.models.superres import SuperRes, SuperResConfig
 from raymuse.models.uvit import UVit, UVitConfig
@@ -160,6 +161,17 @@ def write_model(folder: Path, encoders: str, *, cascade: bool = False, **changes
     size = grid * 4
     Settings(size, SIDE, (size, size, 0, 0, 6), SamplingConfig(steps=5, guidance=3.0), high).save(folder)
     write_diffusers(folder)
+    return str(folder)
+
+
+def write_adapter(folder: Path, model: str, seed: int = 0) -> str:
+    """A LoRA of a model's base that changes its pictures, as a training leaves it."""
+    network = load_uvit(Path(model) / "transformer")
+    lora.insert(network, 2, 4.0, ["to_q", "to_v"], seed)
+    draw = torch.Generator().manual_seed(seed)
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    weights = {name: torch.randn(value.shape, generator=draw) for name, value in trained.items()}
+    lora.save({"transformer": weights}, 4.0, folder)
     return str(folder)
 
 

@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from raymuse.config.base import Address, AddressMark, Config
+from raymuse.config.base import Address, AddressMark
+from raymuse.config.drawing import DrawingConfig
 
 Task = Literal["image-to-image", "inpaint", "outpaint", "mask-free", "super-resolution"]
 
@@ -12,11 +13,10 @@ STRENGTH = 0.8
 ROUNDS, SHARE = 100, 0.08  # Muse, section 4.5
 
 
-class EditConfig(Config):
+class EditConfig(DrawingConfig):
     """Draw from a picture and a prompt, at once and without Ray."""
 
     stage: Literal["edit"] = "edit"
-    model: Address = Field(description="model folder")
     task: Task = Field(description="what is kept of the picture: see docs/generate.md")
     picture: Address = Field(description="the file to start from")
     prompt: str = Field(description="what the result shows")
@@ -40,10 +40,9 @@ class EditConfig(Config):
     sampling: dict[str, Any] = Field({}, description="changes to the model's own: sampling.steps=18 ...")
 
 
-class RepeatConfig(Config):
+class RepeatConfig(DrawingConfig):
     """Draw a picture of `raymuse generate` once more, from what its file says."""
 
     stage: Literal["repeat"] = "repeat"
     picture: Address = Field(description="PNG that `raymuse generate` wrote")
-    model: Address = Field(description="the model folder that drew it")
     output: Address = Field("repeated.png", description="PNG to write")

@@ -5,17 +5,20 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from raymuse.config.base import Address, AddressMark, StageConfig
+from raymuse.config.drawing import LoraChoice
 from raymuse.config.sampling import SamplingConfig
 
 
-class ExportConfig(StageConfig):
+class ExportConfig(StageConfig, LoraChoice):
     """Assemble VQGAN, text encoder and transformers in diffusers' layout, with a model card."""
 
     stage: Literal["export"] = "export"
     vqgan: Address
     text_encoder: Address
-    base: Address = Field(description="output of train-base")
-    superres: Annotated[str, AddressMark()] | None = Field(None, description="output of train-superres")
+    base: Address = Field(description="output of train-base, or a model folder")
+    superres: Annotated[str, AddressMark()] | None = Field(
+        None, description="output of train-superres, or a model folder"
+    )
     weights: Literal["ema", "raw"] = "ema"
     name: str = Field("raymuse-model", description="name on the model card and in the registry")
     micro_conditioning: tuple[float, float, float, float, float] | None = Field(

@@ -4,14 +4,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from raymuse.config.base import Address, Config, StageConfig, runtime
+from raymuse.config.base import Address, StageConfig, runtime
+from raymuse.config.drawing import DrawingConfig
 
 
-class GenerateConfig(StageConfig):
+class GenerateConfig(StageConfig, DrawingConfig):
     """Draw every prompt of a file, exactly once, with a manifest and a contact sheet."""
 
     stage: Literal["generate"] = "generate"
-    model: Address = Field(description="model folder")
     prompts: Address = Field(description="txt (a prompt a line), jsonl or csv with a column `prompt`")
     samples: int = Field(1, ge=1, description="pictures a prompt")
     seed: int = Field(0, description="run seed; a picture's own seed follows from it and its index")
@@ -29,11 +29,10 @@ class GenerateConfig(StageConfig):
     max_reject_fraction: float = runtime(0.05, "more failures than this share: exit code 3", ge=0, le=1)
 
 
-class ServeConfig(Config):
+class ServeConfig(DrawingConfig):
     """Deploy a model folder behind HTTP."""
 
     stage: Literal["serve"] = "serve"
-    model: Address
     host: str = runtime("127.0.0.1", "address to listen on")
     port: int = runtime(8000, "port to listen on; 0: any free one", ge=0, le=65535)
     api_key_file: str | None = runtime(None, "file with the API key; None: RAYMUSE_API_KEY, or no key on loopback")

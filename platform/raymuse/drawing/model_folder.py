@@ -7,12 +7,14 @@ generation_config.json                                      how the weights are 
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from raymuse.config.errors import UserError
 from raymuse.config.sampling import SamplingConfig
+from raymuse.models.lora import adapter_sha256
 from raymuse.models.network_files import load_weights, read_config
 from raymuse.models.superres import SuperRes, SuperResConfig
 from raymuse.models.text import TextEncoder
@@ -91,13 +93,19 @@ def local_folder(folder_or_id: str) -> Path:
     return folder
 
 
-def model_sha256(folder_or_id: str) -> str:
-    """One sha256 (hex) for everything that decides the pictures: all weights, and how they are drawn from."""
+def model_sha256(folder_or_id: str, adapters: Mapping[str, float] | None = None) -> str:
+    """One sha256 (hex) for everything that decides the pictures: all weights, and how they are drawn from.
+
+    Args:
+        adapters: LoRAs that are merged, by address and scale.
+    """
     folder = Path(folder_or_id)
     cascade = [part for part in ("superres", "superres_vqvae") if (folder / part).exists()]
     sums = {part: weights_sha256(folder_or_id, part) for part in ("transformer", "vqvae", "text_encoder", *cascade)}
     if (settings := folder / SETTINGS).exists():
         sums["settings"] = hashlib.sha256(settings.read_bytes()).hexdigest()
+    for number, (address, scale) in enumerate((adapters or {}).items()):
+        sums[f"lora {number}"] = f"{adapter_sha256(address)} {scale}"
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 

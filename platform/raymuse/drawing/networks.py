@@ -36,11 +36,20 @@ class Networks:
     batch_size: int = 16
 
     @classmethod
-    def load(cls, folder_or_id: str, *, device: str = "cpu", batch_size: int = 16, variant: str | None = None) -> Self:
+    def load(
+        cls,
+        folder_or_id: str,
+        *,
+        device: str = "cpu",
+        batch_size: int = 16,
+        variant: str | None = None,
+        lora: Mapping[str, float] | None = None,
+    ) -> Self:
         """Open a model folder (ours, or diffusers' aMUSEd layout) or a Hugging Face id.
 
         Args:
             variant: read the weights from the files of that name, e.g. "fp16".
+            lora: adapters to merge, as for `styled`.
 
         Raises:
             UserError: for a folder that is missing, incomplete, or holds pickled weights.
@@ -58,7 +67,8 @@ class Networks:
         check_widths(folder_or_id, "transformer", base.config, vqgan.codes, text)
         if superres is not None and superres_vqgan is not None:
             check_widths(folder_or_id, "superres", superres.config, superres_vqgan.codes, text)
-        return cls(vqgan, text, base, settings, superres, superres_vqgan, batch_size)
+        loaded = cls(vqgan, text, base, settings, superres, superres_vqgan, batch_size)
+        return loaded.styled(lora) if lora else loaded
 
     def styled(self, adapters: Mapping[str, float]) -> Self:
         """This model with LoRA adapters merged into it, by address and scale; this one itself stays as it is.

@@ -6,6 +6,7 @@ adapter_model.safetensors) and as diffusers does (pytorch_lora_weights.safetenso
 `text_encoder.` before the names); written in both forms.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -102,6 +103,12 @@ def insert(network: nn.Module, rank: int, alpha: float, targets: Sequence[str], 
     for target in targets:
         if not any(f".{name}".endswith(f".{target}.lora_A") for name, _ in network.named_modules()):
             raise UserError(f"lora targets: no layer is named {target}")
+
+
+def adapter_sha256(address: str) -> str:
+    """sha256 (hex) of an adapter's weights. Raises UserError where there is none."""
+    with _file(Path(address)).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def save(parts: Mapping[str, Mapping[str, Tensor]], alpha: float, folder: Path) -> None:

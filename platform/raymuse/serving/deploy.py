@@ -27,7 +27,9 @@ def serve(config: ServeConfig) -> None:
     key = api_key(config)
     if key is None and config.host not in ("127.0.0.1", "localhost", "::1"):
         raise UserError(f"listening on {config.host} needs an API key: set api_key_file or RAYMUSE_API_KEY.")
-    Pipeline.load(config.model)  # a broken folder shows here, with its sentence, before anything is deployed
+    Pipeline.load(
+        config.model, lora=config.adapters
+    )  # a broken folder shows here, with its sentence, before anything is deployed
     if not serves_http(config.host, port):
         require_free_port(config.host, port)
         start_http(config.host, port)
@@ -42,14 +44,7 @@ def serve(config: ServeConfig) -> None:
 
 def deploy_api(config: ServeConfig, key: str | None) -> None:
     """Run the API and the generator behind it as one Serve application."""
-    generator = deployed(
-        config.model,
-        batch_size=config.batch_size,
-        replicas=config.replicas,
-        cpus=config.cpus_per_replica,
-        gpus=config.gpus_per_replica,
-        max_queue=config.max_queue,
-    )
+    generator = deployed(config, config.max_queue)
     api = Api.bind(generator, Path(config.model).resolve().name, key)  # type: ignore[attr-defined]
     ray_serve.run(api, name=APPLICATION, route_prefix="/")
 

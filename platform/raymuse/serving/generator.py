@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from ray import serve
 
+from raymuse.config.generate import GenerateConfig, ServeConfig
 from raymuse.config.sampling import Options
 from raymuse.pipeline import Pipeline
 from raymuse.serving.instance import QUIET
@@ -46,14 +47,15 @@ class Generator:
 
     Args:
         model: model folder.
+        lora: adapters merged into it, by address and scale.
         batch_size: rows of a batch.
         batches: how many are drawn at a time, each on one thread: so sums do not depend on the number of cores, and
             the event loop stays free to answer.
         device: "cpu" or "cuda".
     """
 
-    def __init__(self, model: str, batch_size: int, batches: int, device: str) -> None:
-        self.pipeline = Pipeline.load(model, device=device, batch_size=batch_size)
+    def __init__(self, model: str, lora: dict[str, float], batch_size: int, batches: int, device: str) -> None:
+        self.pipeline = Pipeline.load(model, device=device, batch_size=batch_size, lora=lora)
         self.threads = ThreadPoolExecutor(batches, initializer=torch.set_num_threads, initargs=(1,))
         batched = serve.batch(max_batch_size=batch_size, batch_wait_timeout_s=0.02, max_concurrent_batches=batches)
         self.draw_with_others = batched(self.draw_batch)  # made here: a decorator would not know the sizes
@@ -79,21 +81,20 @@ def draw_all(pipeline: Pipeline, requests: list[DrawRequest]) -> list[Drawing]:
     return [Drawing(picture.pixels, picture.base_pixels) for picture in drawn]
 
 
-def deployed(
-    model: str, *, batch_size: int, replicas: int, cpus: float, gpus: float, max_queue: int | None = None
-) -> serve.Application:
+def deployed(config: GenerateConfig | ServeConfig, max_queue: int | None = None) -> serve.Application:
     """The generator as a Serve application, sized so that its batches fill."""
+    cpus, gpus = config.cpus_per_replica, config.gpus_per_replica
     batches = batches_at_a_time(cpus, gpus)
     options = Generator.options(  # type: ignore[attr-defined]
-        num_replicas=replicas,
+        num_replicas=config.replicas,
         # Requests wait at the replica, where they meet to a batch: Serve's router lets them in a few a second.
-        max_ongoing_requests=2 * batch_size * batches + (max_queue or 0),
+        max_ongoing_requests=2 * config.batch_size * batches + (max_queue or 0),
         max_queued_requests=-1 if max_queue is None else max_queue,
         health_check_period_s=2,  # a lost replica is noticed in seconds, not half a minute
         graceful_shutdown_wait_loop_s=0.1,  # who stops it has all answers
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
     )
-    return options.bind(model, batch_size, batches, "cuda" if gpus else "cpu")
+    return options.bind(config.model, config.adapters, config.batch_size, batches, "cuda" if gpus else "cpu")
 
 
 def batches_at_a_time(cpus: float, gpus: float) -> int:

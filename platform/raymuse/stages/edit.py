@@ -26,9 +26,11 @@ def edit(config: EditConfig) -> list[str]:
         UserError: before any work, for what cannot be read or does not fit together.
     """
     places = _places(Path(config.output), config.samples)
-    pipeline = Pipeline.load(config.model, batch_size=1)
-    facts = config.model_dump(mode="json", exclude={"stage", "model", "output", "samples", "seed"})
-    facts |= {"model": model_sha256(config.model)[:16], "batch_size": 1}
+    pipeline = Pipeline.load(config.model, batch_size=1, lora=config.adapters)
+    facts = config.model_dump(
+        mode="json", exclude={"stage", "model", "lora", "lora_scales", "output", "samples", "seed"}
+    )
+    facts |= {"model": model_sha256(config.model, config.adapters)[:16], "batch_size": 1}
     for sample, place in enumerate(places):
         seed = config.seed if config.samples == 1 else image_seed(config.seed, 0, sample)
         (picture,) = pipeline.edit(
@@ -56,7 +58,7 @@ def repeat(config: RepeatConfig) -> str:
     Raises:
         UserError: for a file that does not say how it was drawn, or another model.
     """
-    png, model = Path(config.picture), config.model
+    png = Path(config.picture)
     (output,) = _places(Path(config.output), 1)
     if not png.is_file():
         raise UserError(f"the picture {png} does not exist.")
@@ -66,15 +68,15 @@ def repeat(config: RepeatConfig) -> str:
             f"{png} does not say how it was drawn ({', '.join(missing)} missing from its text): give a PNG that "
             "`raymuse generate` wrote, not saved anew by another program."
         )
-    if facts["model"] != (given := model_sha256(model)[:16]):
-        raise UserError(f"{png} was drawn by another model: {facts['model']}, and {model} is {given}.")
-    output.write_bytes(png_bytes(_drawn(model, facts), facts))
+    if facts["model"] != (given := model_sha256(config.model, config.adapters)[:16]):
+        raise UserError(f"{png} was drawn by another model: {facts['model']}, and {config.model} is {given}.")
+    output.write_bytes(png_bytes(_drawn(config, facts), facts))
     return str(output)
 
 
-def _drawn(model: str, facts: dict[str, Any]) -> NDArray[np.uint8]:
+def _drawn(config: RepeatConfig, facts: dict[str, Any]) -> NDArray[np.uint8]:
     """The picture of the size that the file says: of a cascade that, or its base's."""
-    pipeline = Pipeline.load(model, batch_size=facts["batch_size"])
+    pipeline = Pipeline.load(config.model, batch_size=facts["batch_size"], lora=config.adapters)
     (picture,) = pipeline(
         [facts["prompt"]],
         seeds=[facts["seed"]],

@@ -10,9 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from raymuse.config.errors import UserError
 from raymuse.config.export import ExportConfig
 from raymuse.drawing.model_folder import Settings
+from raymuse.models.lora import adapter_sha256
+from raymuse.models.network_files import save_network
 from raymuse.models.vqgan import Vqgan
 from raymuse.models.weights import weights_sha256
 from raymuse.pipeline import Pipeline
@@ -38,6 +42,7 @@ def export(config: ExportConfig, run: Run) -> str:
     Folder(config.output).require_local("diffusers and transformers read models from a disk")
     parts = _parts(config)
     sums = {name: weights_sha256(str(folder), name) for name, folder in parts.items() if name != "tokenizer"}
+    sums |= {f"lora {number}": adapter_sha256(address) for number, address in enumerate(config.adapters)}
     manifest = Manifest.open(config.output, {**config.identity(), "weights": sums})
     folder = Path(config.output)
     if not manifest.finished:
@@ -47,6 +52,8 @@ def export(config: ExportConfig, run: Run) -> str:
         settings = _settings(config, folder)
         settings.save(folder)
         write_diffusers(folder)
+        if config.adapters:
+            _merge(folder, config.adapters)
         (folder / "README.md").write_text(model_card(config, settings, sums))
         pipeline = Pipeline.load(config.output)
         run.metrics(_sizes(pipeline), 0)
@@ -59,25 +66,43 @@ def _parts(config: ExportConfig) -> dict[str, Path]:
     """Where each part comes from; a training's output stands for its `model/` (or `model_raw/`)."""
     chosen = "model" if config.weights == "ema" else "model_raw"
     parts = {
-        "transformer": _trained(config.base, chosen),
+        "transformer": _trained(config.base, "transformer", chosen),
         "vqvae": Path(config.vqgan),
         "text_encoder": Path(config.text_encoder) / "text_encoder",
         "tokenizer": Path(config.text_encoder) / "tokenizer",
     }
     if config.superres is not None:
-        parts["superres"] = _trained(config.superres, chosen)
+        parts["superres"] = _trained(config.superres, "superres", chosen)
     missing = [str(path) for path in parts.values() if not path.exists()]
     if missing:
         raise UserError(f"cannot export: {', '.join(missing)} missing. Train these parts to the end first.")
     return parts
 
 
-def _trained(output: str, chosen: str) -> Path:
+def _trained(output: str, part: str, chosen: str) -> Path:
     """The folder of the wanted weights; a training without an average has only `model/`."""
+    if (Path(output) / "model_index.json").exists():
+        return Path(output) / part
     if not (Path(output) / "_SUCCESS").exists():
         raise UserError(f"{output} is not trained to the end. Run `raymuse train` again to go on.")
+    if not (Path(output) / "model/config.json").exists():
+        raise UserError(f"{output} holds a LoRA: give the model that it changes here, and lora={output}/model.")
     wanted = Path(output) / chosen
     return wanted if wanted.exists() else Path(output) / "model"
+
+
+def _merge(folder: Path, adapters: dict[str, float]) -> None:
+    """Write the weights of a model folder anew, with LoRAs in them."""
+    pipeline = Pipeline.load(str(folder), lora=adapters)
+    networks: dict[str, tuple[nn.Module, dict[str, Any]]] = {
+        "transformer": (pipeline.base, pipeline.base.config.to_diffusers())
+    }
+    if pipeline.superres is not None:
+        networks["superres"] = (pipeline.superres, pipeline.superres.config.to_dict())
+    for part, (network, record) in networks.items():
+        shutil.rmtree(folder / part)
+        save_network(network, record, folder / part, network.state_dict())
+    pipeline.text.network.save_pretrained(folder / "text_encoder", safe_serialization=True)
 
 
 def _settings(config: ExportConfig, folder: Path) -> Settings:
@@ -136,7 +161,11 @@ Weights: {config.weights}.
 
 
 def _sizes(pipeline: Pipeline) -> dict[str, float]:
-    networks = {"base": pipeline.base, "superres": pipeline.superres, "vqgan": pipeline.vqgan.network}
+    networks = {
+        "base": pipeline.base,
+        "superres": pipeline.superres,
+        "vqgan": pipeline.vqgan.network,
+    }
     return {
         f"{name}_parameters": float(sum(p.numel() for p in network.parameters()))
         for name, network in networks.items()

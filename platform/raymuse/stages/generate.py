@@ -80,7 +80,7 @@ def generate(config: GenerateConfig, run: Run) -> str:
         TooManyRejects: after the end, where more pictures failed than the config allows.
     """
     prompts = read_prompts(config.prompts)
-    facts = {"model_sha256": model_sha256(config.model), "prompts": _digest(prompts)}
+    facts = {"model_sha256": model_sha256(config.model, config.adapters), "prompts": _digest(prompts)}
     manifest = Manifest.open(config.output, {**config.identity(), **facts})
     plan = plan_parts(prompts, config)
     if not manifest.finished:
@@ -148,14 +148,7 @@ def _draw_pending(
 def _deploy(config: GenerateConfig, name: str) -> DeploymentHandle:
     """The generator without a route: this job reaches it through its handle, and others keep theirs."""
     join_serve()
-    application = deployed(
-        config.model,
-        batch_size=config.batch_size,
-        replicas=config.replicas,
-        cpus=config.cpus_per_replica,
-        gpus=config.gpus_per_replica,
-    )
-    return serve.run(application, name=name, route_prefix=None)
+    return serve.run(deployed(config), name=name, route_prefix=None)
 
 
 def _parts(

@@ -68,8 +68,9 @@ def data_fingerprint(config: TrainConfig) -> str:
 
 def plan_text(config: TrainConfig) -> str:
     """The plan as text: parameters, memory, steps (`--dry-run`)."""
-    task = build_task(config)
-    parameters = sum(p.numel() for p in task.module.parameters() if p.requires_grad)
+    everything = list(build_task(config).module.parameters())
+    parameters = sum(p.numel() for p in everything if p.requires_grad)
+    frozen = sum(p.numel() for p in everything) - parameters
     state = 16 + (4 if config.ema_decay else 0)
     shards = max(1, config.workers)
     zero = config.zero.stage if isinstance(config, MaskedConfig) and config.workers > 0 else 0
@@ -79,10 +80,12 @@ def plan_text(config: TrainConfig) -> str:
         + gradients / (shards if zero >= 2 else 1)
         + moments / (shards if zero >= 1 else 1)
     )
+    what = f"{parameters:,} parameters" + (f" to train and {frozen:,} that stay" if frozen else "")
+    gib = (parameters * held + 4 * frozen) / 2**30
     return (
-        f"{config.stage}: {parameters:,} parameters, {config.steps} steps of {config.batch_size} "  # type: ignore[attr-defined]
+        f"{config.stage}: {what}, {config.steps} steps of {config.batch_size} "  # type: ignore[attr-defined]
         f"on {config.workers} workers\n"
-        f"weights, gradients, moments and average: {parameters * held / 2**30:.2f} GiB a worker at ZeRO {zero}\n"
+        f"weights, gradients, moments and average: {gib:.2f} GiB a worker at ZeRO {zero}\n"
         f"checkpoints every {config.checkpoint.every} steps, {config.checkpoint.keep} kept: "
         f"{parameters * state * config.checkpoint.keep / 2**30:.2f} GiB of disk"
     )

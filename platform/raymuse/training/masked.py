@@ -149,24 +149,25 @@ class MaskedTask:
         trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         assert not unknown, unknown
         assert not trained.intersection(missing), missing
+        module.to(self.device)
         count = min(SAMPLES, len(self.store))
         rows = self.store.rows(range(count), np.zeros(count))
         truth = rows.image_ids if self.config.ids == "image_ids" else _low(rows.low_ids)
         batch = {"micro": torch.from_numpy(rows.micro), **self._text(rows, torch.zeros(count, dtype=torch.bool))}
         if rows.low_ids is not None:
             batch["low_ids"] = torch.from_numpy(rows.low_ids)
+        sampling = SamplingConfig(temperature=0.5, guidance=1)
         with torch.no_grad():
-            sampling = SamplingConfig(temperature=0.5, guidance=1)
             ids = sample_ids(
                 module.network,
-                module.condition(batch),
+                module.condition({name: tensor.to(self.device) for name, tensor in batch.items()}),
                 None,
-                ids=torch.full((count, *self.grid), self.network.config.mask_id),
+                ids=torch.full((count, *self.grid), self.network.config.mask_id, device=self.device),
                 seeds=list(range(count)),
                 courses=[Course.of(sampling, self.grid[0] * self.grid[1])] * count,
             )
-        vqgan = Vqgan.load(self.config.vqgan)
-        return sheet([vqgan.decode(truth), vqgan.decode(ids.cpu())])
+        vqgan = Vqgan.load(self.config.vqgan, self.device)
+        return sheet([vqgan.decode(truth), vqgan.decode(ids)])
 
     def save(self, weights: dict[str, Tensor], folder: Path) -> dict[str, Any]:
         if self.config.lora is None:

@@ -1,0 +1,36 @@
+"""Who draws: a model folder, and the LoRAs that are merged into it."""
+
+from pydantic import Field, model_validator
+
+from raymuse.config.base import Address, Config
+
+
+class LoraChoice(Config):
+    """LoRAs and how much of each."""
+
+    lora: Address | tuple[Address, ...] = Field(
+        (), description="LoRA to merge: `model` of a training with lora, or peft's or diffusers'; several as a list"
+    )
+    lora_scales: float | tuple[float, ...] = Field(1.0, description="how much of each: one for all, or a list")
+
+    @model_validator(mode="after")
+    def _one_scale_each(self) -> "LoraChoice":
+        if isinstance(self.lora_scales, tuple) and len(self.lora_scales) != len(self._loras):
+            raise ValueError(f"{len(self._loras)} in lora and {len(self.lora_scales)} in lora_scales: give one each")
+        return self
+
+    @property
+    def adapters(self) -> dict[str, float]:
+        """Address and scale of every LoRA."""
+        scales = self.lora_scales if isinstance(self.lora_scales, tuple) else [self.lora_scales] * len(self._loras)
+        return dict(zip(self._loras, scales, strict=True))
+
+    @property
+    def _loras(self) -> tuple[str, ...]:
+        return (self.lora,) if isinstance(self.lora, str) else self.lora
+
+
+class DrawingConfig(LoraChoice):
+    """What every config that draws has."""
+
+    model: Address = Field(description="model folder")
