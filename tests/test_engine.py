@@ -3,6 +3,7 @@
 With AdamW, and with Muon for the three matrices of the toy.
 """
 
+import math
 import shutil
 from dataclasses import dataclass
 from typing import Any
@@ -52,13 +53,19 @@ class State:
 
 @dataclass(frozen=True)
 class Trained:
-    """A training's trace, its state half way and at the end, and its end when resumed from half way."""
+    """A training's trace, its state half way and at the end, and its end when resumed from half way.
+
+    Then its state after a step in which the last rank's gradients were no numbers, and the norm of it and of the next.
+    """
 
     losses: list[float]
     norms: list[float]
     half: State
     end: State
     resumed: State
+    poisoned: State
+    poisoned_norm: float
+    norm_after: float
 
 
 def make_engine(kind: str, optimizer: str = "adamw") -> Engine:
@@ -120,7 +127,23 @@ def train(kind: str, optimizer: str) -> Trained:
     half = read_state(engine, ema)
     trace += run_steps(engine, ema, HALF, STEPS)
     losses, norms = zip(*trace, strict=True)
-    return Trained(list(losses), list(norms), half, read_state(engine, ema), resume(kind, optimizer, half))
+    end = read_state(engine, ema)
+    poisoned_norm = poisoned_step(engine)
+    poisoned = read_state(engine, ema)
+    ((_, norm_after),) = run_steps(engine, ema, 0, 1)
+    return Trained(
+        list(losses), list(norms), half, end, resume(kind, optimizer, half), poisoned, poisoned_norm, norm_after
+    )
+
+
+def poisoned_step(engine: Engine) -> float:
+    """The norm of a step with one row of the last rank's second half made infinite."""
+    first, second = micro_batches(0)
+    if engine.rank == engine.world - 1:
+        second["wanted"][0] = float("inf")
+    for batch in (first, second):
+        engine.backward(engine.forward(batch)[0] / ROWS)
+    return engine.step(1.0)
 
 
 def resume(kind: str, optimizer: str, half: State) -> State:
@@ -214,6 +237,18 @@ def test_one_process_goes_on_where_two_stopped(
 @all_engines
 def test_every_rank_reads_the_same_full_state(kind: str, optimizer: str, pair: list[dict[str, Trained]]) -> None:
     identical(pair[0][f"{kind} {optimizer}"].end, pair[1][f"{kind} {optimizer}"].end)
+
+
+@all_engines
+@both_optimizers
+def test_gradients_that_are_not_finite_change_nothing(
+    kind: str, optimizer: str, pair: list[dict[str, Trained]]
+) -> None:
+    for rank in pair:
+        trained = rank[f"{kind} {optimizer}"]
+        assert not math.isfinite(trained.poisoned_norm)
+        identical(trained.poisoned, trained.end)
+        assert math.isfinite(trained.norm_after)
 
 
 def test_weight_decay_is_on_matrices_alone() -> None:

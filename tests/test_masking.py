@@ -16,6 +16,7 @@ from raymuse.masking import (
     CONFIDENCE,
     MASK,
     SCHEDULES,
+    Rectangles,
     guidance_scales,
     guide,
     halton_ranks,
@@ -104,6 +105,29 @@ def test_min_ratio_is_the_least_share_that_is_masked() -> None:
     counts = hide(ids, np.arange(300), seed=0, mask_id=1, min_ratio=0.6).mask.sum(dim=1)
     assert counts.min() == 24
     assert counts.max() == 40
+
+
+def test_rectangles_take_the_share_of_samples_asked_for() -> None:
+    count, grid = 2000, (12, 16)
+    ids = torch.zeros(count, grid[0] * grid[1], dtype=torch.long)
+    places = np.arange(count)
+    plain = hide(ids, places, seed=4, mask_id=1).mask.numpy()
+    mixed = hide(ids, places, seed=4, mask_id=1, rectangles=Rectangles(0.3, grid)).mask.numpy()
+    changed = (plain != mixed).any(axis=1)
+    rectangles = np.array([_is_rectangle(mask.reshape(grid)) for mask in mixed])
+    assert abs(rectangles.mean() - 0.3) < 3 * math.sqrt(0.3 * 0.7 / count) + 0.01  # one or two cells are one anyhow
+    assert rectangles[changed].all()
+    wanted, found = plain[changed].sum(axis=1), mixed[changed].sum(axis=1)
+    assert np.abs(found / wanted - 1).mean() < 0.1
+    assert np.corrcoef(wanted, found)[0, 1] > 0.98
+    assert (mixed[changed].sum(axis=0) > 0).all()  # they lie everywhere
+    alone = hide(ids[:1], places[7:8], seed=4, mask_id=1, rectangles=Rectangles(0.3, grid)).mask.numpy()
+    assert np.array_equal(alone[0], mixed[7])
+
+
+def _is_rectangle(mask: NDArray[np.bool_]) -> bool:
+    rows, columns = mask.any(axis=1).nonzero()[0], mask.any(axis=0).nonzero()[0]
+    return bool(mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all())
 
 
 # --- how many stay masked

@@ -1,5 +1,6 @@
 """The four trainings on tiny data: a restart changes nothing, nor does the world size; inputs do what they should."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import VQModel
+from numpy.typing import NDArray
 from torch import Tensor
 
 import tiny
@@ -23,8 +25,9 @@ from raymuse.storage.checkpoint import newest
 from raymuse.training.build import build_engine, build_task
 from raymuse.training.clip import ClipTask, train_tokenizer
 from raymuse.training.codebook import Codebook
-from raymuse.training.masked import MaskedTask, add_low_noise
+from raymuse.training.masked import MaskedTask
 from raymuse.training.task import Batch
+from raymuse.training.tokens import add_low_noise
 from raymuse.training.vqgan import VqganTask
 from trainings import losses_of
 
@@ -213,11 +216,11 @@ def test_captions_drop_at_the_rate_asked_for_states_and_pooled_together(
     pooled = (batch["pooled"] != kept["pooled"]).any(dim=1)
     assert torch.equal(states, pooled)
     assert abs(float(states.float().mean()) - share) < 3 * math.sqrt(share * (1 - share) / count)
-    assert torch.equal(batch["states"][states], task.empty_states.expand(int(states.sum()), -1, -1))
-    assert torch.equal(batch["pooled"][states], task.empty_pooled.expand(int(states.sum()), -1))
+    assert torch.equal(batch["states"][states], task.stream.empty_states.expand(int(states.sum()), -1, -1))
+    assert torch.equal(batch["pooled"][states], task.stream.empty_pooled.expand(int(states.sum()), -1))
     empty = TextEncoder.load(data.encoders)([""])
-    torch.testing.assert_close(task.empty_states, empty[0], atol=2e-3, rtol=2e-3)  # as stored: fp16
-    torch.testing.assert_close(task.empty_pooled, empty[1], atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(task.stream.empty_states, empty[0], atol=2e-3, rtol=2e-3)  # as stored: fp16
+    torch.testing.assert_close(task.stream.empty_pooled, empty[1], atol=2e-3, rtol=2e-3)
     assert torch.equal(batch["low_ids"], kept["low_ids"])
 
 
@@ -267,6 +270,84 @@ def test_a_trained_superres_loses_by_other_pictures_low_ids(data: Data, tmp_path
         right, _ = task.module(batch)
         wrong, _ = task.module({**batch, "low_ids": batch["low_ids"].roll(1, dims=0)})
     assert float(wrong) > 1.05 * float(right)
+
+
+def test_rectangles_and_weight_on_known_ids_do_not_depend_on_micro_batches(data: Data, tmp_path: Path) -> None:
+    changes = {**logged(3), "rectangle_share": 0.5, "unmasked_weight": 0.1}
+    losses = fit(base(tmp_path / "whole", data, **changes))
+    assert fit(base(tmp_path / "parts", data, micro_batch_size=3, **changes)) == pytest.approx(losses, abs=1e-5)
+    assert losses != fit(base(tmp_path / "plain", data, **logged(3)))
+
+
+def test_known_ids_count_with_their_weight(data: Data, tmp_path: Path) -> None:
+    task, batch = everything(base(tmp_path, data, unmasked_weight=0.25), 8)
+    with torch.no_grad():
+        loss, _ = task.module(batch)
+        logits = task.network.head(task.network.features(batch["ids"], task.module.condition(batch)))
+        each = torch.nn.functional.cross_entropy(logits.flatten(0, 2), batch["targets"].flatten(), reduction="none")
+    weights = torch.where(batch["mask"].flatten(), 1.0, 0.25)
+    assert float(loss) == pytest.approx(float((each * weights).sum()), rel=1e-5)
+    assert task.count(batch) == float(weights.sum())
+
+
+def test_the_loss_by_masking_ratio_is_that_of_its_samples(data: Data, tmp_path: Path) -> None:
+    task, batch = everything(base(tmp_path, data), 64)
+    with torch.no_grad():
+        loss, metrics = task.module(batch)
+        of_decile: dict[str, list[float]] = {}
+        for row in range(64):
+            one = {name: value[row : row + 1] for name, value in batch.items()}
+            ratio = float(one["mask"].float().mean())
+            name = f"loss_at_{min(int(ratio * 16 * 10 / 17), 9) / 10}"
+            of_decile.setdefault(name, []).append(float(task.module(one)[0]))
+    for name, losses in of_decile.items():
+        assert float(metrics[name]) == pytest.approx(sum(losses), rel=1e-4), name
+    named = [name for name in metrics if name.startswith("loss_at_") and not name.endswith(":of")]
+    assert sum(float(metrics[name]) for name in named) == pytest.approx(float(loss), rel=1e-5)
+    assert sum(float(metrics[f"{name}:of"]) for name in named) == float(batch["mask"].sum())
+    assert 0 < float(metrics["entropy"]) / float(batch["mask"].sum()) <= math.log(tiny.CODES) + 1e-5
+
+
+# --- losses that are no numbers
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, config: TrainConfig, steps: set[int]) -> Any:
+    """The config's task with one picture, or one text, made infinite at some steps (from 0)."""
+    task = build_task(config)
+    plain = task.batch
+
+    def batch(positions: NDArray[np.int64], weights: NDArray[np.float32]) -> Batch:
+        made = plain(positions, weights)
+        if positions[0] // config.batch_size in steps:
+            made["pixels" if "pixels" in made else "states"][0] = float("inf")
+        return made
+
+    monkeypatch.setattr(task, "batch", batch)
+    return task
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_step_without_a_finite_loss_is_passed_over(
+    name: str, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TRAININGS[name](tmp_path, data, **logged(6))
+    task = poison(monkeypatch, config, {2, 4})
+    losses = losses_of(config, task)
+    assert [math.isfinite(loss) for loss in losses] == [True, True, False, True, False, True]
+    assert all(bool(value.isfinite().all()) for value in saved(config).values())
+    found = newest(Path(config.output))
+    assert found is not None
+    assert (found.state["updates"], found.state["skipped"]) == (4, 2)
+    lines = [json.loads(line) for line in Path(config.output, "skipped.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 5]
+    assert [len(line["keys"]) for line in lines] == [8, 8]
+    assert all(isinstance(key, str) for line in lines for key in line["keys"])
+
+
+def test_too_many_of_them_in_a_row_end_the_run(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = base(tmp_path, data, **logged(12), max_skipped=3)
+    with pytest.raises(UserError, match=r"in 3 steps in a row, up to step 8; none of them changed the weights"):
+        losses_of(config, poison(monkeypatch, config, {2, 5, 6, 7}))
 
 
 def test_gradient_checkpointing_changes_no_loss(data: Data, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ GUIDANCE_SCHEDULES: dict[str, Callable[[float], float]] = {
 
 # Streams keep draws for different purposes apart under one seed.
 MASK, DROPOUT, LOW_NOISE, CAPTION, ORDER, CHOICE, CONFIDENCE, HIGH_CHOICE, HIGH_CONFIDENCE, SEED, START = range(11)
+RECTANGLE, CRITIC = 11, 12
 
 
 def _sigmoid(x: float) -> float:
@@ -63,6 +64,35 @@ class Hidden:
     mask: Tensor
 
 
+@dataclass(frozen=True)
+class Rectangles:
+    """Of some samples the masked ids are a rectangle, as in- and outpainting ask for (open-muse's pre-training).
+
+    Args:
+        share: of the samples.
+        grid: (h, w) that the L ids are.
+    """
+
+    share: float
+    grid: tuple[int, int]
+
+    def masks(self, counts: NDArray[np.int64], seed: int, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Rectangles (B, L) of about `counts` cells, h / w between 1/2 and 2 where the grid allows; elsewhere none."""
+        height, width = self.grid
+        masks = np.zeros((len(counts), height, width), dtype=np.bool_)
+        for mask, count, (chosen, aspect, top, left) in zip(
+            masks, counts, uniforms(seed, RECTANGLE, positions, 4), strict=True
+        ):
+            if chosen >= self.share:
+                continue
+            wished = round(math.sqrt(count * 4 ** (aspect - 0.5)))
+            rows = min(max(wished, -(-int(count) // width), 1), height)
+            columns = min(max(round(count / rows), 1), width)
+            first, second = int(top * (height - rows + 1)), int(left * (width - columns + 1))
+            mask[first : first + rows, second : second + columns] = True
+        return masks.reshape(len(counts), -1)
+
+
 def hide(
     ids: Tensor,
     positions: NDArray[np.int64],
@@ -71,6 +101,7 @@ def hide(
     mask_id: int,
     schedule: str = "cosine",
     min_ratio: float = 0.0,
+    rectangles: Rectangles | None = None,
 ) -> Hidden:
     """Mask `max(1, round(L schedule(u)))` random ids of every sample, u ~ U(0, 1) (MaskGIT, section 3.1).
 
@@ -78,13 +109,18 @@ def hide(
         ids: token ids (B, L).
         positions: global position of each sample in the training data (B,); the mask is keyed by it.
         min_ratio: masks at least this share of the ids.
+        rectangles: which samples mask a rectangle of about as many ids instead.
     """
     length = ids.shape[1]
     draws = uniforms(seed, MASK, positions, 1 + length)
     ratios = np.array([max(SCHEDULES[schedule](u), min_ratio) for u in draws[:, 0]])
     counts = np.maximum(1, np.round(ratios * length)).astype(np.int64)
     ranks = draws[:, 1:].argsort(axis=1).argsort(axis=1)
-    mask = torch.from_numpy(ranks < counts[:, None]).to(ids.device)
+    scattered = ranks < counts[:, None]
+    if rectangles is not None:
+        whole = rectangles.masks(counts, seed, positions)
+        scattered = np.where(whole.any(axis=1, keepdims=True), whole, scattered)
+    mask = torch.from_numpy(scattered).to(ids.device)
     return Hidden(torch.where(mask, mask_id, ids), mask)
 
 
@@ -169,6 +205,7 @@ def reveal(
     top_p: float = 1.0,
     top_k: int = 0,
     priority: Tensor | None = None,
+    critic: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """One sampling step: draw every masked id, then mask the least confident again.
 
@@ -182,6 +219,8 @@ def reveal(
         top_p: draw from each position's `nucleus`; 1: from all codes.
         top_k: draw from each position's `likeliest`; 0: from all codes; 1: the best, without chance.
         priority: (B, L) takes the place of the confidence: the highest are kept first.
+        critic: tells of all ids, once drawn (B, L), how real each looks (B, L), a logit that takes the place of log p
+            (Token-Critic, Lezama et al., arXiv 2209.04439, section 3.2).
 
     Returns:
         ids (B, L). Confidence is log p + temperature * Gumbel (MaskGIT, section 3.2), p of all codes' softmax.
@@ -195,15 +234,21 @@ def reveal(
     drawn = torch.searchsorted(cdf.contiguous(), target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
     drawn = torch.where(unknown, drawn, ids)
 
-    score = _confidence(probabilities, drawn, confidence, temperature) if priority is None else priority
+    if priority is not None:
+        score = priority
+    else:
+        sure = _log_of(probabilities, drawn) if critic is None else critic(drawn).to(probabilities.dtype)
+        score = sure + temperature.to(sure.dtype)[:, None] * _gumbel(confidence.to(sure.dtype))
     score = score.masked_fill(~unknown, math.inf)
     left = torch.minimum(remaining, unknown.sum(dim=1) - 1).clamp(min=1) * (remaining > 0)
     ranks = score.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
     return torch.where((ranks < left[:, None]) & unknown, mask_id, drawn)
 
 
-def _confidence(probabilities: Tensor, drawn: Tensor, uniform: Tensor, temperature: Tensor) -> Tensor:
+def _log_of(probabilities: Tensor, drawn: Tensor) -> Tensor:
     picked = probabilities.gather(-1, drawn.clamp(max=probabilities.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
-    tiny = torch.finfo(picked.dtype).tiny
-    gumbel = -torch.log(-torch.log(uniform.to(picked.dtype).clamp(tiny, 1 - 1e-7)))
-    return picked.clamp(min=tiny).log() + temperature.to(picked.dtype)[:, None] * gumbel
+    return picked.clamp(min=torch.finfo(picked.dtype).tiny).log()
+
+
+def _gumbel(uniform: Tensor) -> Tensor:
+    return -torch.log(-torch.log(uniform.clamp(torch.finfo(uniform.dtype).tiny, 1 - 1e-7)))

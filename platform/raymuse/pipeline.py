@@ -234,9 +234,12 @@ class Pipeline(Networks):
     def _sampling(self, options: Options) -> SamplingConfig:
         given = {name: value for name, value in options.items() if value is not None}
         try:
-            return SamplingConfig.model_validate({**self.settings.base.model_dump(), **given})
+            sampling = SamplingConfig.model_validate({**self.settings.base.model_dump(), **given})
         except ValidationError as error:
             raise ConfigError("sampling", sentences(SamplingConfig, error.errors(), lambda path: "")) from None
+        if sampling.order == "critic" and self.critic is None:
+            raise UserError("order critic: this model has no critic/. `raymuse train critic` trains one.")
+        return sampling
 
     def _read(self, picture: PictureLike, mask: PictureLike | None, size: Size | None) -> tuple[Pixels, Mask | None]:
         """A picture and its mask, both resized and cut to `size` where it is given."""
@@ -272,6 +275,8 @@ class Pipeline(Networks):
         if grid is None:
             return None
         assert self.settings.superres is not None, "a model folder with superres/ says how to sample it"
+        if self.settings.superres.order == "critic":
+            raise UserError("order critic: a critic judges the base's ids, not the super-resolution's.")
         return tasks.from_nothing(grid, self.settings.superres)
 
 

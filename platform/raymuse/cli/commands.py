@@ -42,7 +42,7 @@ Mlflow = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")]
 
-_TRAININGS = ("train-vqgan", "train-clip", "train-base", "train-superres")
+_TRAININGS = ("train-vqgan", "train-clip", "train-base", "train-superres", "train-critic")
 
 
 @app.command()

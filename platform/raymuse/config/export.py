@@ -19,6 +19,7 @@ class ExportConfig(StageConfig, LoraChoice):
     superres: Annotated[str, AddressMark()] | None = Field(
         None, description="output of train-superres, or a model folder"
     )
+    critic: Annotated[str, AddressMark()] | None = Field(None, description="output of train-critic, or a model folder")
     weights: Literal["ema", "raw"] = "ema"
     name: str = Field("raymuse-model", description="name on the model card and in the registry")
     micro_conditioning: tuple[float, float, float, float, float] | None = Field(

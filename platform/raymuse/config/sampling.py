@@ -10,7 +10,7 @@ from raymuse.config.base import Config
 # with the config and not at the first draw.
 MaskingSchedule = Literal["cosine", "linear", "arccos", "square", "root", "power", "sigmoid"]
 GuidanceSchedule = Literal["constant", "linear", "cosine"]
-Order = Literal["confidence", "halton", "random"]
+Order = Literal["confidence", "critic", "halton", "random"]
 
 
 class SamplingConfig(Config):

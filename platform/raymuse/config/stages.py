@@ -8,7 +8,7 @@ from raymuse.config.flow import FlowConfig
 from raymuse.config.generate import GenerateConfig, ServeConfig
 from raymuse.config.pretokenize import PretokenizeConfig
 from raymuse.config.score import ScoreConfig
-from raymuse.config.training import BaseConfig, ClipConfig, SuperresConfig, VqganConfig
+from raymuse.config.training import BaseConfig, ClipConfig, CriticConfig, SuperresConfig, VqganConfig
 
 STAGES: dict[str, type[Config]] = {
     "data": DataConfig,
@@ -17,6 +17,7 @@ STAGES: dict[str, type[Config]] = {
     "pretokenize": PretokenizeConfig,
     "train-base": BaseConfig,
     "train-superres": SuperresConfig,
+    "train-critic": CriticConfig,
     "export": ExportConfig,
     "generate": GenerateConfig,
     "edit": EditConfig,

@@ -53,6 +53,7 @@ class TrainConfig(StageConfig):
     cpus_per_worker: float = runtime(1, "cores reserved for a worker", gt=0)
     use_gpu: bool = runtime(False, "one GPU a worker")
     max_failures: int = runtime(2, "lost workers survived before the job fails", ge=0)
+    max_skipped: int = runtime(10, "steps in a row without a finite loss and gradients before the run stops", ge=1)
     log_every: int = runtime(20, "steps between logged losses", ge=1)
     sample_every: int = runtime(400, "steps between sample pictures in MLflow", ge=1)
     model: dict[str, Any] = Field(default_factory=dict, description="shape of the network, by its own field names")
@@ -122,6 +123,10 @@ class MaskedConfig(TrainConfig):
     gradient_checkpointing: bool = runtime(False, "recompute activations in the backward pass")
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of samples whose caption becomes the empty one")
     min_masking_ratio: float = Field(0.0, ge=0, lt=1)
+    rectangle_share: float = Field(
+        0.0, ge=0, le=1, description="share of samples whose masked ids are one rectangle: learns to in- and outpaint"
+    )
+    unmasked_weight: float = Field(0.0, ge=0, le=1, description="of the loss on ids that are not masked")
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     masking: MaskingSchedule = Field("cosine", description="schedule of the masking ratio")
     text_encoder: Annotated[str, AddressMark()] | None = Field(
@@ -151,3 +156,16 @@ class SuperresConfig(MaskedConfig):
 
     stage: Literal["train-superres"] = "train-superres"
     low_noise: float = Field(0.1, ge=0, lt=1, description="largest share of the low-res ids replaced at random")
+
+
+class CriticConfig(MaskedConfig):
+    """Train a token critic: it tells the ids that a base drew from true ones, and then orders what sampling keeps."""
+
+    stage: Literal["train-critic"] = "train-critic"
+    base: Address = Field(description="output of train-base, or a model folder: whose ids it judges; stays as it is")
+
+    @model_validator(mode="after")
+    def _from_nothing(self) -> "CriticConfig":
+        if self.start_from is not None:
+            raise ValueError("a critic starts from nothing: start_from and lora are not for it")
+        return self

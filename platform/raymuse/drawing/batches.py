@@ -13,7 +13,7 @@ from torch import Tensor
 
 from raymuse.drawing.inputs import Mask, Pixels
 from raymuse.drawing.networks import Networks
-from raymuse.drawing.sampler import Course, OnStep, TokenTransformer, sample_ids
+from raymuse.drawing.sampler import Course, Judge, OnStep, TokenTransformer, sample_ids
 from raymuse.drawing.tasks import UNKNOWN, Ids, Request, Stage
 from raymuse.masking import CHOICE, CONFIDENCE, HIGH_CHOICE, HIGH_CONFIDENCE
 
@@ -61,6 +61,7 @@ def _draw(networks: Networks, requests: Sequence[Request], on_step: OnStep | Non
         (CHOICE, CONFIDENCE),
         None if on_step is None else lambda step, ids: on_step(step, ids[: len(requests)]),
         states.device,
+        _judge(networks, states, pooled, micro) if first.base.draws.order == "critic" else None,
     )
     base_pixels = networks.vqgan.decode(base_ids)
     ids, pixels = base_ids, base_pixels
@@ -93,6 +94,7 @@ def _sample(
     streams: tuple[int, int],
     on_step: OnStep | None,
     device: torch.device,
+    critic: Judge | None = None,
 ) -> Tensor:
     """Ids (B, h, w). `free` makes the unconditional condition, where a course needs it."""
     ids = torch.from_numpy(np.stack([stage.ids for stage in stages])).to(device)
@@ -106,7 +108,16 @@ def _sample(
         draws=stages[0].draws,
         streams=streams,
         on_step=on_step,
+        critic=critic,
     )
+
+
+def _judge(networks: Networks, states: Tensor, pooled: Tensor, micro: Tensor) -> Judge:
+    """What the critic says of ids, its part of the condition computed once."""
+    critic = networks.critic
+    assert critic is not None, "Pipeline asks for it before any work"
+    condition = critic.precompute(critic.condition(states, pooled, micro))
+    return lambda ids: critic.head(critic.features(ids, condition)).squeeze(-1)
 
 
 def _said(networks: Networks, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

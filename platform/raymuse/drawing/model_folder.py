@@ -1,6 +1,7 @@
 """The model folder: diffusers' layout with what ours adds, read and written.
 
 transformer/ vqvae/ text_encoder/ tokenizer/ scheduler/     as diffusers has them, safetensors only
+critic/                                                     a token critic of the base's ids
 superres/ superres_vqvae/                                   of a cascade; the second where it has a VQGAN of its own
 generation_config.json                                      how the weights are best drawn from
 """
@@ -79,6 +80,23 @@ def load_superres(folder: Path, device: str = "cpu", variant: str | None = None)
     return network.eval().requires_grad_(False).to(device)
 
 
+def trained_part(address: str, part: str, chosen: str = "model") -> Path:
+    """The folder of a network: that part of a model folder, or what a finished training left (`model`, `model_raw`).
+
+    Raises:
+        UserError: the training is not at its end, or trained a LoRA.
+    """
+    folder = Path(address)
+    if (folder / "model_index.json").exists():
+        return folder / part
+    if not (folder / "_SUCCESS").exists():
+        raise UserError(f"{address} is not trained to the end. Run `raymuse train` again to go on.")
+    if not (folder / "model/config.json").exists():
+        raise UserError(f"{address} holds a LoRA: give the model that it changes here, and lora={address}/model.")
+    wanted = folder / chosen  # a training without an average has only `model`
+    return wanted if wanted.exists() else folder / "model"
+
+
 def local_folder(folder_or_id: str) -> Path:
     """The model folder on this disk; a Hugging Face id is downloaded, safetensors only."""
     folder = Path(folder_or_id)
@@ -100,8 +118,8 @@ def model_sha256(folder_or_id: str, adapters: Mapping[str, float] | None = None)
         adapters: LoRAs that are merged, by address and scale.
     """
     folder = Path(folder_or_id)
-    cascade = [part for part in ("superres", "superres_vqvae") if (folder / part).exists()]
-    sums = {part: weights_sha256(folder_or_id, part) for part in ("transformer", "vqvae", "text_encoder", *cascade)}
+    own = [part for part in ("superres", "superres_vqvae", "critic") if (folder / part).exists()]
+    sums = {part: weights_sha256(folder_or_id, part) for part in ("transformer", "vqvae", "text_encoder", *own)}
     if (settings := folder / SETTINGS).exists():
         sums["settings"] = hashlib.sha256(settings.read_bytes()).hexdigest()
     for number, (address, scale) in enumerate((adapters or {}).items()):

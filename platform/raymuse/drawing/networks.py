@@ -25,6 +25,7 @@ class Networks:
 
     Attributes:
         batch_size: rows that every network call is padded to, so that a picture does not depend on its batch.
+        critic: tells drawn ids of the base from true ones: a U-ViT with one logit an id.
     """
 
     vqgan: Vqgan
@@ -34,6 +35,7 @@ class Networks:
     superres: SuperRes | None = None
     superres_vqgan: Vqgan | None = None
     batch_size: int = 16
+    critic: UVit | None = None
 
     @classmethod
     def load(
@@ -67,7 +69,10 @@ class Networks:
         check_widths(folder_or_id, "transformer", base.config, vqgan.codes, text)
         if superres is not None and superres_vqgan is not None:
             check_widths(folder_or_id, "superres", superres.config, superres_vqgan.codes, text)
-        loaded = cls(vqgan, text, base, settings, superres, superres_vqgan, batch_size)
+        critic = load_uvit(folder / "critic", device, variant) if (folder / "critic").exists() else None
+        if critic is not None:
+            check_widths(folder_or_id, "critic", critic.config, 1, text)
+        loaded = cls(vqgan, text, base, settings, superres, superres_vqgan, batch_size, critic)
         return loaded.styled(lora) if lora else loaded
 
     def styled(self, adapters: Mapping[str, float]) -> Self:

@@ -26,6 +26,7 @@ from raymuse.masking import (
     uniforms,
 )
 
+Judge = Callable[[Tensor], Tensor]
 OnStep = Callable[[int, NDArray[np.int64]], None]
 """Called after every step with its number and the ids (B, h, w), the mask id where one is still unknown."""
 
@@ -101,6 +102,7 @@ def sample_ids(
     draws: Draws | None = None,
     streams: tuple[int, int] = (CHOICE, CONFIDENCE),
     on_step: OnStep | None = None,
+    critic: Judge | None = None,
 ) -> Tensor:
     """Draw the unknown ids of B pictures (MaskGIT, section 3.2).
 
@@ -112,11 +114,13 @@ def sample_ids(
         courses: one a picture; a shorter one ends earlier.
         streams: which of the seed's streams pick codes and order them.
         on_step: told how it gets on.
+        critic: where `draws.order` is "critic": how real each of the ids (B, h, w) looks, a logit (B, h, w).
 
     Returns:
         ids (B, h, w), all known.
     """
     draws = draws or Draws()
+    assert (draws.order == "critic") == (critic is not None)
     grid, mask_id, device = tuple(ids.shape[1:]), int(network.config.mask_id), ids.device
     batch, length = len(seeds), grid[0] * grid[1]
     if not (steps := max(len(course.remaining) for course in courses)):
@@ -144,6 +148,7 @@ def sample_ids(
             top_p=draws.top_p,
             top_k=draws.top_k,
             priority=priority,
+            critic=None if critic is None else lambda drawn: critic(drawn.view(batch, *grid)).view(batch, length),
         )
         if on_step is not None:
             on_step(step, known.view(batch, *grid).cpu().numpy())
@@ -205,8 +210,11 @@ def _hidden(courses: Sequence[Course], steps: int, length: int, device: torch.de
 
 
 def _priority(order: str, grid: tuple[int, ...], uniform: Tensor) -> Tensor | None:
-    """(B, L): the highest are revealed first; None: by confidence. A Halton sequence starts where the seed says."""
-    if order == "confidence":
+    """(B, L): the highest are revealed first; None: by confidence, or a critic.
+
+    A Halton sequence starts where the seed says.
+    """
+    if order in ("confidence", "critic"):
         return None
     if order == "random":
         return uniform

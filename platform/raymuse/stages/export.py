@@ -1,7 +1,7 @@
 """Trained parts to one model folder in diffusers' layout.
 
 model_index.json  transformer/  vqvae/  text_encoder/  tokenizer/  scheduler/     diffusers' AmusedPipeline opens it
-superres/         generation_config.json  README.md                              ours, beside it
+superres/  critic/  generation_config.json  README.md                           ours, beside it
 """
 
 import json
@@ -14,7 +14,7 @@ from torch import nn
 
 from raymuse.config.errors import UserError
 from raymuse.config.export import ExportConfig
-from raymuse.drawing.model_folder import Settings
+from raymuse.drawing.model_folder import Settings, trained_part
 from raymuse.models.lora import adapter_sha256
 from raymuse.models.network_files import save_network
 from raymuse.models.vqgan import Vqgan
@@ -66,29 +66,19 @@ def _parts(config: ExportConfig) -> dict[str, Path]:
     """Where each part comes from; a training's output stands for its `model/` (or `model_raw/`)."""
     chosen = "model" if config.weights == "ema" else "model_raw"
     parts = {
-        "transformer": _trained(config.base, "transformer", chosen),
+        "transformer": trained_part(config.base, "transformer", chosen),
         "vqvae": Path(config.vqgan),
         "text_encoder": Path(config.text_encoder) / "text_encoder",
         "tokenizer": Path(config.text_encoder) / "tokenizer",
     }
     if config.superres is not None:
-        parts["superres"] = _trained(config.superres, "superres", chosen)
+        parts["superres"] = trained_part(config.superres, "superres", chosen)
+    if config.critic is not None:
+        parts["critic"] = trained_part(config.critic, "critic", chosen)
     missing = [str(path) for path in parts.values() if not path.exists()]
     if missing:
         raise UserError(f"cannot export: {', '.join(missing)} missing. Train these parts to the end first.")
     return parts
-
-
-def _trained(output: str, part: str, chosen: str) -> Path:
-    """The folder of the wanted weights; a training without an average has only `model/`."""
-    if (Path(output) / "model_index.json").exists():
-        return Path(output) / part
-    if not (Path(output) / "_SUCCESS").exists():
-        raise UserError(f"{output} is not trained to the end. Run `raymuse train` again to go on.")
-    if not (Path(output) / "model/config.json").exists():
-        raise UserError(f"{output} holds a LoRA: give the model that it changes here, and lora={output}/model.")
-    wanted = Path(output) / chosen
-    return wanted if wanted.exists() else Path(output) / "model"
 
 
 def _merge(folder: Path, adapters: dict[str, float]) -> None:

@@ -23,7 +23,8 @@ from ray.train.torch import TorchTrainer
 
 from raymuse.config.errors import UserError
 from raymuse.config.stages import STAGES
-from raymuse.config.training import MaskedConfig, SuperresConfig, TrainConfig
+from raymuse.config.training import CriticConfig, MaskedConfig, SuperresConfig, TrainConfig
+from raymuse.drawing.model_folder import trained_part
 from raymuse.models.weights import weights_sha256
 from raymuse.storage.folder import Folder
 from raymuse.storage.images import list_shards
@@ -61,6 +62,8 @@ def data_fingerprint(config: TrainConfig) -> str:
         start = "superres" if isinstance(config, SuperresConfig) else "transformer"
         frozen = {"text_encoder": config.text_encoder, start: config.start_from}
         sums = [weights_sha256(address, part) for part, address in frozen.items() if address is not None]
+        if isinstance(config, CriticConfig):
+            sums.append(weights_sha256(str(trained_part(config.base, "transformer")), "transformer"))
         return " ".join([TokenStore(config.input).fingerprint, *sums])
     address = str(getattr(config, "input", ""))
     return " ".join(shard.name for shard in list_shards(address))

@@ -228,6 +228,20 @@ class TokenStore:
             order.append(where)
         return _in_order(pieces, np.concatenate(order))
 
+    def keys(self, indices: Sequence[int] | NDArray[np.int64]) -> list[str]:
+        """The keys of the rows at global `indices`, in that order; read from the files."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        parts = np.searchsorted(self.starts, wanted, side="right") - 1
+        of_part = {
+            number: pq.read_table(
+                io.BytesIO(self.folder.read(f"tokens/{self.names[number]}.parquet")), columns=["key"]
+            )["key"].to_pylist()
+            for number in set(parts.tolist())
+        }
+        return [
+            of_part[part][row - self.starts[part]] for part, row in zip(parts.tolist(), wanted.tolist(), strict=True)
+        ]
+
     def _read_part(self, name: str) -> TokenPart:
         table = pq.read_table(io.BytesIO(self.folder.read(f"tokens/{name}.parquet")))
         captions = self._read_captions(name)

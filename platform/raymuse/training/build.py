@@ -4,7 +4,15 @@ from collections.abc import Callable
 
 import torch
 
-from raymuse.config.training import BaseConfig, ClipConfig, SuperresConfig, TrainConfig, VqganConfig
+from raymuse.config.training import (
+    BaseConfig,
+    ClipConfig,
+    CriticConfig,
+    MaskedConfig,
+    SuperresConfig,
+    TrainConfig,
+    VqganConfig,
+)
 from raymuse.tracking.run import Run
 from raymuse.training.engine import Engine, PlainEngine, rank_and_world
 from raymuse.training.loop import Loop, Report, micro_batches
@@ -24,6 +32,10 @@ def build_task(config: TrainConfig, device: str = "cpu") -> Task:
         from raymuse.training.clip import ClipTask
 
         return ClipTask(config, device)
+    if isinstance(config, CriticConfig):
+        from raymuse.training.critic import CriticTask
+
+        return CriticTask(config, device)
     from raymuse.training.masked import MaskedTask
 
     assert isinstance(config, BaseConfig | SuperresConfig)
@@ -32,7 +44,7 @@ def build_task(config: TrainConfig, device: str = "cpu") -> Task:
 
 def build_engine(config: TrainConfig, task: Task, device: str = "cpu") -> Engine:
     """DeepSpeed ZeRO for the transformers where workers train together; plain data parallelism otherwise."""
-    if isinstance(config, BaseConfig | SuperresConfig) and config.workers > 0:
+    if isinstance(config, MaskedConfig) and config.workers > 0:
         from raymuse.training.zero import DeepSpeedEngine
 
         micro, accumulation = micro_batches(config, rank_and_world()[1])

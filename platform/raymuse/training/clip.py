@@ -105,6 +105,12 @@ class ClipTask:
     def after_step(self, step: int, engine: Engine) -> dict[str, float]:
         return {}
 
+    def skipped(self) -> None:
+        """Nothing is left behind."""
+
+    def keys(self, positions: NDArray[np.int64]) -> list[str]:
+        return self.pictures.keys(positions)
+
     def extra_state(self) -> dict[str, Tensor]:
         return {}
 

@@ -30,7 +30,10 @@ class Engine(Protocol):
         """Add this micro batch's gradients; `loss` is this rank's share of the global loss (they are summed)."""
 
     def step(self, lr_scale: float) -> float:
-        """Sum gradients over the ranks, clip, update, clear; the gradient's norm before clipping. Collective."""
+        """Sum gradients over the ranks, clip, update, clear; the gradient's norm before clipping. Collective.
+
+        Where that is not finite nothing changes, neither weights nor moments, on any rank.
+        """
 
     def shards(self) -> list[Tensor]:
         """The fp32 weights this rank updates, as the tensors themselves (an EMA follows them in place)."""
@@ -96,7 +99,8 @@ class PlainEngine:
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), bound)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * lr_scale
-        self.optimizer.step()
+        if norm.isfinite():
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 

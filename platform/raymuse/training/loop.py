@@ -3,6 +3,8 @@
 Nothing here knows Ray: the same loop runs in Ray Train's workers, under torchrun, and in one process.
 """
 
+import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -56,6 +58,7 @@ class Loop:
         self.root = Path(config.output)
         self.ema = Ema(engine, config.ema_decay) if config.ema_decay is not None else None
         self.clock = Clock(config.batch_size)
+        self.skipped = self.skipped_in_a_row = 0
         self.micro_batch, self.accumulation = micro_batches(config, engine.world)
 
     def fit(self) -> None:
@@ -82,16 +85,44 @@ class Loop:
         sums: dict[str, Any] = {"loss": 0.0}
         for batch in batches:
             loss, extra = self.engine.forward(batch)
-            self.engine.backward(loss / count)
+            finite = loss.detach() * 0 + 1  # else not a number, so that the gradients of all ranks are none either
+            self.engine.backward(loss * finite / count)
             for name, value in {"loss": loss.detach(), **extra}.items():
                 sums[name] = sums.get(name, 0.0) + value / count
         scale = learning_rate_scale(step, self.config.steps, self.config.optimizer)
         norm = self.engine.step(scale)
+        care = self._cared_for(step) if math.isfinite(norm) else self._passed_over(step)
+        self.clock.stop()
+        same = {**care, "grad_norm": norm, "lr_scale": scale, "skipped_steps": self.skipped}
+        return {**sums, **{f"={name}": value for name, value in same.items()}}
+
+    def _cared_for(self, step: int) -> dict[str, float]:
+        """What follows a step that changed the weights."""
+        self.skipped_in_a_row = 0
         care = self.task.after_step(step, self.engine)
         if self.ema is not None:
             self.ema.update()
-        self.clock.stop()
-        return {**sums, **{f"={name}": value for name, value in care.items()}, "=grad_norm": norm, "=lr_scale": scale}
+        return care
+
+    def _passed_over(self, step: int) -> dict[str, float]:
+        """A step whose loss or gradients were not finite changed nothing; too many of them end the run."""
+        self.task.skipped()
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        positions = np.arange(step * self.config.batch_size, (step + 1) * self.config.batch_size)
+        record = {"step": step + 1, "keys": self.task.keys(positions)}
+        if self.engine.rank == 0:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with (self.root / "skipped.jsonl").open("a") as lines:
+                lines.write(json.dumps(record) + "\n")
+            self.say(f"step {step + 1}: loss or gradients are not finite; skipped (its rows: skipped.jsonl)")
+        if self.skipped_in_a_row >= self.config.max_skipped:
+            raise UserError(
+                f"{self.root}: loss or gradients were not finite in {self.skipped_in_a_row} steps in a row, up to step "
+                f"{step + 1}; none of them changed the weights. Their rows stand in {self.root / 'skipped.jsonl'}. "
+                "Try a lower optimizer.lr, optimizer.clip_norm, or precision=fp32, into another output."
+            )
+        return {}
 
     def _batches(self, step: int) -> list[dict[str, Tensor]]:
         positions, weights = share(step, self.config.batch_size, self.engine.rank, self.engine.world)
@@ -121,7 +152,11 @@ class Loop:
         names = sorted(name for name in metrics if not name.startswith("="))
         summed = global_sum(torch.tensor([float(metrics[name]) for name in names], dtype=torch.float64))
         same = {name[1:]: float(value) for name, value in metrics.items() if name.startswith("=")}
-        return {**dict(zip(names, summed.tolist(), strict=True)), **same}
+        sums = dict(zip(names, summed.tolist(), strict=True))
+        means = {
+            name: value / sums.get(f"{name}:of", 1.0) for name, value in sums.items() if sums.get(f"{name}:of") != 0
+        }
+        return {**{name: value for name, value in means.items() if not name.endswith(":of")}, **same}
 
     def _sample(self, done: int) -> None:
         weights = self._best_weights()
@@ -143,6 +178,7 @@ class Loop:
             state = {
                 "updates": self.engine.updates(),
                 "ema_updates": self.ema.updates if self.ema is not None else 0,
+                "skipped": self.skipped,
             }
             store.commit(folder, done, records, state)
             store.prune(self.root, self.config.checkpoint.keep, done)
@@ -180,6 +216,7 @@ class Loop:
             for moment in self.engine.moments(name):
                 self.engine.write(name, tensors[f"{moment}/{name}"], moment)
         self.engine.set_updates(found.state["updates"])
+        self.skipped = found.state.get("skipped", 0)
         self.engine.publish()
         extra = {name.removeprefix("extra/"): value for name, value in tensors.items() if name.startswith("extra/")}
         self.task.load_extra_state(extra)

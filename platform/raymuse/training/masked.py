@@ -21,25 +21,24 @@ from raymuse.config.sampling import SamplingConfig
 from raymuse.config.training import BaseConfig, LoraConfig, MaskedConfig, Precision, SuperresConfig
 from raymuse.drawing.model_folder import load_superres, load_uvit, local_folder
 from raymuse.drawing.sampler import Course, sample_ids
-from raymuse.masking import CAPTION, DROPOUT, LOW_NOISE, hide, uniforms
 from raymuse.models import lora
 from raymuse.models.network_files import save_network
 from raymuse.models.superres import SuperRes, SuperResConfig
 from raymuse.models.text import TextEncoder
 from raymuse.models.uvit import UVit, UVitConfig
 from raymuse.models.vqgan import Vqgan
-from raymuse.storage.tokens import Rows, TokenStore
 from raymuse.training.engine import Engine
-from raymuse.training.order import SampleOrder
 from raymuse.training.task import Batch, Loss, network_weights, sheet
+from raymuse.training.tokens import TokenStream
 
 SAMPLES = 16
+DECILES = 10
 FIXED = ("codebook_size", "encoder_hidden_size", "cond_embed_dim", "low_vocab_size")
 """What data and text encoder decide of a network that a training starts from."""
 
 
 class MaskedLoss(Loss):
-    """Cross-entropy on the masked positions alone, summed; normalised by the global count elsewhere.
+    """Cross-entropy on the masked positions, summed, and to a weight on the others; normalised elsewhere.
 
     Args:
         text: an encoder that is trained as well; the batch then has `text_ids`, not what they were encoded to.
@@ -51,8 +50,10 @@ class MaskedLoss(Loss):
         label_smoothing: float,
         precision: Precision = "fp32",
         text: TextEncoder | None = None,
+        unmasked_weight: float = 0.0,
     ) -> None:
         super().__init__(precision)
+        self.unmasked_weight = unmasked_weight
         self.network = network
         self.label_smoothing = label_smoothing
         self.text = text
@@ -60,11 +61,16 @@ class MaskedLoss(Loss):
 
     def sums(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         features = self.network.features(batch["ids"], self.condition(batch))
-        logits_NC = self.network.head(features[batch["mask"]])
-        targets_N = batch["targets"][batch["mask"]]
-        loss = F.cross_entropy(logits_NC.float(), targets_N, reduction="sum", label_smoothing=self.label_smoothing)
-        right = (logits_NC.argmax(dim=-1) == targets_N).sum()
-        return loss, {"accuracy": right.detach()}
+        mask = batch["mask"]
+        logits_NC = self.network.head(features[mask]).float()
+        targets_N = batch["targets"][mask]
+        loss = F.cross_entropy(logits_NC, targets_N, reduction="sum", label_smoothing=self.label_smoothing)
+        metrics = masked_metrics(logits_NC.detach(), targets_N, mask)
+        if self.unmasked_weight > 0:
+            known = ~mask & batch["real"][:, None, None]
+            logits_KC = self.network.head(features[known]).float()
+            loss = loss + self.unmasked_weight * F.cross_entropy(logits_KC, batch["targets"][known], reduction="sum")
+        return loss, metrics
 
     def condition(self, batch: Batch) -> Any:
         if self.text is None:
@@ -87,52 +93,27 @@ class MaskedTask:
     def __init__(self, config: BaseConfig | SuperresConfig, device: str = "cpu") -> None:
         self.config = config
         self.device = device
-        self.store = TokenStore(config.input)
-        self.order = SampleOrder(self.store.sizes, config.seed)
-        self.grid = self.store.grid(config.ids)
-        self.text = self._text_encoder()
-        self.codes = self.store.codes(config.ids)
-        self.empty_ids = torch.from_numpy(self.store.empty.text_ids.astype(np.int64))
-        self.empty_states, self.empty_pooled = self._said(
-            self.empty_ids, self.store.empty.text_states, self.store.empty.pooled
-        )
+        self.stream = TokenStream(config, device, text_trained=bool(config.lora and config.lora.text_targets))
         self.module = self._build()
         self.network = self.module.network
 
     def batch(self, positions: NDArray[np.int64], weights: NDArray[np.float32]) -> Batch:
-        rows = self.store.rows(self.order.rows(positions), uniforms(self.config.seed, CAPTION, positions, 1)[:, 0])
-        ids = torch.from_numpy(rows.image_ids if self.config.ids == "image_ids" else _low(rows.low_ids))
-        hidden = hide(
-            ids.flatten(1),
-            positions,
-            seed=self.config.seed,
-            mask_id=self.network.config.mask_id,
-            schedule=self.config.masking,
-            min_ratio=self.config.min_masking_ratio,
-        )
-        dropped = uniforms(self.config.seed, DROPOUT, positions, 1)[:, 0] < self.config.caption_dropout
-        batch = {
-            "ids": hidden.ids.view_as(ids),
-            "targets": ids,
-            "mask": hidden.mask.view_as(ids) & (torch.from_numpy(weights) > 0)[:, None, None],
-            "micro": torch.from_numpy(rows.micro),
-            **self._text(rows, torch.from_numpy(dropped)),
-        }
-        if isinstance(self.config, SuperresConfig):
-            batch["low_ids"] = add_low_noise(
-                torch.from_numpy(_low(rows.low_ids)),
-                positions,
-                self.config.seed,
-                self.config.low_noise,
-                self.store.codes("low_ids"),
-            )
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+        return self.stream.batch(positions, weights, self.network.config.mask_id)
 
     def count(self, batch: Batch) -> float:
-        return float(batch["mask"].sum())
+        masked = float(batch["mask"].sum())
+        if self.config.unmasked_weight == 0:
+            return masked
+        return masked + self.config.unmasked_weight * (float(batch["real"].sum()) * batch["mask"][0].numel() - masked)
 
     def after_step(self, step: int, engine: Engine) -> dict[str, float]:
         return {}
+
+    def skipped(self) -> None:
+        """Nothing is left behind."""
+
+    def keys(self, positions: NDArray[np.int64]) -> list[str]:
+        return self.stream.keys(positions)
 
     def extra_state(self) -> dict[str, Tensor]:
         return {}
@@ -150,21 +131,17 @@ class MaskedTask:
         assert not unknown, unknown
         assert not trained.intersection(missing), missing
         module.to(self.device)
-        count = min(SAMPLES, len(self.store))
-        rows = self.store.rows(range(count), np.zeros(count))
-        truth = rows.image_ids if self.config.ids == "image_ids" else _low(rows.low_ids)
-        batch = {"micro": torch.from_numpy(rows.micro), **self._text(rows, torch.zeros(count, dtype=torch.bool))}
-        if rows.low_ids is not None:
-            batch["low_ids"] = torch.from_numpy(rows.low_ids)
+        count, grid = min(SAMPLES, len(self.stream.store)), self.stream.grid
+        truth, told = self.stream.first(count)
         sampling = SamplingConfig(temperature=0.5, guidance=1)
         with torch.no_grad():
             ids = sample_ids(
                 module.network,
-                module.condition({name: tensor.to(self.device) for name, tensor in batch.items()}),
+                module.condition(told),
                 None,
-                ids=torch.full((count, *self.grid), self.network.config.mask_id, device=self.device),
+                ids=torch.full((count, *grid), self.network.config.mask_id, device=self.device),
                 seeds=list(range(count)),
-                courses=[Course.of(sampling, self.grid[0] * self.grid[1])] * count,
+                courses=[Course.of(sampling, grid[0] * grid[1])] * count,
             )
         vqgan = Vqgan.load(self.config.vqgan, self.device)
         return sheet([vqgan.decode(truth), vqgan.decode(ids)])
@@ -182,7 +159,7 @@ class MaskedTask:
                 child, _, rest = name.partition(".")
                 parts["text_encoder" if child == "text_network" else self.part][rest] = value
             lora.save(parts, self.config.lora.alpha, folder)
-        return {"parameters": sum(value.numel() for value in weights.values()), "grid": list(self.grid)}
+        return {"parameters": sum(value.numel() for value in weights.values()), "grid": list(self.stream.grid)}
 
     @property
     def part(self) -> str:
@@ -206,7 +183,7 @@ class MaskedTask:
         if config.lora is not None:
             lora.insert(network, config.lora.rank, config.lora.alpha, config.lora.targets, config.seed)
             text = self._adapted_text(config.lora)
-        return MaskedLoss(network, config.label_smoothing, config.precision, text)
+        return MaskedLoss(network, config.label_smoothing, config.precision, text, config.unmasked_weight)
 
     def _loaded(self, address: str) -> UVit | SuperRes:
         """The network of a model folder, all its weights to be trained, checked against the token shards."""
@@ -233,7 +210,7 @@ class MaskedTask:
         """The text encoder with an adapter of its own, where the recipe wants one."""
         if not shape.text_targets:
             return None
-        if self.config.text_encoder is None or self.text is None:
+        if self.config.text_encoder is None or self.stream.text is None:
             raise UserError(
                 "lora.text_targets: the text encoder can only be trained where the token shards hold text ids "
                 "(pretokenize with text=ids) and text_encoder names its folder."
@@ -245,68 +222,47 @@ class MaskedTask:
     def _uvit_shape(self) -> dict[str, Any]:
         """What the data decides: widths of the text, codes, and the mask's id after them."""
         return {
-            "encoder_hidden_size": self.empty_states.shape[-1],
-            "cond_embed_dim": self.empty_pooled.shape[-1],
-            "codebook_size": self.codes,
-            "vocab_size": self.codes + 64,
-            "sample_size": self.grid[0],
+            "encoder_hidden_size": self.stream.empty_states.shape[-1],
+            "cond_embed_dim": self.stream.empty_pooled.shape[-1],
+            "codebook_size": self.stream.codes,
+            "vocab_size": self.stream.codes + 64,
+            "sample_size": self.stream.grid[0],
         }
 
     def _superres_shape(self) -> dict[str, Any]:
-        low = self.store.grid("low_ids")
+        low = self.stream.store.grid("low_ids")
         return {
-            "encoder_hidden_size": self.empty_states.shape[-1],
-            "codebook_size": self.codes,
-            "vocab_size": self.codes + 64,
-            "low_vocab_size": self.store.codes("low_ids"),
+            "encoder_hidden_size": self.stream.empty_states.shape[-1],
+            "codebook_size": self.stream.codes,
+            "vocab_size": self.stream.codes + 64,
+            "low_vocab_size": self.stream.store.codes("low_ids"),
             "low_grid": max(low),
-            "high_grid": max(self.grid),
-        }
-
-    def _text_encoder(self) -> TextEncoder | None:
-        if self.store.has_states:
-            return None
-        if self.config.text_encoder is None:
-            raise UserError(
-                f"{self.config.input} holds text ids, not states: set text_encoder to the encoder's folder."
-            )
-        return TextEncoder.load(self.config.text_encoder, self.device)
-
-    def _said(
-        self, text_ids: Tensor, states: NDArray[Any] | None, pooled: NDArray[Any] | None
-    ) -> tuple[Tensor, Tensor]:
-        """States (B, T, E) and pooled (B, P): as stored, or from the frozen encoder now."""
-        if states is not None and pooled is not None:
-            return torch.tensor(states, dtype=torch.float32), torch.tensor(pooled, dtype=torch.float32)
-        assert self.text is not None
-        return self.text.encode(text_ids)
-
-    def _text(self, rows: Rows, dropped: Tensor) -> Batch:
-        """What the network is told: states and pooled, or the ids of an encoder that is trained as well.
-
-        Where `dropped` (B,), all of it is the empty caption's.
-        """
-        text_ids = torch.from_numpy(rows.text_ids)
-        if self.module.text is not None:
-            return {"text_ids": torch.where(dropped[:, None], self.empty_ids, text_ids)}
-        states, pooled = self._said(text_ids, rows.text_states, rows.pooled)
-        dropped = dropped.to(states.device)
-        return {
-            "states": torch.where(dropped[:, None, None], self.empty_states, states),
-            "pooled": torch.where(dropped[:, None], self.empty_pooled, pooled),
+            "high_grid": max(self.stream.grid),
         }
 
 
-def add_low_noise(low_ids: Tensor, positions: NDArray[np.int64], seed: int, most: float, codes: int) -> Tensor:
-    """Replace a share of each sample's low-res ids (B, h, w), drawn from U(0, most), by random codes.
+def masked_metrics(logits_NC: Tensor, targets_N: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Sums over the masked positions: right guesses, the guesses' entropy (nats), and the loss by masking ratio.
 
-    In sampling the low-res ids are generated, so training must not trust them wholly (Muse, section 2.4).
+    `loss_at_0.3` is the loss of the samples of which 30 to 40 % are masked: a few masks are easy, many are hard, and
+    the mean over all hides which of them is still learned (open-muse logs the same).
     """
-    length = low_ids[0].numel()
-    draws = torch.from_numpy(uniforms(seed, LOW_NOISE, positions, 1 + 2 * length))
-    replaced = draws[:, 1 : 1 + length] < draws[:, :1] * most
-    random_ids = (draws[:, 1 + length :] * codes).long()
-    return torch.where(replaced, random_ids, low_ids.flatten(1)).view_as(low_ids)
+    log_probabilities = logits_NC.log_softmax(dim=-1)
+    losses_N = -log_probabilities.gather(-1, targets_N[:, None]).squeeze(-1)
+    metrics = {
+        "accuracy": (logits_NC.argmax(dim=-1) == targets_N).sum(),
+        "entropy": -(log_probabilities.exp() * log_probabilities).sum(),
+    }
+    counts_B = mask.flatten(1).sum(dim=1)
+    deciles_B = (counts_B * DECILES // (mask[0].numel() + 1)).clamp(max=DECILES - 1)
+    deciles_N = deciles_B.repeat_interleave(counts_B)
+    sums = torch.zeros(2, DECILES, device=losses_N.device)
+    sums[0].index_add_(0, deciles_N, losses_N)
+    sums[1].index_add_(0, deciles_N, torch.ones_like(losses_N))
+    for number in range(DECILES):
+        name = f"loss_at_{number / DECILES}"
+        metrics |= {name: sums[0, number], f"{name}:of": sums[1, number]}
+    return metrics
 
 
 def shape_of(kind: Callable[..., Any], config: MaskedConfig, known: dict[str, Any]) -> Any:
@@ -324,9 +280,3 @@ def shape_of(kind: Callable[..., Any], config: MaskedConfig, known: dict[str, An
         return kind(**{**known, **config.model})
     except (ValueError, TypeError) as error:
         raise ConfigError(config.stage, [f"model: {error}"]) from error  # type: ignore[attr-defined]
-
-
-def _low(ids: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    if ids is None:
-        raise UserError("these token shards hold no low_ids: pretokenize with low_resolution=...")
-    return ids

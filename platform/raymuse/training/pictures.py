@@ -30,6 +30,10 @@ class PictureStream:
         self.seed = seed
         self._unreadable: set[int] = set()
 
+    def keys(self, positions: NDArray[np.int64]) -> list[str]:
+        """Keys of the pictures at stream positions."""
+        return [self.index.key(int(row)) for row in self.order.rows(positions)]
+
     def crops(
         self, positions: NDArray[np.int64], short_sides: NDArray[np.int64], side: int
     ) -> tuple[NDArray[np.uint8], list[str]]:

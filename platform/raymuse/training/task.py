@@ -19,7 +19,8 @@ Batch = dict[str, Tensor]
 class Loss(nn.Module, ABC):
     """A loss as a module: `loss(batch) -> (loss, metrics)`, both *sums* over the batch's rows.
 
-    Its child `network` is what is trained, so that every parameter's name starts with `network.`. With `precision`
+    A metric that is a mean over something else than the loss brings that sum as `NAME:of`. Its child `network` is what
+    is trained, so that every parameter's name starts with `network.`. With `precision`
     bf16 the matrix products and convolutions of `sums` are in bf16; a subclass takes what the network made to fp32
     before it computes the loss of it. Autocast is entered in here since DeepSpeed leaves one that it is called in.
     """
@@ -52,6 +53,12 @@ class Task(Protocol):
 
     def after_step(self, step: int, engine: Engine) -> dict[str, float]:
         """Work between steps (codebook care), and metrics of it. Collective."""
+
+    def skipped(self) -> None:
+        """Forget what the step's passes left behind: it was not taken, and `after_step` is not called."""
+
+    def keys(self, positions: NDArray[np.int64]) -> list[str]:
+        """Which rows of the data stand at these positions of the training stream, for a person to look at."""
 
     def extra_state(self) -> dict[str, Tensor]:
         """Tensors outside the parameters that a resume needs, the same on every rank."""

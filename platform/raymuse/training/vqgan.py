@@ -126,6 +126,13 @@ class VqganTask:
         revive = progress < self.config.revive_until
         return self.codebook.update(latents, ids, step, revive=revive, rate=self.config.rate_weight)
 
+    def skipped(self) -> None:
+        self.module.latents.clear()
+        self.module.ids.clear()
+
+    def keys(self, positions: NDArray[np.int64]) -> list[str]:
+        return self.pictures.keys(positions)
+
     def extra_state(self) -> dict[str, Tensor]:
         return self.codebook.state()
 

@@ -55,10 +55,17 @@ class DeepSpeedEngine:
     def step(self, lr_scale: float) -> float:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * lr_scale
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        unsharded = nn.utils.get_total_norm(gradients) if self.zero_stage == 0 else None
-        self.engine.step()
-        return float(self.engine.get_global_grad_norm() if unsharded is None else unsharded)
+        if self.zero_stage > 0:
+            self.engine.step()  # its own check leaves everything as it is where the norm is not finite
+            return float(self.engine.get_global_grad_norm())
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        if norm.isfinite():
+            self.engine.step()
+        else:
+            self.optimizer.step = lambda: None  # hides the optimizer's own: the engine counts and clears as ever
+            self.engine.step()
+            del self.optimizer.step
+        return float(norm)
 
     def shards(self) -> list[Tensor]:
         if self.zero_stage > 0:
