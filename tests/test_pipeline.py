@@ -102,6 +102,19 @@ def test_prompt_seed_and_parameters_each_change_the_picture(pipeline: Pipeline) 
         assert not np.array_equal(first, other.base_ids)
 
 
+def test_attention_kernels_draw_the_same_and_those_that_cannot_are_refused(folder: str) -> None:
+    drawn = {
+        kernel: Pipeline.load(folder, batch_size=4, attention=kernel)(PROMPTS[:3], seeds=SEEDS[:3]).ids
+        for kernel in ("auto", "flash", "math")
+    }
+    assert np.array_equal(drawn["flash"], drawn["auto"])
+    assert np.mean(drawn["math"] == drawn["auto"]) > 0.9
+    with pytest.raises(UserError, match=r"attention='memory-efficient' cannot be computed in fp32 on cpu"):
+        Pipeline.load(folder, attention="memory-efficient")
+    with pytest.raises(UserError, match="there are auto, flash, memory-efficient, cudnn, math"):
+        Pipeline.load(folder, attention="fast")  # type: ignore[arg-type]
+
+
 def test_one_negative_prompt_serves_many_prompts(pipeline: Pipeline) -> None:
     one = pipeline(PROMPTS, seeds=SEEDS, negative="a black background")
     each = pipeline(PROMPTS, seeds=SEEDS, negative=["a black background"] * 7)

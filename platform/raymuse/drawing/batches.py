@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from raymuse.drawing.attention import attention_by
 from raymuse.drawing.inputs import Mask, Pixels
 from raymuse.drawing.networks import Networks
 from raymuse.drawing.sampler import Course, Judge, OnStep, TokenTransformer, sample_ids
@@ -39,7 +40,8 @@ def draw(networks: Networks, requests: Sequence[Request], on_step: OnStep | None
     drawn: dict[int, Picture] = {}
     for places in _batches(requests, networks.batch_size):
         batch = [requests[place] for place in places]
-        drawn.update(zip(places, _draw(networks, batch, on_step), strict=True))
+        with attention_by(networks.attention):
+            drawn.update(zip(places, _draw(networks, batch, on_step), strict=True))
     return [drawn[place] for place in range(len(requests))]
 
 

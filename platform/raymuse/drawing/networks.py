@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from raymuse.config.errors import UserError
+from raymuse.drawing.attention import Attention, require_kernel
 from raymuse.drawing.compiled import compile_blocks, is_compiled
 from raymuse.drawing.model_folder import Settings, check_widths, load_superres, load_uvit, local_folder
 from raymuse.drawing.packed import is_packed, pack
@@ -25,6 +26,7 @@ class Networks:
 
     Attributes:
         batch_size: rows that every network call is padded to, so that a picture does not depend on its batch.
+        attention: the kernel of the transformers.
         critic: tells drawn ids of the base from true ones: a U-ViT with one logit an id.
     """
 
@@ -36,6 +38,7 @@ class Networks:
     superres_vqgan: Vqgan | None = None
     batch_size: int = 16
     critic: UVit | None = None
+    attention: Attention = "auto"
 
     @classmethod
     def load(
@@ -46,16 +49,19 @@ class Networks:
         batch_size: int = 16,
         variant: str | None = None,
         lora: Mapping[str, float] | None = None,
+        attention: Attention = "auto",
     ) -> Self:
         """Open a model folder (ours, or diffusers' aMUSEd layout) or a Hugging Face id.
 
         Args:
             variant: read the weights from the files of that name, e.g. "fp16".
             lora: adapters to merge, as for `styled`.
+            attention: "flash", "memory-efficient", "cudnn", "math", or "auto": PyTorch chooses.
 
         Raises:
             UserError: for a folder that is missing, incomplete, or holds pickled weights.
         """
+        require_kernel(attention, device)
         folder = local_folder(folder_or_id)
         vqgan = Vqgan.load(str(folder), device, variant=variant)
         base = load_uvit(folder / "transformer", device, variant)
@@ -72,7 +78,7 @@ class Networks:
         critic = load_uvit(folder / "critic", device, variant) if (folder / "critic").exists() else None
         if critic is not None:
             check_widths(folder_or_id, "critic", critic.config, 1, text)
-        loaded = cls(vqgan, text, base, settings, superres, superres_vqgan, batch_size, critic)
+        loaded = cls(vqgan, text, base, settings, superres, superres_vqgan, batch_size, critic, attention)
         return loaded.styled(lora) if lora else loaded
 
     def styled(self, adapters: Mapping[str, float]) -> Self:
