@@ -49,16 +49,25 @@ def test_recipes_say_what_they_are() -> None:
     assert all(comment for _, comment in recipes())
 
 
+TUNED = [f"{kind}-{side}" for kind in ("finetune", "lora", "styledrop") for side in (256, 512)]
+
+
 @pytest.mark.parametrize(
-    "stages", [("pretokenize",), ("train-vqgan", "train-clip", "train-base", "train-superres"), ("export",), ("score",)]
+    ("stages", "shipped"),
+    [
+        (("pretokenize",), ["tokens-256", "tokens-512"]),
+        (("train-vqgan", "train-clip", "train-base", "train-superres", "train-critic"), ["critic", *TUNED]),
+        (("export",), ["export-256", "export-512"]),
+        (("score",), []),
+    ],
 )
-def test_what_is_offered_for_stages_loads_as_one_of_them(stages: tuple[str, ...]) -> None:
+def test_what_is_offered_for_stages_loads_as_one_of_them(stages: tuple[str, ...], shipped: list[str]) -> None:
     offered = recipes_for(stages)
     assert offered[0].startswith("demo:")
     for recipe in offered:
         load(recipe, stage=stages)
     own = [recipe for recipe in offered if ":" not in recipe]
-    assert own == (["tokens-256", "tokens-512"] if stages == ("pretokenize",) else [])
+    assert own == shipped
 
 
 def test_extends_merges_sections_and_model_dicts_deeply() -> None:

@@ -170,6 +170,8 @@ def test_one_scale_for_each_adapter() -> None:
     with pytest.raises(ValidationError, match="1 in lora and 2 in lora_scales"):
         GenerateConfig(output="o", model="m", prompts="p", lora="a", lora_scales=(1.0, 2.0))
     assert GenerateConfig(output="o", model="m", prompts="p", lora="a").adapters == {"a": 1.0}
+    with pytest.raises(ValidationError, match="lora names one of a, a twice"):
+        GenerateConfig(output="o", model="m", prompts="p", lora=("a", "a"))
     assert GenerateConfig(output="o", model="m", prompts="p", lora=("a", "b"), lora_scales=2.0).adapters["b"] == 2.0
     within = GenerateConfig(output="o", model="m", prompts="p", lora=("a", "/b")).within("runs")
     assert within.adapters == {"runs/a": 1.0, "/b": 1.0}

@@ -32,13 +32,14 @@ TEXT = ("q_proj", "v_proj")
 
 @dataclass(frozen=True)
 class Data:
-    """Folders: encoders, token shards with states and with text ids, a base alone, a cascade."""
+    """Folders: encoders, token shards with states and with text ids, a base alone, a cascade, shards twice as large."""
 
     encoders: str
     states: str
     ids: str
     model: str
     cascade: str
+    large: str
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     states = tiny.write_tokens(root / "states", shards, encoders)
     ids = tiny.write_tokens(root / "ids", shards, encoders, text="ids")
     model = tiny.write_model(root / "model", encoders)
-    return Data(encoders, states, ids, model, tiny.write_model(root / "cascade", encoders, cascade=True))
+    large = tiny.write_tokens(root / "large", shards, encoders, resolution=64, low_resolution=32)
+    return Data(encoders, states, ids, model, tiny.write_model(root / "cascade", encoders, cascade=True), large)
 
 
 def base(root: Path, data: Data, text: tuple[str, ...] = (), **changes: Any) -> TrainConfig:
@@ -214,6 +216,10 @@ WRONG: dict[str, tuple[Callable[[Path, Data], TrainConfig], str]] = {
             root, data.states, ids="image_ids", start_from=data.model, lora={"text_targets": TEXT}
         ),
         "can only be trained where the token shards hold text ids",
+    ),
+    "a smaller cascade": (
+        lambda root, data: superres(root, data).model_copy(update={"input": data.large}),
+        "low_grid is 4 and must be at least 8, high_grid is 8 and must be at least 16",
     ),
     "no model": (lambda root, data: base(root, data, start_from="/nowhere"), "/nowhere does not exist"),
     "no cascade": (

@@ -111,7 +111,13 @@ def test_attention_kernels_draw_the_same_and_those_that_cannot_are_refused(folde
     assert np.mean(drawn["math"] == drawn["auto"]) > 0.9
     with pytest.raises(UserError, match=r"attention='memory-efficient' cannot be computed in fp32 on cpu"):
         Pipeline.load(folder, attention="memory-efficient")
-    with pytest.raises(UserError, match="there are auto, flash, memory-efficient, cudnn, math"):
+    seen = []
+    pipeline = Pipeline.load(folder, batch_size=4, attention="math")
+    pipeline(PROMPTS[:1], seeds=[0], on_step=lambda step, ids: seen.append(torch.backends.cuda.flash_sdp_enabled()))
+    assert seen
+    assert not any(seen)
+    assert torch.backends.cuda.flash_sdp_enabled()
+    with pytest.raises(UserError, match="there are auto, flash, memory-efficient, math"):
         Pipeline.load(folder, attention="fast")  # type: ignore[arg-type]
 
 

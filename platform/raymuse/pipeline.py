@@ -275,8 +275,6 @@ class Pipeline(Networks):
         if grid is None:
             return None
         assert self.settings.superres is not None, "a model folder with superres/ says how to sample it"
-        if self.settings.superres.order == "critic":
-            raise UserError("order critic: a critic judges the base's ids, not the super-resolution's.")
         return tasks.from_nothing(grid, self.settings.superres)
 
 

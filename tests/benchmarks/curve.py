@@ -92,9 +92,8 @@ def checkpoints(training: Path, network: nn.Module) -> Iterator[tuple[int, float
         assert checkpoint is not None, f"{folder}: {problem}"
         tensors = checkpoint.tensors()
         average = "ema" if any(name.startswith("ema/") for name in tensors) else "weight"
-        weights = {
-            name.removeprefix(f"{average}/"): value for name, value in tensors.items() if name.startswith(average)
-        }
+        prefix = f"{average}/network."
+        weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         if "extra/codes" in tensors:
             weights["quantize.embedding.weight"] = tensors["extra/codes"]
         network.load_state_dict(weights)

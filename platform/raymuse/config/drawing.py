@@ -19,6 +19,12 @@ class LoraChoice(Config):
             raise ValueError(f"{len(self._loras)} in lora and {len(self.lora_scales)} in lora_scales: give one each")
         return self
 
+    @model_validator(mode="after")
+    def _each_once(self) -> "LoraChoice":
+        if len(set(self._loras)) < len(self._loras):
+            raise ValueError(f"lora names one of {', '.join(self._loras)} twice")
+        return self
+
     @property
     def adapters(self) -> dict[str, float]:
         """Address and scale of every LoRA."""

@@ -115,7 +115,7 @@ class LoraConfig(Config):
 
 
 class MaskedConfig(TrainConfig):
-    """Masked-image training from token shards (base and super-resolution)."""
+    """Training on token shards with some ids masked."""
 
     input: Address = Field(description="token shards")
     ids: Literal["image_ids", "low_ids"] = Field("image_ids", description="column of the ids to be learned")
@@ -126,12 +126,17 @@ class MaskedConfig(TrainConfig):
     rectangle_share: float = Field(
         0.0, ge=0, le=1, description="share of samples whose masked ids are one rectangle: learns to in- and outpaint"
     )
-    unmasked_weight: float = Field(0.0, ge=0, le=1, description="of the loss on ids that are not masked")
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
     masking: MaskingSchedule = Field("cosine", description="schedule of the masking ratio")
     text_encoder: Annotated[str, AddressMark()] | None = Field(
         None, description="folder with text_encoder/; needed where the shards hold text ids, not states"
     )
+
+
+class GeneratorConfig(MaskedConfig):
+    """Training of what draws ids: base and super-resolution."""
+
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    unmasked_weight: float = Field(0.0, ge=0, le=1, description="of the loss on ids that are not masked")
     vqgan: Annotated[str, AddressMark()] | None = Field(None, description="VQGAN folder, to draw samples with")
     start_from: Annotated[str, AddressMark()] | None = Field(
         None, description="model folder or Hugging Face id whose weights to start from; `model` is then not used"
@@ -139,19 +144,19 @@ class MaskedConfig(TrainConfig):
     lora: LoraConfig | None = Field(None, description="train a LoRA of `start_from`, whose weights stay as they are")
 
     @model_validator(mode="after")
-    def _lora_of_something(self) -> "MaskedConfig":
+    def _lora_of_something(self) -> "GeneratorConfig":
         if self.lora is not None and self.start_from is None:
             raise ValueError("lora needs start_from, the model folder that it changes")
         return self
 
 
-class BaseConfig(MaskedConfig):
+class BaseConfig(GeneratorConfig):
     """Train the base transformer (aMUSEd's U-ViT)."""
 
     stage: Literal["train-base"] = "train-base"
 
 
-class SuperresConfig(MaskedConfig):
+class SuperresConfig(GeneratorConfig):
     """Train Muse's super-resolution transformer: high-res ids from low-res ids and text."""
 
     stage: Literal["train-superres"] = "train-superres"
@@ -163,9 +168,3 @@ class CriticConfig(MaskedConfig):
 
     stage: Literal["train-critic"] = "train-critic"
     base: Address = Field(description="output of train-base, or a model folder: whose ids it judges; stays as it is")
-
-    @model_validator(mode="after")
-    def _from_nothing(self) -> "CriticConfig":
-        if self.start_from is not None:
-            raise ValueError("a critic starts from nothing: start_from and lora are not for it")
-        return self

@@ -13,12 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from raymuse.config.errors import UserError
 
-Attention = Literal["auto", "flash", "memory-efficient", "cudnn", "math"]
+Attention = Literal["auto", "flash", "memory-efficient", "math"]
 
 _KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
 

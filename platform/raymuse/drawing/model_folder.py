@@ -20,7 +20,7 @@ from raymuse.models.network_files import load_weights, read_config
 from raymuse.models.superres import SuperRes, SuperResConfig
 from raymuse.models.text import TextEncoder
 from raymuse.models.uvit import UVit, UVitConfig
-from raymuse.models.weights import hub_id, weights_sha256
+from raymuse.models.weights import HUB, hub_id, weights_sha256
 
 SETTINGS = "generation_config.json"
 
@@ -86,7 +86,7 @@ def trained_part(address: str, part: str, chosen: str = "model") -> Path:
     Raises:
         UserError: the training is not at its end, or trained a LoRA.
     """
-    folder = Path(address)
+    folder = local_folder(address) if address.startswith(HUB) else Path(address)
     if (folder / "model_index.json").exists():
         return folder / part
     if not (folder / "_SUCCESS").exists():

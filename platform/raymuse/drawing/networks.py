@@ -56,7 +56,7 @@ class Networks:
         Args:
             variant: read the weights from the files of that name, e.g. "fp16".
             lora: adapters to merge, as for `styled`.
-            attention: "flash", "memory-efficient", "cudnn", "math", or "auto": PyTorch chooses.
+            attention: "flash", "memory-efficient", "math", or "auto": PyTorch chooses.
 
         Raises:
             UserError: for a folder that is missing, incomplete, or holds pickled weights.
@@ -78,6 +78,10 @@ class Networks:
         critic = load_uvit(folder / "critic", device, variant) if (folder / "critic").exists() else None
         if critic is not None:
             check_widths(folder_or_id, "critic", critic.config, 1, text)
+        if settings.base.order == "critic" and critic is None:
+            raise UserError(f"{folder_or_id} is sampled with order: critic and has no critic/: export one with it.")
+        if settings.superres is not None and settings.superres.order == "critic":
+            raise UserError(f"{folder_or_id}: a critic judges the base's ids, so superres_sampling has another order.")
         loaded = cls(vqgan, text, base, settings, superres, superres_vqgan, batch_size, critic, attention)
         return loaded.styled(lora) if lora else loaded
 

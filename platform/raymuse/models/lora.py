@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from raymuse.config.errors import UserError
 
 DIFFUSERS, PEFT = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
-_FILES = (PEFT, DIFFUSERS)
+_FILES, _CONFIG = (PEFT, DIFFUSERS), "adapter_config.json"
 _HALF = re.compile(r"\.(lora_[AB])\.default\.weight$")  # as peft names what it trains
 _NAME = re.compile(
     r"^(?:base_model\.model\.)?(?:(?P<part>transformer|text_encoder|superres)\.)?(?P<layer>.+?)"
@@ -49,7 +49,7 @@ class Adapter:
             tensors = load_file(file)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file} cannot be read: {error}") from error
-        config = file.with_name("adapter_config.json")
+        config = file.with_name(_CONFIG)
         facts = json.loads(config.read_text()) if config.exists() else {}
         layers: dict[tuple[str, str], dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
@@ -86,6 +86,7 @@ def insert(network: nn.Module, rank: int, alpha: float, targets: Sequence[str], 
     """Put trainable layers into a network whose own weights stay as they are, in place. B starts at 0.
 
     Args:
+        rank, alpha: of every change alpha / rank B A.
         targets: linears and convolutions, by their names' ends, e.g. "to_q".
         seed: of A, drawn as peft does (Kaiming uniform).
 
@@ -106,9 +107,12 @@ def insert(network: nn.Module, rank: int, alpha: float, targets: Sequence[str], 
 
 
 def adapter_sha256(address: str) -> str:
-    """sha256 (hex) of an adapter's weights. Raises UserError where there is none."""
-    with _file(Path(address)).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    """sha256 (hex) of an adapter's weights and config. Raises UserError where there is none."""
+    weights = _file(Path(address))
+    digest = hashlib.sha256()
+    for path in (weights, weights.with_name(_CONFIG)):
+        digest.update(path.read_bytes() if path.exists() else b"")
+    return digest.hexdigest()
 
 
 def save(parts: Mapping[str, Mapping[str, Tensor]], alpha: float, folder: Path) -> None:
@@ -133,7 +137,7 @@ def save(parts: Mapping[str, Mapping[str, Tensor]], alpha: float, folder: Path) 
         facts = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": layers}
         own = folder / part
         own.mkdir(exist_ok=True)
-        (own / "adapter_config.json").write_text(json.dumps(facts, indent=2) + "\n")
+        (own / _CONFIG).write_text(json.dumps(facts, indent=2) + "\n")
         save_file({f"base_model.model.{name}": value for name, value in halves.items()}, own / PEFT, {"format": "pt"})
     save_file(merged, folder / DIFFUSERS, {"format": "pt"})
 

@@ -14,11 +14,11 @@ from torch import nn
 
 from raymuse.config.errors import UserError
 from raymuse.config.export import ExportConfig
-from raymuse.drawing.model_folder import Settings, trained_part
+from raymuse.drawing.model_folder import Settings, local_folder, trained_part
 from raymuse.models.lora import adapter_sha256
 from raymuse.models.network_files import save_network
 from raymuse.models.vqgan import Vqgan
-from raymuse.models.weights import weights_sha256
+from raymuse.models.weights import HUB, weights_sha256
 from raymuse.pipeline import Pipeline
 from raymuse.storage.folder import Folder
 from raymuse.storage.manifest import Manifest
@@ -54,7 +54,8 @@ def export(config: ExportConfig, run: Run) -> str:
         write_diffusers(folder)
         if config.adapters:
             _merge(folder, config.adapters)
-        (folder / "README.md").write_text(model_card(config, settings, sums))
+        own = {name: weights_sha256(str(folder / name), name) for name in parts if name != "tokenizer"}
+        (folder / "README.md").write_text(model_card(config, settings, own))
         pipeline = Pipeline.load(config.output)
         run.metrics(_sizes(pipeline), 0)
         manifest.finish(**sums)
@@ -67,9 +68,9 @@ def _parts(config: ExportConfig) -> dict[str, Path]:
     chosen = "model" if config.weights == "ema" else "model_raw"
     parts = {
         "transformer": trained_part(config.base, "transformer", chosen),
-        "vqvae": Path(config.vqgan),
-        "text_encoder": Path(config.text_encoder) / "text_encoder",
-        "tokenizer": Path(config.text_encoder) / "tokenizer",
+        "vqvae": _within(config.vqgan, "vqvae"),
+        "text_encoder": _within(config.text_encoder, "text_encoder"),
+        "tokenizer": _within(config.text_encoder, "tokenizer"),
     }
     if config.superres is not None:
         parts["superres"] = trained_part(config.superres, "superres", chosen)
@@ -79,6 +80,12 @@ def _parts(config: ExportConfig) -> dict[str, Path]:
     if missing:
         raise UserError(f"cannot export: {', '.join(missing)} missing. Train these parts to the end first.")
     return parts
+
+
+def _within(address: str, part: str) -> Path:
+    """A part of a model folder (or of a Hugging Face id), or the folder of that part itself."""
+    folder = local_folder(address) if address.startswith(HUB) else Path(address)
+    return folder / part if part == "tokenizer" or (folder / part).exists() else folder
 
 
 def _merge(folder: Path, adapters: dict[str, float]) -> None:
@@ -92,6 +99,7 @@ def _merge(folder: Path, adapters: dict[str, float]) -> None:
     for part, (network, record) in networks.items():
         shutil.rmtree(folder / part)
         save_network(network, record, folder / part, network.state_dict())
+    shutil.rmtree(folder / "text_encoder")
     pipeline.text.network.save_pretrained(folder / "text_encoder", safe_serialization=True)
 
 

@@ -85,7 +85,7 @@ def generate(config: GenerateConfig, run: Run) -> str:
     plan = plan_parts(prompts, config)
     if not manifest.finished:
         run.params({**config.model_dump(mode="json"), **facts})
-        sampling = Pipeline.load(config.model).settings.base
+        sampling = Pipeline.load(config.model, lora=config.adapters).settings.base
         rest: dict[str, Any] = {
             "steps": sampling.steps,
             "guidance": sampling.guidance,

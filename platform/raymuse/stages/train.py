@@ -23,7 +23,7 @@ from ray.train.torch import TorchTrainer
 
 from raymuse.config.errors import UserError
 from raymuse.config.stages import STAGES
-from raymuse.config.training import CriticConfig, MaskedConfig, SuperresConfig, TrainConfig
+from raymuse.config.training import CriticConfig, GeneratorConfig, MaskedConfig, SuperresConfig, TrainConfig
 from raymuse.drawing.model_folder import trained_part
 from raymuse.models.weights import weights_sha256
 from raymuse.storage.folder import Folder
@@ -59,11 +59,12 @@ def train(config: TrainConfig, run: Run) -> str:
 def data_fingerprint(config: TrainConfig) -> str:
     """What the training reads, by content where the input says it, else by the names of its shards."""
     if isinstance(config, MaskedConfig):
-        start = "superres" if isinstance(config, SuperresConfig) else "transformer"
-        frozen = {"text_encoder": config.text_encoder, start: config.start_from}
+        frozen = {"text_encoder": config.text_encoder}
+        if isinstance(config, GeneratorConfig):
+            frozen["superres" if isinstance(config, SuperresConfig) else "transformer"] = config.start_from
+        elif isinstance(config, CriticConfig):
+            frozen["transformer"] = str(trained_part(config.base, "transformer"))
         sums = [weights_sha256(address, part) for part, address in frozen.items() if address is not None]
-        if isinstance(config, CriticConfig):
-            sums.append(weights_sha256(str(trained_part(config.base, "transformer")), "transformer"))
         return " ".join([TokenStore(config.input).fingerprint, *sums])
     address = str(getattr(config, "input", ""))
     return " ".join(shard.name for shard in list_shards(address))
@@ -73,7 +74,8 @@ def plan_text(config: TrainConfig) -> str:
     """The plan as text: parameters, memory, steps (`--dry-run`)."""
     everything = list(build_task(config).module.parameters())
     parameters = sum(p.numel() for p in everything if p.requires_grad)
-    frozen = sum(p.numel() for p in everything) - parameters
+    # The VQGAN's codes move by averages, without gradients.
+    frozen = sum(p.numel() for p in everything) - parameters if isinstance(config, MaskedConfig) else 0
     state = 16 + (4 if config.ema_decay else 0)
     shards = max(1, config.workers)
     zero = config.zero.stage if isinstance(config, MaskedConfig) and config.workers > 0 else 0
@@ -84,7 +86,7 @@ def plan_text(config: TrainConfig) -> str:
         + moments / (shards if zero >= 1 else 1)
     )
     what = f"{parameters:,} parameters" + (f" to train and {frozen:,} that stay" if frozen else "")
-    gib = (parameters * held + 4 * frozen) / 2**30
+    gib = (parameters * held + 4 * frozen / (shards if zero == 3 else 1)) / 2**30
     return (
         f"{config.stage}: {what}, {config.steps} steps of {config.batch_size} "  # type: ignore[attr-defined]
         f"on {config.workers} workers\n"
@@ -95,13 +97,15 @@ def plan_text(config: TrainConfig) -> str:
 
 
 def _train_on_ray(config: TrainConfig, run: Run) -> None:
-    progress = Path(config.output) / "progress.log"
+    progress, refused = Path(config.output) / "progress.log", Path(config.output) / "refused.txt"
+    refused.unlink(missing_ok=True)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
             "config": config.model_dump(mode="json"),
             "run": run,
             "progress": str(progress.resolve()),
+            "refused": str(refused.resolve()),
         },
         scaling_config=ScalingConfig(
             num_workers=config.workers,
@@ -121,20 +125,27 @@ def _train_on_ray(config: TrainConfig, run: Run) -> None:
     with _following(progress):
         try:
             trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            for failure in _user_errors(error):
-                raise UserError(str(failure)) from error
-            raise
+        except ray.train.TrainingFailedError:
+            if not refused.exists():
+                raise
+    if refused.exists():
+        raise UserError(refused.read_text())
 
 
 def _worker(payload: dict[str, Any]) -> None:
-    """One rank, inside Ray Train's process group."""
+    """One rank, inside Ray Train's process group.
+
+    What only a person can mend is told in a file, and ends the rank well: Ray would start a failed one again.
+    """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(max(1, int(payload["config"]["cpus_per_worker"])))
     config = STAGES[payload["config"]["stage"]].model_validate(payload["config"])
     assert isinstance(config, TrainConfig)
     with Path(payload["progress"]).open("a", buffering=1) as lines:
-        train_here(config, payload["run"], _report, partial(print, file=lines))
+        try:
+            train_here(config, payload["run"], _report, partial(print, file=lines))
+        except UserError as error:
+            Path(payload["refused"]).write_text(str(error))
 
 
 @contextmanager
@@ -173,8 +184,3 @@ def _report(metrics: dict[str, float], folder: Path | None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "pointer.json").write_text(json.dumps({"checkpoint": str(folder.resolve())}))
         ray.train.report(metrics, checkpoint=Checkpoint.from_directory(scratch))
-
-
-def _user_errors(error: Exception) -> list[UserError]:
-    failures = getattr(error, "worker_failures", {}).values()
-    return [failure for failure in failures if isinstance(failure, UserError)]

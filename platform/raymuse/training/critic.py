@@ -24,7 +24,7 @@ from raymuse.masking import CRITIC, uniforms
 from raymuse.models.network_files import save_network
 from raymuse.models.uvit import UVit, UVitConfig
 from raymuse.training.engine import Engine
-from raymuse.training.masked import shape_of
+from raymuse.training.masked import require_fit, shape_of, uvit_shape
 from raymuse.training.task import Batch, Loss, network_weights
 from raymuse.training.tokens import TokenStream
 
@@ -70,10 +70,11 @@ class CriticTask:
         self.config = config
         self.stream = TokenStream(config, device)
         base = load_uvit(trained_part(config.base, "transformer"))
-        if base.config.codebook_size != self.stream.codes:
+        require_fit(config.base, asdict(base.config), uvit_shape(self.stream), config.input)
+        if base.config.sample_size != self.stream.grid[0]:
             raise UserError(
-                f"{config.base} draws {base.config.codebook_size} codes, and {config.input} ({config.ids}) holds "
-                f"{self.stream.codes}: train the critic on the shards that the base was trained on."
+                f"{config.base} draws a grid of {base.config.sample_size}, and {config.ids} of {config.input} are "
+                f"{self.stream.grid[0]} a side: set ids to what the base was trained on."
             )
         self.network = UVit(shape_of(UVitConfig, config, {**asdict(base.config), "codebook_size": 1}))
         self.network.initialise(config.seed)

@@ -113,8 +113,10 @@ class Loop:
         record = {"step": step + 1, "keys": self.task.keys(positions)}
         if self.engine.rank == 0:
             self.root.mkdir(parents=True, exist_ok=True)
-            with (self.root / "skipped.jsonl").open("a") as lines:
-                lines.write(json.dumps(record) + "\n")
+            line, path = json.dumps(record) + "\n", self.root / "skipped.jsonl"
+            if not path.exists() or line not in path.read_text():  # a resume may come by here again
+                with path.open("a") as lines:
+                    lines.write(line)
             self.say(f"step {step + 1}: loss or gradients are not finite; skipped (its rows: skipped.jsonl)")
         if self.skipped_in_a_row >= self.config.max_skipped:
             raise UserError(

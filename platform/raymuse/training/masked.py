@@ -4,7 +4,7 @@ B samples, h w grid, N masked positions, C codes, T text tokens, E text width, P
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,17 @@ SAMPLES = 16
 DECILES = 10
 FIXED = ("codebook_size", "encoder_hidden_size", "cond_embed_dim", "low_vocab_size")
 """What data and text encoder decide of a network that a training starts from."""
+GRIDS = ("low_grid", "high_grid")
+"""Sides that such a network must have room for."""
 
 
 class MaskedLoss(Loss):
     """Cross-entropy on the masked positions, summed, and to a weight on the others; normalised elsewhere.
 
     Args:
+        label_smoothing: of the masked positions.
         text: an encoder that is trained as well; the batch then has `text_ids`, not what they were encoded to.
+        unmasked_weight: of the other positions; 0: they are not computed.
     """
 
     def __init__(
@@ -173,7 +177,7 @@ class MaskedTask:
         if config.start_from is not None:
             network = self._loaded(config.start_from)
         elif isinstance(config, BaseConfig):
-            network = UVit(shape_of(UVitConfig, config, self._uvit_shape()))
+            network = UVit(shape_of(UVitConfig, config, uvit_shape(self.stream)))
             network.initialise(config.seed)
         else:
             network = SuperRes(shape_of(SuperResConfig, config, self._superres_shape()))
@@ -192,25 +196,15 @@ class MaskedTask:
         if isinstance(self.config, SuperresConfig):
             network, known = load_superres(folder), self._superres_shape()
         else:
-            network, known = load_uvit(folder), self._uvit_shape()
-        facts = asdict(network.config)
-        wrong = [
-            f"{name} is {facts[name]} and must be {known[name]}"
-            for name in FIXED
-            if name in facts and facts[name] != known[name]
-        ]
-        if wrong:
-            raise UserError(
-                f"{folder} was made for another VQGAN or text encoder than {self.config.input}: {', '.join(wrong)}. "
-                "Pretokenize with the parts of that model folder."
-            )
+            network, known = load_uvit(folder), uvit_shape(self.stream)
+        require_fit(str(folder), asdict(network.config), known, self.config.input)
         return network.requires_grad_(True).train()
 
     def _adapted_text(self, shape: LoraConfig) -> TextEncoder | None:
         """The text encoder with an adapter of its own, where the recipe wants one."""
         if not shape.text_targets:
             return None
-        if self.config.text_encoder is None or self.stream.text is None:
+        if self.config.text_encoder is None or self.stream.store.has_states:
             raise UserError(
                 "lora.text_targets: the text encoder can only be trained where the token shards hold text ids "
                 "(pretokenize with text=ids) and text_encoder names its folder."
@@ -218,16 +212,6 @@ class MaskedTask:
         text = TextEncoder.load(self.config.text_encoder, self.device)
         lora.insert(text.network, shape.rank, shape.alpha, shape.text_targets, self.config.seed + 1)
         return text
-
-    def _uvit_shape(self) -> dict[str, Any]:
-        """What the data decides: widths of the text, codes, and the mask's id after them."""
-        return {
-            "encoder_hidden_size": self.stream.empty_states.shape[-1],
-            "cond_embed_dim": self.stream.empty_pooled.shape[-1],
-            "codebook_size": self.stream.codes,
-            "vocab_size": self.stream.codes + 64,
-            "sample_size": self.stream.grid[0],
-        }
 
     def _superres_shape(self) -> dict[str, Any]:
         low = self.stream.store.grid("low_ids")
@@ -241,6 +225,34 @@ class MaskedTask:
         }
 
 
+def uvit_shape(stream: TokenStream) -> dict[str, Any]:
+    """What the data decides of a U-ViT: widths of the text, codes, and the mask's id after them."""
+    return {
+        "encoder_hidden_size": stream.empty_states.shape[-1],
+        "cond_embed_dim": stream.empty_pooled.shape[-1],
+        "codebook_size": stream.codes,
+        "vocab_size": stream.codes + 64,
+        "sample_size": stream.grid[0],
+    }
+
+
+def require_fit(address: str, facts: Mapping[str, Any], known: Mapping[str, Any], tokens: str) -> None:
+    """Raise UserError where a network (`facts`: its shape) was made for other token shards (`known`: what they ask)."""
+    wrong = [
+        f"{name} is {facts[name]} and must be {known[name]}"
+        for name in FIXED
+        if name in facts and facts[name] != known[name]
+    ]
+    for name in GRIDS:
+        if name in facts and facts[name] < known[name]:
+            wrong.append(f"{name} is {facts[name]} and must be at least {known[name]}")
+    if wrong:
+        raise UserError(
+            f"{address} was made for another VQGAN, text encoder or size than {tokens}: {', '.join(wrong)}. "
+            "Pretokenize with the parts of that model."
+        )
+
+
 def masked_metrics(logits_NC: Tensor, targets_N: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """Sums over the masked positions: right guesses, the guesses' entropy (nats), and the loss by masking ratio.
 
@@ -249,11 +261,13 @@ def masked_metrics(logits_NC: Tensor, targets_N: Tensor, mask: Tensor) -> dict[s
     """
     log_probabilities = logits_NC.log_softmax(dim=-1)
     losses_N = -log_probabilities.gather(-1, targets_N[:, None]).squeeze(-1)
+    counts_B = mask.flatten(1).sum(dim=1)
     metrics = {
         "accuracy": (logits_NC.argmax(dim=-1) == targets_N).sum(),
+        "accuracy:of": counts_B.sum(),
         "entropy": -(log_probabilities.exp() * log_probabilities).sum(),
+        "entropy:of": counts_B.sum(),
     }
-    counts_B = mask.flatten(1).sum(dim=1)
     deciles_B = (counts_B * DECILES // (mask[0].numel() + 1)).clamp(max=DECILES - 1)
     deciles_N = deciles_B.repeat_interleave(counts_B)
     sums = torch.zeros(2, DECILES, device=losses_N.device)

@@ -20,7 +20,7 @@ class Loss(nn.Module, ABC):
     """A loss as a module: `loss(batch) -> (loss, metrics)`, both *sums* over the batch's rows.
 
     A metric that is a mean over something else than the loss brings that sum as `NAME:of`. Its child `network` is what
-    is trained, so that every parameter's name starts with `network.`. With `precision`
+    is trained, and kept under its own names; other children stay as they are, or are kept as adapters. With `precision`
     bf16 the matrix products and convolutions of `sums` are in bf16; a subclass takes what the network made to fp32
     before it computes the loss of it. Autocast is entered in here since DeepSpeed leaves one that it is called in.
     """
@@ -40,7 +40,7 @@ class Loss(nn.Module, ABC):
 
 
 class Task(Protocol):
-    """One of the four trainings: its loss, whose `network` is trained, and the data that feeds it."""
+    """One of the trainings: its loss, whose `network` is trained, and the data that feeds it."""
 
     @property
     def module(self) -> Loss: ...

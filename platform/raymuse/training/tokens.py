@@ -23,6 +23,8 @@ class TokenStream:
     """Batches by stream position; every draw is keyed by (seed, purpose, position).
 
     Args:
+        config: the recipe.
+        device: where batches go, and where captions are encoded.
         text_trained: hand out text ids, since the encoder is trained as well.
 
     Raises:
@@ -42,6 +44,8 @@ class TokenStream:
         self.empty_states, self.empty_pooled = self._said(
             self.empty_ids, self.store.empty.text_states, self.store.empty.pooled
         )
+        if text_trained:
+            self.text = None  # who trains the encoder has one
 
     def keys(self, positions: NDArray[np.int64]) -> list[str]:
         """Keys of the rows at stream positions."""
