@@ -1,6 +1,7 @@
 """Training on Ray Train with DeepSpeed ZeRO: a worker killed in the middle changes no bit of the result."""
 
 import json
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -122,3 +123,14 @@ def test_other_hyperparameters_on_the_same_output_are_refused(disturbed: BaseCon
     other = BaseConfig.model_validate({**disturbed.model_dump(), "batch_size": 16})
     with pytest.raises(UserError, match="batch_size was 8 and is now 16"):
         train(other, Run.off())
+
+
+def test_what_only_a_person_can_mend_is_told_once_and_not_tried_again(disturbed: BaseConfig, tmp_path: Path) -> None:
+    """A worker finds a checkpoint of another optimizer: no other attempt would read it either."""
+    muon = {**disturbed.optimizer.model_dump(), "name": "muon"}
+    values = {"output": str(tmp_path / "muon"), "workers": 1, "max_failures": 3, "optimizer": muon}
+    config = BaseConfig.model_validate({**disturbed.model_dump(), **values})
+    shutil.copytree(f"{disturbed.output}/step-{STEPS:08d}", tmp_path / "muon" / f"step-{STEPS:08d}")
+    with pytest.raises(UserError, match="another optimizer wrote it"):
+        train(config, Run.off())
+    assert (tmp_path / "muon" / "progress.log").read_text() == ""

@@ -11,6 +11,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def main(workdir: Path) -> None:
     assert [index.key(number) for number in range(len(index))] == [prompt["key"] for prompt in prompts]
     points: list[Point] = []
     print("| curve | step | minutes | one object | two objects |\n|---|---|---|---|---|")
-    for one in (*ceilings(workdir, pipeline, truth, captions), *drawings(workdir, pipeline, captions)):
+    for one in chain(ceilings(workdir, pipeline, truth, captions), drawings(workdir, pipeline, captions)):
         shares = f"{one.one_object:.1%} | {one.two_objects:.1%}"
         print(f"| {one.curve} | {one.step} | {one.minutes:.1f} | {shares} |", flush=True)
         points.append(one)
