@@ -17,6 +17,7 @@ from raymuse.config.score import ScoreConfig
 from raymuse.datasets.scenes import parse
 from raymuse.datasets.shapes import draw
 from raymuse.encoding.pictures import decode, downscale
+from raymuse.frechet import Moments, frechet_distance, pack, unpack
 from raymuse.models.clip import Clip
 from raymuse.stages.score import flat, markdown, read_scores, render_error, score, summarise
 from raymuse.storage.generated import PictureRow, rows_table
@@ -93,6 +94,10 @@ def test_the_truth_drawn_by_a_cascade_is_all_right_and_beside_its_ceilings(
         assert set(accuracy["attributes"].values()) == {1.0}
     assert scores["accuracy"]["vqgan"]["whole"] < 0.5  # a VQGAN of three batches shows next to nothing
     assert scores["clip_score"]["truth"] == pytest.approx(scores["clip_score"]["cascade"], abs=1e-6)
+    distances = scores["frechet_distance"]
+    assert set(distances) == {"vqgan", "vqgan_low", "base", "cascade"}
+    assert distances["cascade"] == pytest.approx(0, abs=1e-5)
+    assert distances["vqgan"] > 10 * max(distances["cascade"], 1e-3)
     assert_rows_match(config, truth)
 
 
@@ -183,6 +188,23 @@ def test_the_summary_is_the_mean_of_its_rows() -> None:
     assert "accuracy.truth.two_objects" not in flat(summary)
     assert flat(summary)["accuracy.base.attributes.colour"] == pytest.approx(2 / 3)
     assert "| one_object | 1.000 | 0.500 |" in markdown(summary)
+
+
+def test_the_frechet_distance_is_that_of_the_formula_and_of_parts_added_up() -> None:
+    draw = np.random.default_rng(0)
+    one = draw.normal(0, 1, (4000, 3)) * [1, 2, 3]
+    other = draw.normal(0, 1, (3000, 3)) * [2, 2, 1] + [1, 0, -2]
+    sums = [Moments.of(one), Moments.of(other)]
+    means, spreads = [x.mean(axis=0) for x in (one, other)], [np.cov(x.T) for x in (one, other)]
+    for found, mean, spread in zip(sums, means, spreads, strict=True):
+        np.testing.assert_allclose(found.mean, mean)
+        np.testing.assert_allclose(found.covariance, spread)
+    assert frechet_distance(*sums) == pytest.approx(1 + 4 + (1 + 0 + 4), rel=0.1)  # diagonal: (s1 - s2)^2 each
+    assert frechet_distance(*sums) == pytest.approx(frechet_distance(*sums[::-1]))
+    assert frechet_distance(sums[0], sums[0]) == pytest.approx(0, abs=1e-6)
+    parts = unpack(pack({"a": Moments.of(one[:1000]), "b": Moments.of(one[1000:])}))
+    assert frechet_distance(parts["a"] + parts["b"], sums[0]) == pytest.approx(0, abs=1e-6)
+    assert unpack(pack({})) == {}
 
 
 def test_base_and_cascade_are_compared_in_pairs() -> None:

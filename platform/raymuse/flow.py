@@ -160,6 +160,7 @@ def _summary(config: FlowConfig, root: Path, record: Record, uri: str, parent: R
         "peak_rss_gib": record.peak_gib,
         "accuracy": scores.get("accuracy", {}),
         "clip_score": scores["clip_score"],
+        "frechet_distance": scores.get("frechet_distance", {}),
         "render_error": scores.get("render_error", {}),
         "addresses": {
             "contact_sheet": f"{images}/contact_sheet.html",

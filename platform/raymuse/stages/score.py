@@ -7,7 +7,7 @@ scores.json    means over the rows: whole captions, one and two objects, each at
 import io
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from raymuse.config.score import ScoreConfig
 from raymuse.datasets.judge import judge, nearest_render
 from raymuse.datasets.scenes import parse
 from raymuse.encoding.pictures import crop, decode, downscale
+from raymuse.frechet import Moments, frechet_distance, pack, unpack
 from raymuse.models.clip import Clip
 from raymuse.models.vqgan import Vqgan
 from raymuse.models.weights import weights_sha256
@@ -52,8 +53,8 @@ def score(config: ScoreConfig, run: Run) -> str:
     manifest = Manifest.open(config.output, {**config.identity(), **sums, "images": inputs})
     if not manifest.finished:
         run.params(config.model_dump(mode="json"))
-        rows = _rows(config, list(parts))
-        summary = summarise(rows)
+        rows, moments = _scored(config, list(parts))
+        summary = summarise(rows, moments)
         manifest.folder.write("rows.parquet", parquet_bytes(_table(rows), {}))
         manifest.folder.write("scores.json", json.dumps(summary, indent=1, sort_keys=True).encode())
         run.metrics(flat(summary), 0)
@@ -69,8 +70,11 @@ def read_scores(address: str) -> dict[str, Any]:
     return dict(json.loads(Folder(address).read("scores.json")))
 
 
-def summarise(rows: Iterable[Row]) -> dict[str, Any]:
-    """Means by kind: `accuracy.KIND.{whole, one_object, two_objects, attributes}` and `clip_score.KIND`."""
+def summarise(rows: Iterable[Row], moments: Mapping[str, Moments] | None = None) -> dict[str, Any]:
+    """Means by kind: `accuracy.KIND.{whole, one_object, two_objects, attributes}` and `clip_score.KIND`.
+
+    And with `moments`, of CLIP's image features by kind, `frechet_distance.KIND` from those of the truth.
+    """
     by_kind: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_kind[row["kind"]].append(row)
@@ -81,6 +85,9 @@ def summarise(rows: Iterable[Row]) -> dict[str, Any]:
     }
     if any(row["attributes"] is not None for row in by_kind[kinds[0]]):
         summary["accuracy"] = {kind: _accuracy(by_kind[kind]) for kind in kinds}
+    if moments and "truth" in moments and moments["truth"].count > 1:
+        apart = {kind: frechet_distance(moments[kind], moments["truth"]) for kind in kinds if kind != "truth"}
+        summary["frechet_distance"] = apart
     base, cascade = by_kind.get("base", []), by_kind.get("cascade", [])
     if len(pairs := _pairs(base, cascade)) > 1:
         summary["render_error"] = _compare(pairs)
@@ -114,7 +121,7 @@ def flat(summary: dict[str, Any], prefix: str = "") -> dict[str, float]:
 def markdown(summary: dict[str, Any]) -> str:
     """The scores as a table, a kind a column."""
     kinds = list(summary["pictures"])
-    table = {kind: flat({"clip_score": summary["clip_score"][kind], **_of(summary, kind)}) for kind in kinds}
+    table = {kind: flat({**_measured(summary, kind), **_of(summary, kind)}) for kind in kinds}
     names = list(dict.fromkeys(name for kind in kinds for name in table[kind]))
     lines = [f"| | {' | '.join(kinds)} |", "|---|" + "---|" * len(kinds)]
     for name in names:
@@ -140,13 +147,19 @@ def _check_pictures(config: ScoreConfig) -> None:
         _Truth(config.truth).require(table["source_key"].to_pylist())
 
 
-def _rows(config: ScoreConfig, parts: list[str]) -> list[Row]:
+def _scored(config: ScoreConfig, parts: list[str]) -> tuple[list[Row], dict[str, Moments]]:
+    """Every picture's row, and the moments of CLIP's image features by kind."""
     quiet_data()
     scored = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts)).map_batches(
         _Scorer, batch_size=1, compute=ActorPoolStrategy(size=config.workers), fn_constructor_kwargs={"config": config}
     )
-    rows = [row for batch in scored.iter_rows() for row in json.loads(batch["rows"])]
-    return sorted(rows, key=lambda row: (row["key"], KINDS.index(row["kind"])))
+    rows: list[Row] = []
+    moments: dict[str, Moments] = {}
+    for part in scored.iter_rows():
+        rows += json.loads(part["rows"])
+        for kind, found in unpack(part["moments"]).items():
+            moments[kind] = moments[kind] + found if kind in moments else found
+    return sorted(rows, key=lambda row: (row["key"], KINDS.index(row["kind"]))), moments
 
 
 class _Scorer:
@@ -162,17 +175,21 @@ class _Scorer:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         generated = list(read_part(self.folder, batch["part"][0]))
         rows: list[Row] = []
+        moments: dict[str, Moments] = {}
         for start in range(0, len(generated), self.config.batch_size):
-            rows += self._score(generated[start : start + self.config.batch_size])
-        return {"rows": [json.dumps(rows)]}
+            rows += self._score(generated[start : start + self.config.batch_size], moments)
+        return {"rows": [json.dumps(rows)], "moments": [pack(moments)]}
 
-    def _score(self, generated: list[Generated]) -> list[Row]:
-        if not generated:
-            return []
+    def _score(self, generated: list[Generated], moments: dict[str, Moments]) -> list[Row]:
+        """Rows of some pictures; what CLIP sees in them is added to `moments`."""
         captions = [one.row.prompt for one in generated]
+        said = self.clip.texts(captions)
         rows: list[Row] = []
         for kind, pictures in self._kinds(generated).items():
-            scores = self.clip.score(pictures, captions)
+            seen = self.clip.images(pictures)
+            sums = Moments.of(seen.numpy())
+            moments[kind] = moments[kind] + sums if kind in moments else sums
+            scores = (seen * said).sum(dim=-1).tolist()
             for one, pixels, fit in zip(generated, pictures, scores, strict=True):
                 judged = self._judged(one.row.prompt)
                 verdict = judge(pixels, one.row.prompt) if judged else None
@@ -181,7 +198,7 @@ class _Scorer:
                         "key": one.row.key,
                         "prompt": one.row.prompt,
                         "kind": kind,
-                        "clip_score": float(fit),
+                        "clip_score": fit,
                         "attributes": None if verdict is None else dict(verdict.attributes),
                         "correct": None if verdict is None else verdict.correct,
                         "render_error": render_error(pixels, one.row.prompt, one.pixels.shape[0]) if judged else None,
@@ -277,6 +294,10 @@ def _compare(pairs: NDArray[np.float64]) -> dict[str, Any]:
 
 def _mean(values: list[float]) -> float | None:
     return float(np.mean(values)) if values else None
+
+
+def _measured(summary: dict[str, Any], kind: str) -> dict[str, Any]:
+    return {name: summary[name][kind] for name in ("clip_score", "frechet_distance") if kind in summary.get(name, {})}
 
 
 def _of(summary: dict[str, Any], kind: str) -> dict[str, Any]:
