@@ -22,7 +22,7 @@ from PIL import Image
 from raymuse.config.errors import UserError
 from raymuse.tracking import sender
 from raymuse.tracking.run import Run, clean, open_run, register
-from raymuse.tracking.server import Server, answers
+from raymuse.tracking.server import Server, answers, pages
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
@@ -103,6 +103,11 @@ def test_everything_of_a_run_arrives(server: Server, client: Any, tmp_path: Path
     assert found.data.metrics["odd name_"] == 1.0
     assert math.isnan(found.data.metrics["bad"])
     assert found.info.status == "FINISHED"
+    experiment = client.get_experiment(found.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    page = f"/#/experiments/{experiment.experiment_id}?workflowType=machine_learning"
+    assert pages(server.port)[experiment.name] == server.uri + page
+    assert "Default" not in pages(server.port)
     assert found.inputs.dataset_inputs[0].dataset.name == "shapes"
     assert found.inputs.dataset_inputs[0].tags[0].value == "training"
     pictures = [item.path for item in client.list_artifacts(run.id, "images")]

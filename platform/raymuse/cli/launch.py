@@ -11,7 +11,7 @@ from raymuse.clusters.local import session
 from raymuse.config.base import StageConfig
 from raymuse.config.errors import UserError
 from raymuse.tracking.run import Run, finishing, open_run
-from raymuse.tracking.server import Server
+from raymuse.tracking.server import Server, pages
 
 _FEWEST_CPUS = 4  # logical: a pipeline of actors needs a few even where the machine has only two cores
 
@@ -65,4 +65,6 @@ def show_tracking(workdir: str) -> None:
         raise UserError(f"there are no MLflow records in {folder}: name a flow's workdir with --workdir.")
     with Server.start(folder) as server:
         print(f"MLflow of {workdir}: {server.uri}   (Ctrl-C ends it)", flush=True)
+        for name, page in pages(server.port).items():
+            print(f"  {name}: {page}", flush=True)
         server.serve_forever()

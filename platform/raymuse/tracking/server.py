@@ -123,6 +123,26 @@ class Server:
         raise UserError(f"The MLflow server of {self.folder} {what}. The end of {log}:\n{lines}")
 
 
+def pages(port: int) -> dict[str, str]:
+    """Name and page of every experiment that holds runs of ours, the newest first.
+
+    They open on runs and models: MLflow's own start is a page about traces of agents, which no training has.
+    """
+    connection = http.client.HTTPConnection(HOST, port, timeout=30)
+    try:
+        asked = json.dumps({"max_results": 1000, "order_by": ["creation_time DESC"]})
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/api/2.0/mlflow/experiments/search", asked, headers)
+        found = json.loads(connection.getresponse().read()).get("experiments", [])
+    finally:
+        connection.close()
+    return {
+        one["name"]: f"http://{HOST}:{port}/#/experiments/{one['experiment_id']}?workflowType=machine_learning"
+        for one in found
+        if one["name"] != "Default"
+    }
+
+
 def answers(port: int) -> bool:
     """Whether an MLflow server says on that loopback port that it is well."""
     # http.client rather than urllib: a proxy from the environment must not see loopback addresses.
