@@ -1,4 +1,4 @@
-"""`python tests/benchmarks/sheets.py MODEL`: docs/edit.png and docs/sampling.png, of the demo's model."""
+"""`python tests/benchmarks/sheets.py MODEL`: docs/edit.png and docs/sampling.png, of a model of shapes."""
 
 import sys
 from collections.abc import Sequence
