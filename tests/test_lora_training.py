@@ -26,7 +26,6 @@ from raymuse.training.build import build_task
 from raymuse.training.masked import MaskedTask
 from trainings import Trained, fit, fit_all, losses_of
 
-CAPTION = "a large red circle on a white background"
 TEXT = ("q_proj", "v_proj")
 
 

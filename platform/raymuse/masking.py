@@ -193,6 +193,14 @@ def likeliest(probabilities: Tensor, top_k: int) -> Tensor:
     return torch.zeros_like(probabilities).scatter_(-1, order, kept / kept.sum(dim=-1, keepdim=True))
 
 
+def pick(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Codes (...) by inverse CDF from probabilities (..., C), which need not sum to 1, and uniforms (...)."""
+    cdf = probabilities.cumsum(dim=-1)
+    below_one = uniform.to(cdf.dtype).clamp(max=1 - 2**-24)  # at the very end of the CDF stand codes of probability 0
+    target = (below_one * cdf[..., -1]).unsqueeze(-1)
+    return torch.searchsorted(cdf.contiguous(), target, right=True).squeeze(-1).clamp(max=cdf.shape[-1] - 1)
+
+
 def reveal(
     logits: Tensor,
     ids: Tensor,
@@ -228,11 +236,7 @@ def reveal(
     unknown = ids == mask_id
     probabilities = logits.float().softmax(dim=-1)
     allowed = likeliest(probabilities, top_k) if top_k else probabilities
-    cdf = (allowed if top_p == 1 else nucleus(allowed, top_p)).cumsum(dim=-1)
-    below_one = choice.to(cdf.dtype).clamp(max=1 - 2**-24)  # at the very end of the CDF stand codes of probability 0
-    target = (below_one * cdf[..., -1]).unsqueeze(-1)
-    drawn = torch.searchsorted(cdf.contiguous(), target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
-    drawn = torch.where(unknown, drawn, ids)
+    drawn = torch.where(unknown, pick(allowed if top_p == 1 else nucleus(allowed, top_p), choice), ids)
 
     if priority is not None:
         score = priority

@@ -1,4 +1,4 @@
-"""The four trainings: VQGAN and CLIP from pictures, base and super-resolution transformers from token shards."""
+"""The trainings: VQGAN and CLIP from pictures; base, super-resolution and token critic from token shards."""
 
 from typing import Annotated, Any, Literal
 

@@ -12,7 +12,7 @@ from raymuse.tracking.spool import Identity, Record, Segment
 KEY_TAG = "raymuse.key"
 RECORD_TAG = "raymuse.record"
 ADDRESS_TAG = "raymuse.address"
-KIND = {"mlflow.experimentKind": "custom_model_development"}  # its page opens on runs, not on traces of agents
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # what MLflow lists the experiment as
 BATCH = 100  # params or tags a call: MLflow's limit
 METRICS = 1000  # metrics a call: MLflow's limit
 THUMBNAIL = 256  # pixels, as MLflow's own log_image makes them

@@ -24,9 +24,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModelWithProjection, CLI
 from raymuse.config.errors import ConfigError
 from raymuse.config.training import ClipConfig, Precision
 from raymuse.models.clip import Clip, normalise
-from raymuse.training.engine import Engine
 from raymuse.training.pictures import PictureStream
-from raymuse.training.task import Batch, Loss, network_weights, sheet
+from raymuse.training.task import Batch, Loss, Stateless, network_weights, sheet
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 SHAPE = {"width": 512, "layers": 12, "heads": 8, "projection": 512, "patch_size": 16}
@@ -67,7 +66,7 @@ class ClipLoss(Loss):
         return same / same.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-class ClipTask:
+class ClipTask(Stateless):
     """CLIP training; the tokenizer is trained from the captions when the task is built, the same on every rank."""
 
     def __init__(self, config: ClipConfig, device: str = "cpu") -> None:
@@ -102,20 +101,8 @@ class ClipTask:
     def count(self, batch: Batch) -> float:
         return float(batch["weights"].sum())
 
-    def after_step(self, step: int, engine: Engine) -> dict[str, float]:
-        return {}
-
-    def skipped(self) -> None:
-        """Nothing is left behind."""
-
     def keys(self, positions: NDArray[np.int64]) -> list[str]:
         return self.pictures.keys(positions)
-
-    def extra_state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_extra_state(self, state: dict[str, Tensor]) -> None:
-        """There is none."""
 
     def sample(self, weights: dict[str, Tensor]) -> Image.Image:
         """Sixteen pictures in a row, and under each the picture whose caption fits it best."""

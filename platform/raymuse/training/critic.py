@@ -20,12 +20,11 @@ from torch.nn import functional as F
 from raymuse.config.errors import UserError
 from raymuse.config.training import CriticConfig, Precision
 from raymuse.drawing.model_folder import load_uvit, trained_part
-from raymuse.masking import CRITIC, uniforms
+from raymuse.masking import CRITIC, pick, uniforms
 from raymuse.models.network_files import save_network
 from raymuse.models.uvit import UVit, UVitConfig
-from raymuse.training.engine import Engine
 from raymuse.training.masked import require_fit, shape_of, uvit_shape
-from raymuse.training.task import Batch, Loss, network_weights
+from raymuse.training.task import Batch, Loss, Stateless, network_weights
 from raymuse.training.tokens import TokenStream
 
 
@@ -52,13 +51,11 @@ class CriticLoss(Loss):
         """Ids (B, h, w) with a draw of the base where they were hidden."""
         mask = batch["mask"]
         features = self.base.features(batch["ids"], self.base.condition(*told))
-        cdf_NC = self.base.head(features[mask]).float().softmax(dim=-1).cumsum(dim=-1)
-        target_N1 = (batch["draws"][mask].to(cdf_NC.dtype) * cdf_NC[:, -1])[:, None]
-        drawn_N = torch.searchsorted(cdf_NC, target_N1, right=True).squeeze(-1).clamp(max=cdf_NC.shape[-1] - 1)
-        return batch["ids"].masked_scatter(mask, drawn_N)
+        probabilities_NC = self.base.head(features[mask]).float().softmax(dim=-1)
+        return batch["ids"].masked_scatter(mask, pick(probabilities_NC, batch["draws"][mask]))
 
 
-class CriticTask:
+class CriticTask(Stateless):
     """Critic training on the base's own token shards.
 
     Raises:
@@ -89,20 +86,8 @@ class CriticTask:
     def count(self, batch: Batch) -> float:
         return float(batch["real"].sum()) * batch["mask"][0].numel()
 
-    def after_step(self, step: int, engine: Engine) -> dict[str, float]:
-        return {}
-
-    def skipped(self) -> None:
-        """Nothing is left behind."""
-
     def keys(self, positions: NDArray[np.int64]) -> list[str]:
         return self.stream.keys(positions)
-
-    def extra_state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_extra_state(self, state: dict[str, Tensor]) -> None:
-        """There is none."""
 
     def sample(self, weights: dict[str, Tensor]) -> Image.Image | None:
         return None  # what a critic is worth shows in pictures that it ordered: `raymuse generate`, `score`

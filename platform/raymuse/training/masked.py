@@ -27,8 +27,7 @@ from raymuse.models.superres import SuperRes, SuperResConfig
 from raymuse.models.text import TextEncoder
 from raymuse.models.uvit import UVit, UVitConfig
 from raymuse.models.vqgan import Vqgan
-from raymuse.training.engine import Engine
-from raymuse.training.task import Batch, Loss, network_weights, sheet
+from raymuse.training.task import Batch, Loss, Stateless, network_weights, sheet
 from raymuse.training.tokens import TokenStream
 
 SAMPLES = 16
@@ -86,7 +85,7 @@ class MaskedLoss(Loss):
         return self.network.condition(states, pooled, batch["micro"])
 
 
-class MaskedTask:
+class MaskedTask(Stateless):
     """Base or super-resolution training, by the config's type.
 
     Raises:
@@ -110,20 +109,8 @@ class MaskedTask:
             return masked
         return masked + self.config.unmasked_weight * (float(batch["real"].sum()) * batch["mask"][0].numel() - masked)
 
-    def after_step(self, step: int, engine: Engine) -> dict[str, float]:
-        return {}
-
-    def skipped(self) -> None:
-        """Nothing is left behind."""
-
     def keys(self, positions: NDArray[np.int64]) -> list[str]:
         return self.stream.keys(positions)
-
-    def extra_state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_extra_state(self, state: dict[str, Tensor]) -> None:
-        """There is none."""
 
     def sample(self, weights: dict[str, Tensor]) -> Image.Image | None:
         """The first rows of the store drawn anew from their captions, under the truth as the VQGAN decodes it."""

@@ -72,6 +72,22 @@ class Task(Protocol):
         """Write the trained model's folder; facts about it for the run. Called on rank 0 alone."""
 
 
+class Stateless:
+    """A task that has nothing to do between steps and nothing to keep but the weights."""
+
+    def after_step(self, step: int, engine: Engine) -> dict[str, float]:
+        return {}
+
+    def skipped(self) -> None:
+        """Nothing is left behind."""
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        """There is none."""
+
+
 def network_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Parameters under the network's own names."""
     return {name.removeprefix("network."): value for name, value in weights.items()}
