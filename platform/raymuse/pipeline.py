@@ -21,10 +21,10 @@ from raymuse.config.errors import ConfigError, UserError
 from raymuse.config.explain import sentences
 from raymuse.config.sampling import Options, SamplingConfig
 from raymuse.drawing import batches, tasks
-from raymuse.drawing.batches import Picture
+from raymuse.drawing.batches import OnStep
 from raymuse.drawing.inputs import Mask, PictureLike, Pixels, fit, fit_mask, grown, read_mask, read_picture
 from raymuse.drawing.networks import Grid, Networks, Size
-from raymuse.drawing.sampler import OnStep
+from raymuse.drawing.scheduler import Picture
 from raymuse.drawing.tasks import UNKNOWN, Ids, Request, Stage
 from raymuse.encoding.pictures import downscale
 from raymuse.models.clip import Clip

@@ -133,6 +133,11 @@ class Networks:
                 f"{wanted}() starts from plain weights: call styled() first, and of packed() and compiled() only one."
             )
 
+    @property
+    def group(self) -> int:
+        """Rows in which pictures are begun and decoded: as constant as `batch_size`, and a quarter of it."""
+        return max(1, self.batch_size // 4)
+
     def grids(self, size: Size | None) -> tuple[Grid, Grid | None]:
         """Base and high-res grid (h, w) of a picture of `size`, (width, height); None: the model's own.
 

@@ -1,9 +1,10 @@
-"""The sampling loop: masked ids to known ones, step by step, every row on a course of its own.
+"""The sampling step: masked ids to known ones, every row on a course and at a step of its own.
 
 A picture is a function of (weights, prompt, parameters, seed): its noise is drawn up front from its own generator, so
-that neither its place in a batch nor the batch itself changes it. B pictures, L ids of one, S steps, C codes.
+that neither its place in a batch nor the batch itself changes it. B rows, L ids of one, S steps, C codes, N pictures.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,10 +26,6 @@ from raymuse.masking import (
     temperatures,
     uniforms,
 )
-
-Judge = Callable[[Tensor], Tensor]
-OnStep = Callable[[int, NDArray[np.int64]], None]
-"""Called after every step with its number and the ids (B, h, w), the mask id where one is still unknown."""
 
 DOUBLED_CELLS = 4096  # ids up to which a guided step is one pass over twice the rows: beyond, two passes are as quick
 
@@ -101,10 +98,8 @@ def sample_ids(
     courses: Sequence[Course],
     draws: Draws | None = None,
     streams: tuple[int, int] = (CHOICE, CONFIDENCE),
-    on_step: OnStep | None = None,
-    critic: Judge | None = None,
 ) -> Tensor:
-    """Draw the unknown ids of B pictures (MaskGIT, section 3.2).
+    """Draw the unknown ids of B pictures, from the first step of all to the last (MaskGIT, section 3.2).
 
     Args:
         conditional: the network's condition for the prompts.
@@ -113,104 +108,221 @@ def sample_ids(
         seeds: one a picture; all its noise follows from it.
         courses: one a picture; a shorter one ends earlier.
         streams: which of the seed's streams pick codes and order them.
-        on_step: told how it gets on.
-        critic: where `draws.order` is "critic": how real each of the ids (B, h, w) looks, a logit (B, h, w).
 
     Returns:
         ids (B, h, w), all known.
     """
-    draws = draws or Draws()
-    assert (draws.order == "critic") == (critic is not None)
-    grid, mask_id, device = tuple(ids.shape[1:]), int(network.config.mask_id), ids.device
-    batch, length = len(seeds), grid[0] * grid[1]
-    if not (steps := max(len(course.remaining) for course in courses)):
-        return ids
-    choice, confidence = (_noise(seeds, stream, steps, length).to(device) for stream in streams)
-    remaining = _table([course.remaining for course in courses], steps, 0, torch.int64).to(device)
-    heat = _table([course.temperature for course in courses], steps, 0.0, torch.float64).to(device)
-    scale = _table([course.guidance for course in courses], steps, 1.0, torch.float32)
-    guided, scale = (scale != 1).any(dim=1).tolist(), scale.to(device)
-    hide = _hidden(courses, steps, length, device)
-    predict = _Prediction(network, conditional, unconditional if any(guided) else None, batch * length)
-    priority = _priority(draws.order, grid, confidence[0])
-    known = ids.reshape(batch, length)
-    for step in range(steps):
-        if hide is not None:
-            known = torch.where(hide[step], mask_id, known)
-        known = reveal(
-            predict(known.view(batch, *grid), scale[step] if guided[step] else None).view(batch, length, -1),
+    rows = Rows(network, ids.shape, draws, streams, device=ids.device)
+    rows.admit(range(len(seeds)), conditional, unconditional, ids=ids, seeds=seeds, courses=courses)
+    for _ in range(max(len(course.remaining) for course in courses)):
+        rows.step()
+    return rows.ids
+
+
+class Rows:
+    """B rows of ids that one network draws, each from a prompt of its own, on its own course, at its own step.
+
+    A step is one pass of all rows whatever they hold, of the same shapes always, and nothing in it waits for the
+    device. Between steps pictures are admitted to rows. A row whose course has ended, or that is still empty, stays as
+    it is.
+
+    Args:
+        shape: (B, h, w).
+        draws, streams: see `sample_ids`.
+        critic: where `draws.order` is "critic": a U-ViT with one logit an id.
+
+    Attributes:
+        ids: (B, h, w), the mask id where still unknown.
+    """
+
+    def __init__(
+        self,
+        network: TokenTransformer,
+        shape: Sequence[int],
+        draws: Draws | None = None,
+        streams: tuple[int, int] = (CHOICE, CONFIDENCE),
+        critic: TokenTransformer | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.network, self.critic, self.draws, self.streams = network, critic, draws or Draws(), streams
+        assert (self.draws.order == "critic") == (critic is not None)
+        count, length = shape[0], math.prod(shape[1:])
+        self.ids = torch.zeros(tuple(shape), dtype=torch.int64, device=device)
+        self._courses, self._at = [Course([], [], [])] * count, [0] * count
+        self._steps = torch.zeros(count, dtype=torch.int64, device=device)  # as _at
+        self._doubles = count * length <= DOUBLED_CELLS
+        self._conditions = _Conditions(2 * count)  # of the prompts, then of the negative ones
+        self._judged = _Conditions(count)
+        self._choice = _Table(count, (length,), torch.float64, 0.5, device)
+        self._confidence = _Table(count, (length,), torch.float64, 0.5, device)
+        self._remaining = _Table(count, (), torch.int64, 0, device)
+        self._heat = _Table(count, (), torch.float64, 0.0, device)
+        self._scale = _Table(count, (), torch.float32, 1.0, device)
+        self._hide = _Table(count, (length,), torch.bool, False, device)
+        self._priority = torch.zeros(count, length, dtype=torch.float64, device=device)
+
+    def ended(self, row: int) -> bool:
+        """Whether a row's picture has no step left."""
+        return self._at[row] >= len(self._courses[row].remaining)
+
+    @torch.no_grad()
+    def admit(
+        self,
+        rows: Sequence[int],
+        conditional: Any,
+        unconditional: Any | None,
+        judged: Any | None = None,
+        *,
+        ids: Tensor,
+        seeds: Sequence[int],
+        courses: Sequence[Course],
+    ) -> None:
+        """Begin N pictures in N rows; what those held is forgotten.
+
+        Args:
+            conditional, unconditional: for N samples or more, of which the first N count; the second may be None where
+                no course has guidance.
+            judged: the critic's condition for the same.
+            ids: (N, h, w).
+        """
+        index = torch.tensor(list(rows), device=self.ids.device)
+        self._conditions.put(index, self.network.precompute(conditional))
+        if unconditional is not None:
+            self._conditions.put(index + len(self.ids), self.network.precompute(unconditional))
+        if self.critic is not None:
+            self._judged.put(index, self.critic.precompute(judged))
+        self.ids[index] = ids
+        self._steps[index] = 0
+        for row, course in zip(rows, courses, strict=True):
+            self._courses[row], self._at[row] = course, 0
+
+        length, steps = self._priority.shape[1], max(1, *(len(course.remaining) for course in courses))
+        choice, confidence = (_noise(seeds, stream, steps, length) for stream in self.streams)
+        self._choice.put(index, choice)
+        self._confidence.put(index, confidence)
+        self._remaining.put(index, [course.remaining for course in courses])
+        self._heat.put(index, [course.temperature for course in courses])
+        self._scale.put(index, [course.guidance for course in courses])
+        self._hide.put(index, [() if course.hide is None else course.hide for course in courses])
+        if (priority := _priority(self.draws.order, tuple(ids.shape[1:]), confidence[:, 0])) is not None:
+            self._priority[index] = priority.to(self._priority)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Every row that has a step left goes one on."""
+        shape, mask_id = self.ids.shape, int(self.network.config.mask_id)
+        known, hides, guided = self.ids.flatten(1), False, False
+        for row, course in enumerate(self._courses):
+            if not self.ended(row):
+                hides |= course.hide is not None
+                guided |= course.guidance[self._at[row]] != 1
+                self._at[row] += 1
+        if hides:
+            known = torch.where(self._hide.now(self._steps), mask_id, known)
+        ordered = self.draws.order not in ("confidence", "critic")
+        self.ids = reveal(
+            self._predict(known.view(shape), guided).flatten(1, 2),
             known,
-            choice[step],
-            confidence[step],
-            remaining[step],
-            heat[step],
+            self._choice.now(self._steps),
+            self._confidence.now(self._steps),
+            self._remaining.now(self._steps),
+            self._heat.now(self._steps),
             mask_id=mask_id,
-            top_p=draws.top_p,
-            top_k=draws.top_k,
-            priority=priority,
-            critic=None if critic is None else lambda drawn: critic(drawn.view(batch, *grid)).view(batch, length),
-        )
-        if on_step is not None:
-            on_step(step, known.view(batch, *grid).cpu().numpy())
-    return known.view(batch, *grid)
+            top_p=self.draws.top_p,
+            top_k=self.draws.top_k,
+            priority=self._priority if ordered else None,
+            critic=None if self.critic is None else lambda drawn: self._judge(drawn.view(shape)).flatten(1),
+        ).view(shape)
+        self._steps += 1
 
-
-class _Prediction:
-    """Logits of one step, guided or not. What is constant over the steps is computed here, once."""
-
-    def __init__(self, network: TokenTransformer, conditional: Any, unconditional: Any | None, cells: int) -> None:
-        self.network = network
-        self.doubled = unconditional is not None and cells <= DOUBLED_CELLS
-        self.conditional = network.precompute(conditional)
-        self.unconditional = None if unconditional is None else network.precompute(unconditional)
-        self.both = _join(self.conditional, self.unconditional) if self.doubled else None
-
-    def __call__(self, ids: Tensor, scale: Tensor | None) -> Tensor:
-        """Logits (B, h, w, C) for ids (B, h, w); scale (B,), None where no row has guidance."""
-        if scale is None or self.unconditional is None:
-            return self._logits(ids, self.conditional)
-        if self.doubled:
-            conditional, free = self._logits(torch.cat([ids, ids]), self.both).chunk(2)
+    def _predict(self, ids: Tensor, guided: bool) -> Tensor:
+        """Logits (B, h, w, C) for ids (B, h, w); `guided` where a row has guidance at this step."""
+        network, batch = self.network, len(ids)
+        if not guided:
+            return _logits(network, ids, self._conditions.part(0, batch))
+        if self._doubles:
+            both = _logits(network, torch.cat([ids, ids]), self._conditions.part(0, 2 * batch))
+            conditional, free = both.chunk(2)
         else:
-            conditional, free = self._logits(ids, self.conditional), self._logits(ids, self.unconditional)
-        scale = scale.view(-1, *[1] * (conditional.ndim - 1))
+            conditional, free = (_logits(network, ids, self._conditions.part(first, batch)) for first in (0, batch))
+        scale = self._scale.now(self._steps).view(-1, *[1] * (conditional.ndim - 1))
         return torch.where(scale == 1, conditional, guide(conditional, free, scale.to(conditional.dtype)))
 
-    def _logits(self, ids: Tensor, condition: Any) -> Tensor:
-        return self.network.head(self.network.features(ids, condition))
+    def _judge(self, ids: Tensor) -> Tensor:
+        assert self.critic is not None
+        return _logits(self.critic, ids, self._judged.part(0, len(ids))).squeeze(-1)
 
 
-def _join(one: Any, other: Any) -> Any:
-    """Two conditions, nested tuples of tensors, one after the other along the batch."""
-    if isinstance(one, Tensor):
-        return torch.cat([one, other])
-    parts = [_join(*pair) for pair in zip(one, other, strict=True)]
-    return type(one)(*parts) if hasattr(one, "_fields") else tuple(parts)
+def _logits(network: TokenTransformer, ids: Tensor, condition: Any) -> Tensor:
+    return network.head(network.features(ids, condition))
+
+
+class _Conditions:
+    """The prepared conditions of so many samples, replaced one by one; 0 before."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.whole: Any = None
+        self.parts: dict[tuple[int, int], Any] = {}
+
+    def put(self, index: Tensor, condition: Any) -> None:
+        """Replace the samples `index` by the first ones of `condition`."""
+        if self.whole is None:
+            self.whole = _each(lambda new: new.new_zeros(self.count, *new.shape[1:]), condition)
+        _each(lambda kept, new: kept.index_copy_(0, index, new[: len(index)]), self.whole, condition)
+
+    def part(self, first: int, count: int) -> Any:
+        """So many samples, as a view."""
+        if (first, count) not in self.parts:
+            self.parts[first, count] = _each(lambda tensor: tensor[first : first + count], self.whole)
+        return self.parts[first, count]
+
+
+class _Table:
+    """What holds for each of B rows at each of its steps, (S, B, ...), and `after` beyond a row's end."""
+
+    def __init__(
+        self, rows: int, shape: tuple[int, ...], dtype: torch.dtype, after: float, device: torch.device | str
+    ) -> None:
+        self.after = after
+        self.values = torch.full((1, rows, *shape), after, dtype=dtype, device=device)
+
+    def put(self, index: Tensor, rows: Sequence[Any] | Tensor) -> None:
+        """Replace the rows `index` by `rows`, of (steps, ...) each."""
+        steps = max(map(len, rows))
+        if (missing := steps + 1 - len(self.values)) > 0:
+            self.values = torch.cat([self.values, self._empty(missing, self.values.shape[1])])
+        new = self._empty(len(self.values), len(rows)).cpu()
+        for number, row in enumerate(rows):
+            if len(row):
+                new[: len(row), number] = torch.as_tensor(row).to(new)
+        self.values[:, index] = new.to(self.values)
+
+    def now(self, steps: Tensor) -> Tensor:
+        """(B, ...): what holds for each row at the step (B,) it is at."""
+        last = steps.clamp(max=len(self.values) - 1)
+        return self.values[last, torch.arange(len(last), device=last.device)]
+
+    def _empty(self, steps: int, rows: int) -> Tensor:
+        return self.values.new_full((steps, rows, *self.values.shape[2:]), self.after)
+
+
+def _each(function: Callable[..., Tensor], *conditions: Any) -> Any:
+    """The condition whose tensors are those of the given ones, one by one, under the function: nested tuples."""
+    if isinstance(conditions[0], Tensor):
+        return function(*conditions)
+    parts = [_each(function, *parts) for parts in zip(*conditions, strict=True)]
+    kind = type(conditions[0])
+    return kind(*parts) if hasattr(kind, "_fields") else tuple(parts)
 
 
 def _noise(seeds: Sequence[int], stream: int, steps: int, length: int) -> Tensor:
-    """Uniforms (S, B, L), each picture's from its own seed alone."""
-    draws = np.stack([uniforms(seed, stream, range(steps), length) for seed in seeds], axis=1)
-    return torch.from_numpy(draws)
-
-
-def _table(rows: Sequence[Sequence[float]], steps: int, after: float, dtype: torch.dtype) -> Tensor:
-    """(S, B): what holds at each step, and `after` a row's end."""
-    return torch.tensor([[*row, *[after] * (steps - len(row))] for row in rows], dtype=dtype).T
-
-
-def _hidden(courses: Sequence[Course], steps: int, length: int, device: torch.device) -> Tensor | None:
-    if all(course.hide is None for course in courses):
-        return None
-    table = np.zeros((steps, len(courses), length), dtype=bool)
-    for row, course in enumerate(courses):
-        if course.hide is not None:
-            table[: len(course.hide), row] = course.hide
-    return torch.from_numpy(table).to(device)
+    """Uniforms (N, S, L), each picture's from its own seed alone."""
+    return torch.from_numpy(np.stack([uniforms(seed, stream, range(steps), length) for seed in seeds]))
 
 
 def _priority(order: str, grid: tuple[int, ...], uniform: Tensor) -> Tensor | None:
-    """(B, L): the highest are revealed first; None: by confidence, or a critic.
+    """(N, L) from uniforms (N, L): the highest are revealed first; None: by confidence, or a critic.
 
     A Halton sequence starts where the seed says.
     """

@@ -1,17 +1,17 @@
-"""The deployed sampler: a request is one picture, and those that meet share a batch; or it is a batch already."""
+"""The deployed sampler: a request is one picture, or a batch job's many; all that is drawn at a time shares batches."""
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from ray import serve
 
 from raymuse.config.generate import GenerateConfig, ServeConfig
 from raymuse.config.sampling import Options
+from raymuse.drawing.drawer import Drawer
+from raymuse.drawing.scheduler import Ticket
 from raymuse.pipeline import Pipeline
 from raymuse.serving.instance import QUIET
 
@@ -43,42 +43,43 @@ class Drawing:
 
 @serve.deployment(logging_config=QUIET)
 class Generator:
-    """Holds the model; draws requests in padded batches of one size, so that no picture depends on its batch.
+    """Holds the model. Whatever is asked for shares its batches, by the step: see `drawing/scheduler.py`.
 
     Args:
         model: model folder.
         lora: adapters merged into it, by address and scale.
         batch_size: rows of a batch.
-        batches: how many are drawn at a time, each on one thread: so sums do not depend on the number of cores, and
-            the event loop stays free to answer.
+        drawers: threads that draw, each a batch of its own; the event loop stays free to answer.
         device: "cpu" or "cuda".
     """
 
-    def __init__(self, model: str, lora: dict[str, float], batch_size: int, batches: int, device: str) -> None:
+    def __init__(self, model: str, lora: dict[str, float], batch_size: int, drawers: int, device: str) -> None:
         self.pipeline = Pipeline.load(model, device=device, batch_size=batch_size, lora=lora)
-        self.threads = ThreadPoolExecutor(batches, initializer=torch.set_num_threads, initargs=(1,))
-        batched = serve.batch(max_batch_size=batch_size, batch_wait_timeout_s=0.02, max_concurrent_batches=batches)
-        self.draw_with_others = batched(self.draw_batch)  # made here: a decorator would not know the sizes
+        self.drawers = [Drawer(self.pipeline) for _ in range(drawers)]
 
     async def draw(self, request: DrawRequest) -> Drawing:
-        """Draw one picture, together with those asked for at the same time."""
-        drawing: Drawing = await self.draw_with_others(request)
-        return drawing
+        """Draw one picture for someone who waits: it is begun before those of batch jobs."""
+        return (await self._draw([request], urgent=True))[0]
 
     async def draw_batch(self, requests: list[DrawRequest]) -> list[Drawing]:
-        """Draw pictures together; `batch_size` of them cost what one does."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.threads, draw_all, self.pipeline, requests)
+        """Draw the pictures of a batch job; `batch_size` of them cost what one does."""
+        return await self._draw(requests, urgent=False)
 
     async def describe(self) -> dict[str, int]:
         """Size of the pictures, pixels."""
         return {"size": self.pipeline.settings.size, "base_size": self.pipeline.settings.base_size}
 
-
-def draw_all(pipeline: Pipeline, requests: list[DrawRequest]) -> list[Drawing]:
-    """Draw requests together, whatever their steps and guidance; the answers keep their order."""
-    drawn = pipeline.draw([pipeline.request(one.prompt, one.seed, one.negative, **one.options) for one in requests])
-    return [Drawing(picture.pixels, picture.base_pixels) for picture in drawn]
+    async def _draw(self, requests: list[DrawRequest], urgent: bool) -> list[Drawing]:
+        """Draw requests, whatever their steps and guidance. Whoever stops waiting for them stops their drawing."""
+        asked = [self.pipeline.request(one.prompt, one.seed, one.negative, **one.options) for one in requests]
+        tickets = [Ticket(one, urgent) for one in asked]
+        drawer = min(self.drawers, key=lambda drawer: drawer.load)
+        try:
+            drawn = await asyncio.gather(*(asyncio.wrap_future(drawer.draw(ticket)) for ticket in tickets))
+        finally:
+            for ticket in tickets:
+                ticket.cancelled = True  # those that are done do not mind
+        return [Drawing(picture.pixels, picture.base_pixels) for picture in drawn]
 
 
 def deployed(config: GenerateConfig | ServeConfig, max_queue: int | None = None) -> serve.Application:

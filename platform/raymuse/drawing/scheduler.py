@@ -1,0 +1,303 @@
+"""Pictures drawn as they are asked for: a row whose picture is done takes the next in, while its neighbours go on.
+
+    waiting -> rows of the base -> decoded -> between -> rows of the super-resolution -> decoded -> done
+
+Scheduling by the step is Orca's (Yu et al., OSDI 2022: iteration-level scheduling), here by the sampling step. Whatever
+is done for a picture is done in calls of a fixed number of rows, so that the picture does not depend on its neighbours.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from raymuse.drawing.attention import attention_by
+from raymuse.drawing.networks import Networks
+from raymuse.drawing.sampler import Rows
+from raymuse.drawing.tasks import UNKNOWN, Ids, Request, Stage
+from raymuse.masking import CHOICE, CONFIDENCE, HIGH_CHOICE, HIGH_CONFIDENCE
+from raymuse.models.vqgan import Vqgan
+
+REMEMBERED = 64  # prompts whose text states are kept: the empty one comes again and again
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One drawn picture, uint8 (H, W, 3) with its ids (h, w), and the base's own where a cascade drew it."""
+
+    pixels: NDArray[np.uint8]
+    base_pixels: NDArray[np.uint8]
+    ids: Ids
+    base_ids: Ids
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A picture that is asked for.
+
+    Attributes:
+        urgent: it is begun before those that are not.
+        on_step: told of the base's ids (h, w) after each of the picture's steps, the mask id where still unknown.
+        cancelled: nothing more is done for it. May be set at any time, by any thread.
+    """
+
+    request: Request
+    urgent: bool = False
+    on_step: Callable[[Ids], None] | None = None
+    cancelled: bool = False
+
+
+class Scheduler:
+    """Draws what is submitted, up to `networks.batch_size` pictures of a shape at a time. It belongs to one thread."""
+
+    def __init__(self, networks: Networks) -> None:
+        self.networks = networks
+        self._texts = _Texts(networks)
+        self._lanes: OrderedDict[tuple[object, ...], _Lane] = OrderedDict()
+
+    def submit(self, ticket: Ticket) -> None:
+        """Have a picture drawn by the calls of `advance` that follow."""
+        if (shape := ticket.request.shape) not in self._lanes:
+            self._lanes[shape] = _Lane(self.networks, self._texts, ticket.request)
+        self._lanes[shape].waiting.put(ticket)
+
+    @property
+    def busy(self) -> bool:
+        """Whether `advance` has anything to do."""
+        return bool(self._lanes)
+
+    @torch.no_grad()
+    def advance(self) -> list[tuple[Ticket, Picture]]:
+        """One step of all pictures of one shape, the shapes in turn. Returns those that it finished."""
+        if not self._lanes:
+            return []
+        shape, lane = self._lanes.popitem(last=False)
+        with attention_by(self.networks.attention):
+            done = lane.advance()
+        if lane.busy:
+            self._lanes[shape] = lane
+        return done
+
+
+@dataclass(eq=False)
+class _Begun:
+    """A picture on its way: what its stages need of each other."""
+
+    ticket: Ticket
+    states: Tensor
+    free_states: Tensor | None
+    base_ids: Tensor | None = None
+    base_pixels: NDArray[np.uint8] | None = None
+
+
+class _Lane:
+    """The pictures of one shape."""
+
+    def __init__(self, networks: Networks, texts: "_Texts", like: Request) -> None:
+        self.networks, self.texts = networks, texts
+        self.waiting, self.between = _Queue(), deque[_Begun]()
+        count, device = networks.batch_size, networks.vqgan.network.device
+        self.critic = networks.critic if like.base.draws.order == "critic" else None
+        base = Rows(
+            networks.base, (count, *like.base.ids.shape), like.base.draws, (CHOICE, CONFIDENCE), self.critic, device
+        )
+        self.base = _Seats(base, networks.vqgan, networks.group, tells=True)
+        self.high = None
+        if like.high is not None and networks.superres is not None and networks.superres_vqgan is not None:
+            shape = (count, *like.high.ids.shape)
+            high = Rows(networks.superres, shape, like.high.draws, (HIGH_CHOICE, HIGH_CONFIDENCE), None, device)
+            self.high = _Seats(high, networks.superres_vqgan, networks.group, tells=False)
+        self.micro = _micro(networks, like.base.ids.shape)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.between or self.base.taken or (self.high and self.high.taken))
+
+    def advance(self) -> list[tuple[Ticket, Picture]]:
+        """One step of the super-resolution's rows, and one of the base's. Returns what is done."""
+        done = []
+        if self.high is not None:
+            for rows in self.high.free():
+                self._begin_high(self.high, rows)
+            for begun, ids, pixels in self.high.step():
+                done.append((begun.ticket, _picture(begun, ids, pixels)))
+        for rows in self.base.free():
+            self._begin_base(rows)
+        for begun, ids, pixels in self.base.step():
+            begun.base_ids, begun.base_pixels = ids, pixels
+            if self.high is None:
+                done.append((begun.ticket, _picture(begun, ids, pixels)))
+            else:
+                self.between.append(begun)
+        return done
+
+    def _begin_base(self, rows: list[int]) -> None:
+        """Those that wait take free rows."""
+        if not (tickets := self.waiting.take(len(rows))):
+            return
+        requests = [ticket.request for ticket in tickets]
+        states, pooled = self.texts([request.prompt for request in requests])
+        free_states = free = None
+        if any(stage.course.guided for request in requests for stage in (request.base, request.high) if stage):
+            free_states, free_pooled = self.texts([request.negative for request in requests])
+            free = self.networks.base.condition(free_states, free_pooled, self.micro)
+        begun = [
+            _Begun(ticket, states[row], None if free_states is None else free_states[row])
+            for row, ticket in enumerate(tickets)
+        ]
+        self.base.begin(
+            rows,
+            begun,
+            [request.base for request in requests],
+            self.networks.base.condition(states, pooled, self.micro),
+            free,
+            None if self.critic is None else self.critic.condition(states, pooled, self.micro),
+        )
+
+    def _begin_high(self, high: "_Seats", rows: list[int]) -> None:
+        """Those that the base is done with take free rows."""
+        begun = [self.between.popleft() for _ in rows[: len(self.between)]]
+        if not (begun := [one for one in begun if not one.ticket.cancelled]):
+            return
+        superres = self.networks.superres
+        assert superres is not None
+        stages = [one.ticket.request.high for one in begun if one.ticket.request.high is not None]
+        states, low = self._group([one.states for one in begun]), self._group([one.base_ids for one in begun])
+        conditional, free = superres.condition(states, low), None
+        if any(stage.course.guided for stage in stages):
+            free = superres.retold(conditional, self._group([one.free_states for one in begun]))
+        high.begin(rows, begun, stages, conditional, free)
+
+    def _group(self, given: Sequence[Tensor | None]) -> Tensor:
+        """A whole group of rows, with one of those that are given in place of any that is missing."""
+        some = next(row for row in given if row is not None)
+        missing = [None] * (self.networks.group - len(given))
+        return torch.stack([some if row is None else row for row in (*given, *missing)])
+
+
+class _Seats:
+    """The rows of one network, and whose picture is in each."""
+
+    def __init__(self, rows: Rows, vqgan: Vqgan, group: int, tells: bool) -> None:
+        self.rows, self.vqgan, self.group, self.tells = rows, vqgan, group, tells
+        self.begun: list[_Begun | None] = [None] * len(rows.ids)
+
+    @property
+    def taken(self) -> bool:
+        return any(begun is not None for begun in self.begun)
+
+    def free(self) -> Iterator[list[int]]:
+        """Free rows by whole groups: beginning one picture, and decoding one, costs as much as a group."""
+        for row, begun in enumerate(self.begun):
+            if begun is not None and begun.ticket.cancelled:
+                self.begun[row] = None
+        rows = [row for row, begun in enumerate(self.begun) if begun is None]
+        return (rows[first : first + self.group] for first in range(0, len(rows) - self.group + 1, self.group))
+
+    def begin(
+        self,
+        rows: list[int],
+        begun: list[_Begun],
+        stages: list[Stage],
+        conditional: Any,
+        free: Any | None,
+        judged: Any | None = None,
+    ) -> None:
+        rows = rows[: len(begun)]
+        ids = torch.from_numpy(np.stack([stage.ids for stage in stages])).to(self.rows.ids.device)
+        self.rows.admit(
+            rows,
+            conditional,
+            free,
+            judged,
+            ids=torch.where(ids == UNKNOWN, int(self.rows.network.config.mask_id), ids),
+            seeds=[one.ticket.request.seed for one in begun],
+            courses=[stage.course for stage in stages],
+        )
+        for row, one in zip(rows, begun, strict=True):
+            self.begun[row] = one
+
+    def step(self) -> Iterator[tuple[_Begun, Tensor, NDArray[np.uint8]]]:
+        """One step. Those whose course ended with it, with their ids (h, w) and pixels, leave their rows."""
+        held = [(row, begun) for row, begun in enumerate(self.begun) if begun is not None]
+        if going := [(row, begun) for row, begun in held if not self.rows.ended(row)]:
+            self.rows.step()
+        for row, begun in going:
+            if self.tells and begun.ticket.on_step is not None:
+                begun.ticket.on_step(self.rows.ids[row].cpu().numpy())
+        ended = [(row, begun) for row, begun in held if self.rows.ended(row)]
+        for first in range(0, len(ended), self.group):
+            some = ended[first : first + self.group]
+            rows = [row for row, _ in some]
+            ids = self.rows.ids[[*rows, *rows[:1] * (self.group - len(rows))]]
+            pixels = self.vqgan.decode(ids)
+            for place, (row, begun) in enumerate(some):
+                self.begun[row] = None
+                yield begun, ids[place], pixels[place]
+
+
+class _Queue:
+    """Tickets in their order, the urgent ones first."""
+
+    def __init__(self) -> None:
+        self.urgent, self.other = deque[Ticket](), deque[Ticket]()
+
+    def __bool__(self) -> bool:
+        return bool(self.urgent or self.other)
+
+    def put(self, ticket: Ticket) -> None:
+        (self.urgent if ticket.urgent else self.other).append(ticket)
+
+    def take(self, most: int) -> list[Ticket]:
+        """The next ones, without those that were cancelled."""
+        taken: list[Ticket] = []
+        while self and len(taken) < most:
+            ticket = (self.urgent or self.other).popleft()
+            if not ticket.cancelled:
+                taken.append(ticket)
+        return taken
+
+
+class _Texts:
+    """What prompts say to the networks; each is encoded once, and remembered for a while."""
+
+    def __init__(self, networks: Networks) -> None:
+        self.networks = networks
+        self.known: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+
+    def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """States (G, T, E) and pooled vectors (G, P) of a group of up to G prompts, the rest empty ones."""
+        group = self.networks.group
+        prompts = [*prompts, *[""] * (group - len(prompts))]
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]:
+            states, pooled = self.networks.text([*new, *[""] * (group - len(new))])
+            self.known |= {prompt: (states[row], pooled[row]) for row, prompt in enumerate(new)}
+        for prompt in prompts:
+            self.known.move_to_end(prompt)
+        said = [self.known[prompt] for prompt in prompts]
+        while len(self.known) > REMEMBERED:
+            self.known.popitem(last=False)
+        return torch.stack([states for states, _ in said]), torch.stack([pooled for _, pooled in said])
+
+
+def _micro(networks: Networks, grid: tuple[int, ...]) -> Tensor:
+    """Micro-conditions (G, 5): the model's own, with width and height in proportion to the size that is drawn."""
+    width, height, top, left, aesthetic = networks.settings.micro_conditioning
+    side = networks.settings.base_size // networks.vqgan.factor
+    row = [width * grid[1] / side, height * grid[0] / side, top, left, aesthetic]
+    return torch.tensor([row] * networks.group, device=networks.vqgan.network.device)
+
+
+def _picture(begun: _Begun, ids: Tensor, pixels: NDArray[np.uint8]) -> Picture:
+    """The end of a picture: what lies outside a mask that it came with is its own again."""
+    assert begun.base_ids is not None
+    assert begun.base_pixels is not None
+    if begun.ticket.request.paste is not None:
+        own, mask = begun.ticket.request.paste
+        pixels = np.where(mask[:, :, None], pixels, own)
+    return Picture(pixels, begun.base_pixels, ids.cpu().numpy(), begun.base_ids.cpu().numpy())
