@@ -2,11 +2,15 @@
 
 import io
 import json
+import subprocess
+import sys
 import tarfile
 import threading
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +24,7 @@ from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.generate import GenerateConfig
 from raymuse.pipeline import Pipeline, image_seed
 from raymuse.serving.generator import Drawing, DrawRequest
-from raymuse.stages.generate import _deploy, _draw, generate, plan_parts
+from raymuse.stages.generate import _deploy, _draw, generate, plan_parts, survey
 from raymuse.storage.pictures import png_facts
 from raymuse.storage.prompts import Asked, read_prompts
 from raymuse.storage.rejects import Reason
@@ -233,7 +237,7 @@ def test_no_application_stays_behind_and_serve_goes_on(drawn: GenerateConfig) ->
 )
 def test_prompts_come_from_text_json_lines_and_tables(name: str, text: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(text.encode())
-    read = read_prompts(str(tmp_path / name))
+    read = list(read_prompts(str(tmp_path / name)))
     assert [(one.index, one.prompt) for one in read] == [(0, "a cat"), (1, ""), (2, "ein Bär")]
     assert [one.key for one in read] == (["", "", ""] if name == "p.txt" else ["x", "", ""])
 
@@ -257,7 +261,7 @@ def test_a_row_says_how_it_is_drawn_and_a_wrong_one_keeps_its_place(drawn: Gener
         assert wrong.fault[0] == Reason.BAD_PARAMETER
         assert "steps: must be at least 1, was 0" in wrong.fault[1]
         assert (last.asked, last.fault) == (Asked(), None)
-        wanted = [one for part in plan_parts([first, wrong, last], drawn).values() for one in part]
+        wanted = [one for _, part in plan_parts([first, wrong, last], drawn) for one in part]
         run = [image_seed(drawn.seed, 2, sample) for sample in range(drawn.samples)]
         assert [one.seed for one in wanted if one.prompt is first] == [7, image_seed(7, 0, 1)]
         assert [one.seed for one in wanted if one.prompt is last] == run
@@ -283,7 +287,72 @@ def test_a_prompt_file_that_cannot_be_read_is_refused_in_a_sentence(
     if data is not None:
         (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=said):
-        read_prompts(str(tmp_path / name))
+        list(read_prompts(str(tmp_path / name)))
+
+
+def test_prompts_come_from_a_saved_data_set(tmp_path: Path) -> None:
+    rows = [{"prompt": f"a cat {number}", "seed": number} for number in range(5)]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "set", num_shards=2)
+    read = list(read_prompts(str(tmp_path / "set")))
+    assert [(one.index, one.prompt, one.asked.seed) for one in read] == [(n, f"a cat {n}", n) for n in range(5)]
+    (tmp_path / "set" / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="is no data set as `Dataset.save_to_disk` writes it"):
+        list(read_prompts(str(tmp_path / "set")))
+
+
+def write_many(path: Path, count: int) -> None:
+    """Prompts of a kind of table."""
+    said = [f"a star number {number}" for number in range(count)]
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"prompt": said}), path, row_group_size=1000)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"prompt": one}) + "\n" for one in said))
+    else:
+        path.write_text("\n".join([*(["prompt"] if path.suffix == ".csv" else []), *said]) + "\n")
+
+
+def planned(config: GenerateConfig) -> tuple[int, int, int]:
+    """Pictures by the survey and by the plan, and the most bytes that were held for it."""
+    tracemalloc.start()
+    try:
+        pictures = survey(config).pictures
+        wanted = sum(len(part) for _, part in plan_parts(read_prompts(config.prompts), config))
+        return pictures, wanted, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.csv", "p.parquet"])
+def test_ten_times_the_prompts_take_no_more_memory(name: str, drawn: GenerateConfig, tmp_path: Path) -> None:
+    held = []
+    for count in (3_000, 3_000, 30_000):  # the first reads also fill caches
+        write_many(tmp_path / name, count)
+        pictures, wanted, most = planned(changed(drawn, tmp_path / "none", prompts=str(tmp_path / name)))
+        assert pictures == wanted == count * SAMPLES
+        held.append(most)
+    assert held[2] < 1.3 * held[1] + 100_000
+
+
+@pytest.mark.soak
+def test_a_million_prompts_take_no_more_memory_than_a_thousand(drawn: GenerateConfig, tmp_path: Path) -> None:
+    sizes = {}
+    for count in (1_000, 1_000_000):
+        write_many(tmp_path / "p.jsonl", count)
+        config = changed(drawn, tmp_path / "none", prompts=str(tmp_path / "p.jsonl"))
+        source = (
+            "import resource, sys\n"
+            "from raymuse.config.generate import GenerateConfig\n"
+            "from raymuse.stages.generate import plan_parts, survey\n"
+            "from raymuse.storage.prompts import read_prompts\n"
+            "config = GenerateConfig.model_validate_json(sys.stdin.read())\n"
+            "wanted = sum(len(part) for _, part in plan_parts(read_prompts(config.prompts), config))\n"
+            "print(survey(config).pictures, wanted, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        )
+        given = config.model_dump_json()
+        done = subprocess.run([sys.executable, "-c", source], input=given, capture_output=True, text=True, check=True)
+        pictures, wanted, sizes[count] = map(int, done.stdout.split())
+        assert pictures == wanted == count * SAMPLES
+    assert sizes[1_000_000] < sizes[1_000] + 20 * 1024  # KiB
 
 
 def test_another_seed_or_model_on_the_same_output_is_refused(drawn: GenerateConfig, base_model: str) -> None:

@@ -4,8 +4,12 @@ import base64
 import io
 import json
 import socket
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -17,22 +21,22 @@ from ray import serve
 
 from raymuse.config.errors import UserError
 from raymuse.config.generate import GenerateConfig, ServeConfig
-from raymuse.pipeline import Pipeline
-from raymuse.serving.deploy import APPLICATION, api_key, deploy_api, require_free_port
+from raymuse.pipeline import Pipeline, image_seed
+from raymuse.serving.deploy import APPLICATION, api_keys, deploy_api, require_free_port
 from raymuse.serving.deploy import serve as serve_forever
 from raymuse.serving.instance import join_serve, serves_http
 from raymuse.stages.generate import generate
 from raymuse.storage.pictures import png_facts
 from raymuse.tracking.run import Run
 
-KEY = "a key that no log may show"
+KEY, OTHER_KEY = "a key that no log may show", "another one"
 PROMPT = "a large green star on a white background"
 
 
 @pytest.fixture(scope="module")
 def address(model: str, http_port: int) -> Iterator[str]:
     """The API with a key, on loopback."""
-    deploy_api(ServeConfig(model=model, port=http_port, batch_size=4), KEY)
+    deploy_api(ServeConfig(model=model, port=http_port, batch_size=4, max_queue=16), [OTHER_KEY, KEY])
     yield f"http://127.0.0.1:{http_port}"
     serve.delete(APPLICATION)
 
@@ -91,38 +95,201 @@ def test_guidance_steps_and_negative_prompt_reach_the_sampler(address: str, mode
     assert (facts["seed"], facts["prompt"], facts["negative_prompt"]) == (3, PROMPT, "blue")
 
 
+def test_pictures_of_other_sizes(client: openai.OpenAI, model: str) -> None:
+    (picture,) = draw(client, size="64x32", extra_body={"seed": 5})
+    alone = Pipeline.load(model, batch_size=4)([PROMPT], seeds=[5], size=(64, 32))
+    np.testing.assert_array_equal(picture, alone.pixels[0])
+
+
+def test_a_picture_by_its_url(client: openai.OpenAI, address: str) -> None:
+    answer = client.images.generate(model="model", prompt=PROMPT, response_format="url", extra_body={"seed": 11})
+    fetched = httpx.get(answer.data[0].url)  # no key: nobody can guess it
+    assert fetched.headers["content-type"] == "image/png"
+    same = draw(client, extra_body={"seed": 11})[0]
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(fetched.content)).convert("RGB")), same)
+    assert httpx.get(f"{address}/v1/images/files/none.png").status_code == 404
+
+
+def test_a_stream_shows_the_picture_as_it_comes(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"extra_body": {"seed": 11, "num_inference_steps": 6}}
+    events = list(client.images.generate(model="model", prompt=PROMPT, stream=True, partial_images=2, **asked))
+    assert [one.type for one in events] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+    assert [one.partial_image_index for one in events[:2]] == [0, 1]
+    partial = [pixels(one.b64_json) for one in events]
+    grey = [int((picture == 128).all(axis=2).sum()) for picture in partial]
+    assert [picture.shape for picture in partial] == [(64, 64, 3)] * 3
+    assert 64 * 64 > grey[0] > grey[1] > grey[2]
+    np.testing.assert_array_equal(partial[2], draw(client, **asked)[0])
+
+
+# --- edits
+
+
+def png(array: NDArray[Any], mode: str | None = None) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array, mode).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def picture() -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("way", ["mask", "white mask", "transparent picture"])
+def test_what_is_transparent_is_drawn_anew(
+    way: str, client: openai.OpenAI, picture: NDArray[np.uint8], model: str
+) -> None:
+    area = np.zeros((64, 64), dtype=bool)
+    area[:32] = True
+    clear = np.dstack([picture, np.where(area, 0, 255).astype(np.uint8)])
+    files: dict[str, Any] = {
+        "mask": {"image": png(picture), "mask": png(clear)},
+        "white mask": {"image": png(picture), "mask": png(area.astype(np.uint8) * 255)},
+        "transparent picture": {"image": png(clear)},
+    }[way]
+    answer = client.images.edit(model="model", prompt=PROMPT, extra_body={"seed": 3}, **files)
+    seen = np.asarray(
+        Image.alpha_composite(Image.new("RGBA", (64, 64), "white"), Image.fromarray(clear)).convert("RGB")
+    )
+    alone = Pipeline.load(model, batch_size=4).edit(
+        "inpaint", [PROMPT], [seen if way == "transparent picture" else picture], masks=[area], seeds=[3]
+    )
+    np.testing.assert_array_equal(pixels(answer.data[0].b64_json), alone.pixels[0])
+
+
+def test_other_tasks_are_extensions(client: openai.OpenAI, picture: NDArray[np.uint8], model: str) -> None:
+    pipeline = Pipeline.load(model, batch_size=4)
+    for more, said in [
+        ({"strength": 0.5}, {"task": "image-to-image", "strength": 0.5}),
+        ({"task": "mask-free"}, {"task": "mask-free"}),
+    ]:
+        asked: dict[str, Any] = {"n": 2, "extra_body": {"seed": 3, **more}}
+        answer = client.images.edit(model="model", prompt=PROMPT, image=png(picture), **asked)
+        seeds = [3, image_seed(3, 0, 1)]
+        alone = pipeline.edit(prompts=[PROMPT] * 2, pictures=[picture] * 2, seeds=seeds, **said)  # type: ignore[arg-type]
+        drawn = np.stack([pixels(one.b64_json) for one in answer.data])
+        np.testing.assert_array_equal(drawn, alone.pixels)
+
+
 # --- what is refused
 
 
 @pytest.mark.parametrize("key", [None, "wrong", KEY + "x", "ключ".encode().decode("latin-1")])
 def test_without_the_right_key_nothing_is_drawn_or_told(address: str, key: str | None) -> None:
     headers = {} if key is None else {"Authorization": f"Bearer {key}".encode("latin-1")}
-    answer = httpx.post(f"{address}/v1/images/generations", json={"prompt": PROMPT}, headers=headers)
-    listed = httpx.get(f"{address}/v1/models", headers=headers)
-    assert [answer.status_code, listed.status_code] == [401, 401]
-    assert KEY not in answer.text
+    answers = [
+        httpx.post(f"{address}/v1/images/generations", json={"prompt": PROMPT}, headers=headers),
+        httpx.post(f"{address}/v1/images/edits", data={"prompt": PROMPT}, files={"image": b""}, headers=headers),
+        httpx.get(f"{address}/v1/models", headers=headers),
+    ]
+    assert [answer.status_code for answer in answers] == [401, 401, 401]
+    assert {answer.json()["error"]["code"] for answer in answers} == {"invalid_api_key"}
+    assert KEY not in "".join(answer.text for answer in answers)
+
+
+def test_every_key_of_several_fits(address: str) -> None:
+    assert {post(address, key, size="1x1").status_code for key in (KEY, OTHER_KEY)} == {400}
 
 
 @pytest.mark.parametrize(
     ("body", "code", "said"),
     [
         ({"model": "dall-e-3"}, 404, "'dall-e-3' is not served here; 'model' is"),
-        ({"size": "1024x1024"}, 400, "this model draws 64x64"),
-        ({"sise": "64x64"}, 422, "sise"),
-        ({"prompt": ""}, 422, "at least 1 character"),
-        ({"n": 17}, 422, "less than or equal to 16"),
-        ({"seed": -1}, 422, "greater than or equal to 0"),
-        ({"response_format": "url"}, 422, "b64_json"),
+        ({"size": "1024x1024"}, 400, "the super-resolution draws at most 64"),
+        ({"size": "63x64"}, 400, "63 x 64 pixels: this model draws in cells of 8"),
+        ({"sise": "64x64"}, 400, "sise"),
+        ({"prompt": ""}, 400, "at least 1 character"),
+        ({"n": 17}, 400, "less than or equal to 16"),
+        ({"seed": -1}, 400, "greater than or equal to 0"),
+        ({"response_format": "jpeg"}, 400, "b64_json"),
+        ({"stream": True, "n": 2}, 400, "a stream shows one picture, not 2"),
+        ({"prompt": "x" * 2**25}, 413, "are the limit"),
     ],
+    ids=lambda value: str(value)[:30],
 )
 def test_a_bad_request_is_told_what_is_wrong(address: str, body: dict[str, object], code: int, said: str) -> None:
     answer = post(address, **body)
     assert answer.status_code == code
-    assert said in json.dumps(answer.json(), ensure_ascii=False)
+    error = answer.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert said in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("files", "fields", "said"),
+    [
+        ({}, {}, "image: the picture to edit is missing"),
+        ({"image": b"no picture"}, {}, "image cannot be read as a picture"),
+        ({"image": "png", "mask": b"GIF89a"}, {}, "mask cannot be read as a picture"),
+        ({"image": "png", "mask": "small"}, {}, "they must be of one size"),
+        ({"image": "png"}, {"task": "inpaint"}, "inpaint takes one mask"),
+        ({"image": "png"}, {"task": "paint"}, "task"),
+        ({"image": "png"}, {"sides": "1,2"}, "sides"),
+        ({"image": "png"}, {"strength": "2"}, "strength"),
+    ],
+    ids=str,
+)
+def test_a_bad_edit_is_told_what_is_wrong(
+    files: dict[str, Any], fields: dict[str, str], said: str, address: str, picture: NDArray[np.uint8]
+) -> None:
+    made = {"png": png(picture), "small": png(np.full((32, 32), 255, np.uint8))}
+    sent = {
+        name: made.get(content, content) if isinstance(content, str) else content for name, content in files.items()
+    }
+    form = {"prompt": PROMPT, **fields}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    answer = httpx.post(f"{address}/v1/images/edits", data=form, files=sent or {"other": b""}, headers=headers)
+    assert answer.status_code == 400, answer.text
+    assert said in answer.json()["error"]["message"]
+
+
+def test_more_pictures_than_may_wait_are_sent_away_and_the_others_drawn(address: str) -> None:
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda seed: post(address, seed=seed, n=4, num_inference_steps=12), range(12)))
+    codes = sorted(answer.status_code for answer in answers)
+    assert set(codes) == {200, 429}
+    assert codes.count(200) >= 5  # of the 20 pictures that may be on their way
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+
+
+# --- who looks after it
+
+
+def test_a_request_has_an_id_and_is_counted(address: str) -> None:
+    def count() -> float:
+        lines = httpx.get(f"{address}/metrics").text.splitlines()
+        name = 'raymuse_requests_total{path="/v1/images/generations",status="404"} '
+        return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
+
+    before = count()
+    headers = {"Authorization": f"Bearer {KEY}", "X-Request-Id": "mine-1"}
+    answer = httpx.post(f"{address}/v1/images/generations", json={"prompt": "a", "model": "x"}, headers=headers)
+    assert answer.headers["x-request-id"] == "mine-1"
+    assert httpx.get(f"{address}/health").headers["x-request-id"].startswith("req_")
+    assert count() == before + 1
+    assert "raymuse_pictures_in_flight 0.0" in httpx.get(f"{address}/metrics").text
+
+
+def test_nobody_draws_for_a_client_that_has_gone(address: str) -> None:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    body = {"prompt": PROMPT, "num_inference_steps": 256, "n": 8}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{address}/v1/images/generations", json=body, headers=headers, timeout=0.5)
+    until = time.monotonic() + 20
+    while (left := httpx.get(f"{address}/ready").json()["load"]) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert left == 0
+    assert "raymuse_pictures_in_flight 0.0" in httpx.get(f"{address}/metrics").text
 
 
 def test_health_and_documentation_need_no_key(address: str) -> None:
     assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{address}/ready").json() == {"status": "ready", "size": 64, "base_size": 32, "load": 0}
+    assert httpx.get(f"{address}/nothing").json()["error"]["message"].startswith("GET /nothing: Not Found")
     assert "raymuse" in httpx.get(f"{address}/docs").text
     assert "/v1/images/generations" in httpx.get(f"{address}/openapi.json").json()["paths"]
 
@@ -177,15 +344,41 @@ def test_the_key_comes_from_a_file_or_the_environment(
 ) -> None:
     (tmp_path / "key").write_text("from the file\n")
     monkeypatch.setenv("RAYMUSE_API_KEY", "from outside")
-    assert api_key(ServeConfig(model=model)) == "from outside"
-    assert api_key(ServeConfig(model=model, api_key_file=str(tmp_path / "key"))) == "from the file"
+    assert api_keys(ServeConfig(model=model)) == ["from outside"]
+    assert api_keys(ServeConfig(model=model, api_key_file=str(tmp_path / "key"))) == ["from the file"]
+    (tmp_path / "key").write_text("one\n\n two \n")
+    assert api_keys(ServeConfig(model=model, api_key_file=str(tmp_path / "key"))) == ["one", "two"]
     with pytest.raises(UserError, match="does not exist"):
-        api_key(ServeConfig(model=model, api_key_file=str(tmp_path / "none")))
+        api_keys(ServeConfig(model=model, api_key_file=str(tmp_path / "none")))
     (tmp_path / "key").write_text("\n")
     with pytest.raises(UserError, match="is empty"):
-        api_key(ServeConfig(model=model, api_key_file=str(tmp_path / "key")))
+        api_keys(ServeConfig(model=model, api_key_file=str(tmp_path / "key")))
 
 
 def test_a_folder_that_is_no_model_is_refused_before_anything_is_deployed(http_port: int, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="it is no model folder"):
         serve_forever(ServeConfig(model=str(tmp_path), port=http_port))
+
+
+# --- last: it replaces the API
+
+
+def test_an_update_fails_no_request_and_a_deadline_holds(address: str, model: str, http_port: int) -> None:
+    stop = threading.Event()
+
+    def ask() -> list[int]:
+        codes = []
+        while not stop.is_set():
+            codes.append(post(address, num_inference_steps=2).status_code)
+        return codes
+
+    with ThreadPoolExecutor(3) as pool:
+        asking = [pool.submit(ask) for _ in range(3)]
+        deploy_api(ServeConfig(model=model, port=http_port, batch_size=4, max_queue=16, deadline=3), [KEY])
+        stop.set()
+        codes = [code for one in asking for code in one.result()]
+    assert len(codes) > 3
+    assert set(codes) == {200}
+    answer = post(address, n=16, num_inference_steps=256)
+    assert answer.status_code == 504
+    assert "not done in time" in answer.json()["error"]["message"]

@@ -182,31 +182,59 @@ class Pipeline(Networks):
         Raises:
             UserError: before any work, for what does not fit together.
         """
-        if (masks is not None) != (task == "inpaint"):
-            raise UserError(f"{task} takes {'one mask a picture: masks=[...]' if masks is None else 'no masks'}")
         known = [None] * len(prompts) if masks is None else masks
         each = _each(len(prompts), seeds=seeds, negatives=_texts(negative, prompts), pictures=pictures, masks=known)
-        requests = []
-        for prompt, seed, said, picture, mask in zip(prompts, *each, strict=True):
-            pixels, area = self._read(picture, mask, size)
-            if task == "inpaint" and area is not None:
-                stages = self._filled(pixels, area, options)
-            elif task == "outpaint":
-                pixels, area = grown(pixels, _sides(sides))
-                stages = self._filled(pixels, area, options)
-            elif task == "super-resolution":
-                stages = self._enlarged(pixels)
-            elif task == "image-to-image":
-                base = tasks.from_picture(self._base_ids(pixels), self._sampling(options), strength, seed)
-                stages = base, self._anew(pixels)
-            elif task == "mask-free":
-                few = self._sampling({"top_k": tasks.TOP_K, **options})
-                stages = tasks.resampled(self._base_ids(pixels), few, seed, rounds, share), self._anew(pixels)
-            else:
-                raise UserError(f"there is no task {task!r}; there are {', '.join(get_args(Task))}")
-            own = (pixels, area) if paste and area is not None else None
-            requests.append(Request(prompt, said, seed, *stages, own))
+        how: Any = {
+            "strength": strength,
+            "sides": sides,
+            "rounds": rounds,
+            "share": share,
+            "size": size,
+            "paste": paste,
+        }
+        requests = [
+            self.edit_request(task, prompt, picture, seed, said, mask, **how, **options)
+            for prompt, seed, said, picture, mask in zip(prompts, *each, strict=True)
+        ]
         return Drawn(self.draw(requests, on_step))
+
+    def edit_request(
+        self,
+        task: Task,
+        prompt: str,
+        picture: PictureLike,
+        seed: int,
+        negative: str = "",
+        mask: PictureLike | None = None,
+        *,
+        strength: float = STRENGTH,
+        sides: tuple[int, int, int, int] = (0, 0, 0, 0),
+        rounds: int = ROUNDS,
+        share: float = SHARE,
+        size: Size | None = None,
+        paste: bool = False,
+        **options: Unpack[Options],
+    ) -> Request:
+        """One picture from a prompt and a picture, to `draw` together with others; the arguments are `edit`'s."""
+        if (mask is not None) != (task == "inpaint"):
+            raise UserError(f"{task} takes {'one mask a picture: masks=[...]' if mask is None else 'no masks'}")
+        pixels, area = self._read(picture, mask, size)
+        if task == "inpaint" and area is not None:
+            stages = self._filled(pixels, area, options)
+        elif task == "outpaint":
+            pixels, area = grown(pixels, _sides(sides))
+            stages = self._filled(pixels, area, options)
+        elif task == "super-resolution":
+            stages = self._enlarged(pixels)
+        elif task == "image-to-image":
+            base = tasks.from_picture(self._base_ids(pixels), self._sampling(options), strength, seed)
+            stages = base, self._anew(pixels)
+        elif task == "mask-free":
+            few = self._sampling({"top_k": tasks.TOP_K, **options})
+            stages = tasks.resampled(self._base_ids(pixels), few, seed, rounds, share), self._anew(pixels)
+        else:
+            raise UserError(f"there is no task {task!r}; there are {', '.join(get_args(Task))}")
+        return Request(prompt, negative, seed, *stages, (pixels, area) if paste and area is not None else None)
 
     def _filled(self, pixels: Pixels, area: Mask, options: Options) -> tuple[Stage, Stage | None]:
         """Inpainting: the ids that the mask touches are drawn, the base's, then, given these, the high-res ones."""

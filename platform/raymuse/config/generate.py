@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raymuse.config.base import Address, StageConfig, runtime
 from raymuse.config.drawing import DrawingConfig
@@ -35,9 +35,19 @@ class ServeConfig(DrawingConfig):
     stage: Literal["serve"] = "serve"
     host: str = runtime("127.0.0.1", "address to listen on")
     port: int = runtime(8000, "port to listen on; 0: any free one", ge=0, le=65535)
-    api_key_file: str | None = runtime(None, "file with the API key; None: RAYMUSE_API_KEY, or no key on loopback")
-    batch_size: int = Field(16, ge=1)
-    max_queue: int = runtime(64, "requests waiting at a replica, and again on the way to it, before 429", ge=1)
-    replicas: int = runtime(1, "Serve replicas", ge=1)
+    api_key_file: str | None = runtime(
+        None, "file with the API keys, one a line; None: RAYMUSE_API_KEY, or no key on loopback"
+    )
+    batch_size: int = Field(16, ge=1, description="one padded batch; part of the numerics")
+    max_queue: int = runtime(64, "pictures that wait beyond those that are drawn; more are answered 429", ge=1)
+    deadline: float = runtime(120.0, "seconds until a request that is not done is answered 504", gt=0)
+    replicas: int = runtime(1, "Serve replicas; with max_replicas the fewest", ge=1)
+    max_replicas: int | None = runtime(None, "Serve starts so many when pictures wait, and ends them later", ge=1)
     cpus_per_replica: float = runtime(1, "cores a replica: so many batches at a time, without a GPU", gt=0)
     gpus_per_replica: float = runtime(0.0, "share of a GPU a replica", ge=0)
+
+    @model_validator(mode="after")
+    def _most_is_most(self) -> "ServeConfig":
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas={self.max_replicas} is below replicas={self.replicas}")
+        return self

@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from raymuse.config.errors import UserError
 from raymuse.drawing.attention import Attention, require_kernel
 from raymuse.drawing.compiled import compile_blocks, is_compiled
@@ -137,6 +140,15 @@ class Networks:
     def group(self) -> int:
         """Rows in which pictures are begun and decoded: as constant as `batch_size`, and a quarter of it."""
         return max(1, self.batch_size // 4)
+
+    def preview(self, ids: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """A picture on its way, of its final size (H, W, 3), from the base's ids (h, w): grey where one is unknown."""
+        unknown = ids >= self.vqgan.codes
+        likely = np.bincount(ids[~unknown]).argmax() if not unknown.all() else 0
+        pixels = self.vqgan.decode(np.where(unknown, likely, ids)[None])[0]
+        cells = unknown.repeat(self.vqgan.factor, axis=0).repeat(self.vqgan.factor, axis=1)
+        scale = self.settings.size // self.settings.base_size
+        return np.where(cells[:, :, None], np.uint8(128), pixels).repeat(scale, axis=0).repeat(scale, axis=1)
 
     def grids(self, size: Size | None) -> tuple[Grid, Grid | None]:
         """Base and high-res grid (h, w) of a picture of `size`, (width, height); None: the model's own.

@@ -1,115 +1,328 @@
-"""The HTTP API: OpenAI's images shape with the extensions that masked-image models need."""
+"""The HTTP API: OpenAI's images calls, with the extensions that masked-image models need."""
 
 import asyncio
 import base64
+import contextlib
 import hmac
+import math
 import secrets
-import time
-from typing import Annotated, Any, Literal
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Header, HTTPException
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import FastAPI, Header, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import ValidationError
 from ray import serve
-from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
 
-from raymuse.pipeline import image_seed
-from raymuse.serving.generator import Drawing, DrawRequest
+from raymuse.config.errors import UserError
+from raymuse.drawing.inputs import read_picture
+from raymuse.serving.generator import Drawing, DrawRequest, Editing
 from raymuse.serving.instance import QUIET
+from raymuse.serving.protocol import (
+    EditRequest,
+    GenerationRequest,
+    ImagesRequest,
+    Refused,
+    answer,
+    area_of,
+    event,
+    read_upload,
+)
+from raymuse.serving.watch import Watched, metrics
 from raymuse.storage.pictures import png_bytes
 
-MOST_PICTURES = 16
+GENERATIONS, EDITS, MODELS = "/v1/images/generations", "/v1/images/edits", "/v1/models"
+PATHS = frozenset({GENERATIONS, EDITS, MODELS, "/health", "/ready", "/metrics"})
+MOST_BYTES = 32 * 2**20  # of a request's body
+KEPT = 256  # pictures that can be fetched by their URL
+READY_SECONDS = 5.0
+
+T = TypeVar("T", bound=ImagesRequest)
+Authorization = Annotated[str | None, Header()]
+
 app = FastAPI(title="raymuse", description="Text to pictures with a MUSE/aMUSEd masked-image model.")
+app.add_middleware(Watched, paths=PATHS, most=MOST_BYTES)
 
 
-class GenerationRequest(BaseModel):
-    """`POST /v1/images/generations`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    prompt: str = Field(min_length=1, max_length=4000)
-    model: str | None = None
-    n: int = Field(1, ge=1, le=MOST_PICTURES)
-    size: str | None = Field(None, description="WxH in pixels, `auto`, or None: the model draws one size")
-    response_format: Literal["b64_json"] = "b64_json"
-    user: str | None = None
-    negative_prompt: str = Field("", max_length=4000)
-    seed: int | None = Field(None, ge=0, lt=2**63)
-    num_inference_steps: int | None = Field(None, ge=1, le=256)
-    guidance_scale: float | None = Field(None, ge=0, le=100)
+# What stands above the class is needed by the application when Serve copies it, as it decorates.
+@app.exception_handler(Refused)
+async def _refused(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, Refused)
+    return JSONResponse(error.body, error.status, error.headers)
 
 
-# These stand above the class: Serve copies the application as it decorates, with the names that exist by then.
-def _seeds(request: GenerationRequest, seed: int) -> list[int]:
-    """One picture has the seed asked for; more have seeds that follow from it."""
-    return [seed, *(image_seed(seed, 0, sample) for sample in range(1, request.n))]
+@app.exception_handler(RequestValidationError)
+async def _invalid(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    return JSONResponse((told := _wrong(error.errors())).body, told.status)
 
 
-def _facts(request: GenerationRequest, seed: int) -> dict[str, Any]:
-    return {"seed": seed, **request.model_dump(include={"prompt", "negative_prompt"})}
+@app.exception_handler(HTTPException)
+async def _no_such(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    told = Refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}; /docs lists what there is")
+    return JSONResponse(told.body, told.status)
+
+
+@app.exception_handler(Exception)
+async def _failed(_: Request, error: Exception) -> JSONResponse:
+    told = Refused(500, "the server failed at this; its log says why, under the id in X-Request-Id", "server_error")
+    return JSONResponse(told.body, told.status)
+
+
+def _wrong(errors: Sequence[Any]) -> Refused:
+    """Every field that is wrong, in one sentence."""
+    fields = [".".join(str(part) for part in error["loc"] if part != "body") for error in errors]
+    said = "; ".join(f"{field}: {error['msg']}" for field, error in zip(fields, errors, strict=True))
+    return Refused(400, said, param=fields[0] or None)
 
 
 @serve.deployment(
     ray_actor_options={"num_cpus": 0.1},
-    max_ongoing_requests=256,
     graceful_shutdown_wait_loop_s=0.1,
     logging_config=QUIET,
 )
 @serve.ingress(app)
 class Api:
-    """The ingress: checks, keys, seeds, PNG; the generator behind it only draws."""
+    """The ingress: keys, checks, bounds, seeds, PNG; the generator behind it only draws.
 
-    def __init__(self, generator: DeploymentHandle, model: str, key: str | None) -> None:
-        self.generator = generator
-        self.model = model
-        self.key = key
+    Args:
+        model: the name it is served by.
+        keys: of which a client must bring one; none: everyone may come.
+        most: pictures that may be on their way at a time; more are answered 429.
+        deadline: seconds until a request is answered 504.
+    """
+
+    def __init__(
+        self, generator: DeploymentHandle, model: str, keys: Sequence[str], most: int, deadline: float
+    ) -> None:
+        self.generator, self.model, self.most, self.deadline = generator, model, most, deadline
+        self.keys = [key.encode() for key in keys]
         self.size: int | None = None
+        self.on_their_way = 0
+        self.took = 1.0
+        """Seconds that the last requests took, on a moving average."""
+        self.files: OrderedDict[str, bytes] = OrderedDict()
 
-    def _authorise(self, authorization: str | None) -> None:
-        given = (authorization or "").removeprefix("Bearer ").strip()
-        if self.key is not None and not hmac.compare_digest(given.encode(), self.key.encode()):
-            raise HTTPException(401, "a valid API key is needed: send the header `Authorization: Bearer KEY`")
+    # --- what is asked
 
     @app.get("/health")
     async def health(self) -> dict[str, str]:
+        """Whether the API lives."""
         return {"status": "ok"}
 
-    @app.get("/v1/models")
-    async def models(self, authorization: Annotated[str | None, Header()] = None) -> dict[str, Any]:
-        self._authorise(authorization)
-        return {"object": "list", "data": [{"id": self.model, "object": "model", "owned_by": "raymuse"}]}
+    @app.get("/ready")
+    async def ready(self) -> dict[str, Any]:
+        """Whether a picture could be drawn now."""
+        try:
+            async with asyncio.timeout(READY_SECONDS):
+                return {"status": "ready", **await self.generator.describe.remote()}
+        except Exception as error:
+            raise Refused(503, "the generator does not answer", "server_error", retry_after=5) from error
 
-    @app.post("/v1/images/generations")
+    @app.get("/metrics")
+    async def measured(self) -> Response:
+        """Prometheus metrics."""
+        return Response(metrics().text(), media_type="text/plain; version=0.0.4")
+
+    @app.get(MODELS)
+    async def models(self, authorization: Authorization = None) -> dict[str, Any]:
+        """The model that is served."""
+        self._authorise(authorization)
+        return {"object": "list", "data": [{"id": self.model, "object": "model", "created": 0, "owned_by": "raymuse"}]}
+
+    @app.post(GENERATIONS)
     async def generate(
-        self, request: GenerationRequest, authorization: Annotated[str | None, Header()] = None
-    ) -> dict[str, Any]:
+        self, body: GenerationRequest, request: Request, authorization: Authorization = None
+    ) -> Response:
+        """Pictures from a prompt."""
         self._authorise(authorization)
-        await self._check(request)
-        seed = request.seed if request.seed is not None else secrets.randbits(62)
-        drawings = await self._draw(request, seed)
-        seeds = _seeds(request, seed)
-        data = [
-            {"b64_json": base64.b64encode(png_bytes(drawing.pixels, _facts(request, own))).decode(), "seed": own}
-            for drawing, own in zip(drawings, seeds, strict=True)
-        ]
-        return {"created": int(time.time()), "data": data}
+        return await self._answer(body, None, request)
 
-    async def _check(self, request: GenerationRequest) -> None:
-        if request.model not in (None, self.model):
-            raise HTTPException(404, f"model {request.model!r} is not served here; {self.model!r} is")
-        if self.size is None:
-            self.size = (await self.generator.describe.remote())["size"]
-        if request.size not in (None, "auto", f"{self.size}x{self.size}"):
-            raise HTTPException(400, f"size {request.size!r} cannot be drawn; this model draws {self.size}x{self.size}")
+    @app.post(EDITS)
+    async def edit(self, request: Request, authorization: Authorization = None) -> Response:
+        """Pictures from a prompt and a picture: a form with `image`, if wanted `mask`, and the fields of EditRequest."""
+        self._authorise(authorization)
+        async with request.form() as form:
+            body = _read_form(form, EditRequest)
+            picture, mask = await _upload(form, "image"), await _upload(form, "mask")
+        if picture is None:
+            raise Refused(400, "image: the picture to edit is missing", param="image")
+        area = area_of(picture, mask)
+        task = body.task or ("image-to-image" if area is None else "inpaint")
+        if task != "inpaint":
+            area = None
+        left, top, right, bottom = map(int, body.sides.split(","))
+        editing = Editing(task, read_picture(picture), area, body.strength, (left, top, right, bottom))
+        return await self._answer(body, editing, request)
 
-    async def _draw(self, request: GenerationRequest, seed: int) -> list[Drawing]:
+    @app.get("/v1/images/files/{name}.png")
+    async def file(self, name: str) -> Response:
+        """A picture that was answered by its URL."""
+        if name not in self.files:
+            raise Refused(404, f"this picture is gone: the last {KEPT} can be fetched")
+        return Response(self.files[name], media_type="image/png")
+
+    # --- how it is answered
+
+    async def _answer(self, body: ImagesRequest, editing: Editing | None, request: Request) -> Response:
+        await self._check(body)
+        seed = body.seed if body.seed is not None else secrets.randbits(62)
         wanted = [
             DrawRequest(
-                request.prompt, own, request.negative_prompt, request.num_inference_steps, request.guidance_scale
+                body.prompt,
+                own,
+                body.negative_prompt,
+                body.num_inference_steps,
+                body.guidance_scale,
+                size=body.pixels,
+                editing=editing,
             )
-            for own in _seeds(request, seed)
+            for own in body.seeds(seed)
         ]
+        if body.stream:
+            events = self._stream(
+                wanted[0], body.partial_images, "image_generation" if editing is None else "image_edit"
+            )
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        with self._admitted(len(wanted)):
+            drawn = await self._draw(wanted)
+        pictures = []
+        for one, drawing in zip(wanted, drawn, strict=True):
+            png = png_bytes(drawing.pixels, _facts(one))
+            if body.response_format == "url":
+                where = {"url": f"{str(request.base_url).rstrip('/')}/v1/images/files/{self._keep(png)}.png"}
+            else:
+                where = {"b64_json": base64.b64encode(png).decode()}
+            pictures.append({**where, "seed": one.seed})
+        height, width = drawn[0].pixels.shape[:2]
+        return JSONResponse(answer(pictures, f"{width}x{height}"))
+
+    async def _draw(self, wanted: Sequence[DrawRequest]) -> list[Drawing]:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        with _told(), _cancelled_with([self.generator.draw.remote(one) for one in wanted]) as responses:
+            async with asyncio.timeout(self.deadline):
+                drawn = list(await asyncio.gather(*responses))
+        self.took += 0.2 * (loop.time() - began - self.took)
+        metrics().pictures.inc(len(drawn))
+        return drawn
+
+    async def _stream(self, wanted: DrawRequest, partials: int, kind: str) -> AsyncIterator[bytes]:
+        """Server-sent events: partial pictures, then the whole one, or what went wrong."""
         try:
-            return list(await asyncio.gather(*(self.generator.draw.remote(one) for one in wanted)))
-        except BackPressureError as error:
-            raise HTTPException(429, "too many requests wait; try again", headers={"Retry-After": "1"}) from error
+            asked = self.generator.options(stream=True).draw_stream
+            with self._admitted(1), _told(), _cancelled_with([asked.remote(wanted, partials)]) as (stream,):
+                async with asyncio.timeout(self.deadline):
+                    number = 0
+                    async for drawn in stream:
+                        if isinstance(drawn, Drawing):
+                            yield event(f"{kind}.completed", drawn.pixels, _facts(wanted), seed=wanted.seed)
+                        else:
+                            yield event(f"{kind}.partial_image", drawn, {}, partial_image_index=number)
+                            number += 1
+            metrics().pictures.inc()
+        except Refused as refused:
+            yield b"event: error\ndata: " + JSONResponse(refused.body).body + b"\n\n"
+
+    @contextlib.contextmanager
+    def _admitted(self, pictures: int) -> Iterator[None]:
+        """Inside, so many pictures more are on their way.
+
+        Raises:
+            Refused: where that is more than may be.
+        """
+        if self.on_their_way + pictures > self.most:
+            raise Refused(
+                429,
+                f"{self.on_their_way} pictures are on their way and {self.most} may be: try again",
+                "rate_limit_error",
+                code="rate_limit_exceeded",
+                retry_after=max(1, math.ceil(self.took)),
+            )
+        self.on_their_way += pictures
+        metrics().in_flight.set(self.on_their_way)
+        try:
+            yield
+        finally:
+            self.on_their_way -= pictures
+            metrics().in_flight.set(self.on_their_way)
+
+    def _authorise(self, authorization: str | None) -> None:
+        given = (authorization or "").removeprefix("Bearer ").strip().encode()
+        fits = [hmac.compare_digest(given, key) for key in self.keys]  # all of them, however soon one fits
+        if self.keys and not any(fits):
+            raise Refused(
+                401,
+                "a valid API key is needed: send the header `Authorization: Bearer KEY`",
+                "authentication_error",
+                code="invalid_api_key",
+            )
+
+    async def _check(self, body: ImagesRequest) -> None:
+        if body.model not in (None, self.model):
+            raise Refused(
+                404,
+                f"model {body.model!r} is not served here; {self.model!r} is",
+                param="model",
+                code="model_not_found",
+            )
+        if body.stream and body.n != 1:
+            raise Refused(400, f"n: a stream shows one picture, not {body.n}", param="n")
+
+    def _keep(self, png: bytes) -> str:
+        name = secrets.token_urlsafe(24)
+        self.files[name] = png
+        while len(self.files) > KEPT:
+            self.files.popitem(last=False)
+        return name
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What goes wrong with the drawing as what a client is told of it."""
+    try:
+        yield
+    except UserError as error:
+        raise Refused(400, str(getattr(error, "cause", error))) from error
+    except TimeoutError as error:
+        raise Refused(504, "the pictures were not done in time: ask for fewer, or later", "server_error") from error
+
+
+@contextlib.contextmanager
+def _cancelled_with(responses: list[Any]) -> Iterator[list[Any]]:
+    """What was asked of the generator; where the asker fails or goes away, it is told that nobody waits any more."""
+    try:
+        yield responses
+    except BaseException:
+        for response in responses:
+            response.cancel()
+        raise
+
+
+def _facts(wanted: DrawRequest) -> dict[str, Any]:
+    return {"seed": wanted.seed, "prompt": wanted.prompt, "negative_prompt": wanted.negative}
+
+
+def _read_form(form: FormData, kind: type[T]) -> T:
+    """The fields of a form that are no files."""
+    given = {name: value for name, value in form.items() if not name.startswith(("image", "mask"))}
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise _wrong(error.errors()) from None
+
+
+async def _upload(form: FormData, name: str) -> Any:
+    """The one picture of a form's field."""
+    given = [*form.getlist(name), *form.getlist(f"{name}[]")]
+    if not given:
+        return None
+    if len(given) > 1 or not isinstance(given[0], UploadFile):
+        raise Refused(400, f"{name}: send one file", param=name)
+    return read_upload(await given[0].read(), name)

@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from ray import serve as ray_serve
@@ -11,7 +12,7 @@ from raymuse.config.errors import UserError
 from raymuse.config.generate import ServeConfig
 from raymuse.pipeline import Pipeline
 from raymuse.serving.api import Api
-from raymuse.serving.generator import deployed
+from raymuse.serving.generator import deployed, most_pictures
 from raymuse.serving.instance import leave_serve, serves_http, start_http
 
 APPLICATION = "raymuse"
@@ -24,8 +25,8 @@ def serve(config: ServeConfig) -> None:
         UserError: for a model that cannot be opened, a port that is taken, or a public address without a key.
     """
     port = config.port or free_port(config.host)
-    key = api_key(config)
-    if key is None and config.host not in ("127.0.0.1", "localhost", "::1"):
+    keys = api_keys(config)
+    if not keys and config.host not in ("127.0.0.1", "localhost", "::1"):
         raise UserError(f"listening on {config.host} needs an API key: set api_key_file or RAYMUSE_API_KEY.")
     Pipeline.load(
         config.model, lora=config.adapters
@@ -34,7 +35,7 @@ def serve(config: ServeConfig) -> None:
         require_free_port(config.host, port)
         start_http(config.host, port)
     try:
-        deploy_api(config, key)
+        deploy_api(config, keys)
         print(f"serving {config.model}\n  http://{config.host}:{port}/docs", flush=True)
         while True:
             time.sleep(1)
@@ -42,24 +43,29 @@ def serve(config: ServeConfig) -> None:
         leave_serve(APPLICATION)
 
 
-def deploy_api(config: ServeConfig, key: str | None) -> None:
+def deploy_api(config: ServeConfig, keys: Sequence[str]) -> None:
     """Run the API and the generator behind it as one Serve application."""
-    generator = deployed(config, config.max_queue)
-    api = Api.bind(generator, Path(config.model).resolve().name, key)  # type: ignore[attr-defined]
-    ray_serve.run(api, name=APPLICATION, route_prefix="/")
+    most, name = most_pictures(config), Path(config.model).resolve().name
+    api = Api.options(max_ongoing_requests=2 * most + 64)  # type: ignore[attr-defined] # so that 429 is answered at once
+    ray_serve.run(api.bind(deployed(config), name, keys, most, config.deadline), name=APPLICATION, route_prefix="/")
 
 
-def api_key(config: ServeConfig) -> str | None:
-    """The key that clients must bring: from a file, else from the environment, else none."""
+def api_keys(config: ServeConfig) -> list[str]:
+    """The keys of which clients must bring one: from a file, a line each, else the environment's one, else none.
+
+    Raises:
+        UserError: for a file that is missing or empty.
+    """
     if config.api_key_file is None:
-        return os.environ.get("RAYMUSE_API_KEY") or None
+        key = os.environ.get("RAYMUSE_API_KEY", "").strip()
+        return [key] if key else []
     path = Path(config.api_key_file)
     if not path.exists():
         raise UserError(f"api_key_file {path} does not exist.")
-    key = path.read_text().strip()
-    if not key:
+    keys = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not keys:
         raise UserError(f"api_key_file {path} is empty: an empty key would let everyone in.")
-    return key
+    return keys
 
 
 def require_free_port(host: str, port: int) -> None:

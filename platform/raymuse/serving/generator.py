@@ -1,19 +1,33 @@
 """The deployed sampler: a request is one picture, or a batch job's many; all that is drawn at a time shares batches."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from ray import serve
 
+from raymuse.config.edit import STRENGTH, Task
 from raymuse.config.generate import GenerateConfig, ServeConfig
 from raymuse.config.sampling import Options
 from raymuse.drawing.drawer import Drawer
-from raymuse.drawing.scheduler import Ticket
+from raymuse.drawing.scheduler import Picture, Ticket
+from raymuse.drawing.tasks import Ids, Request
 from raymuse.pipeline import Pipeline
 from raymuse.serving.instance import QUIET
+
+
+@dataclass(frozen=True)
+class Editing:
+    """What is done to a picture, uint8 (H, W, 3); see `Pipeline.edit`."""
+
+    task: Task
+    picture: NDArray[np.uint8]
+    mask: NDArray[np.bool_] | None = None
+    strength: float = STRENGTH
+    sides: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -26,11 +40,35 @@ class DrawRequest:
     steps: int | None = None
     guidance: float | None = None
     temperature: float | None = None
+    size: tuple[int, int] | None = None
+    editing: Editing | None = None
 
     @property
     def options(self) -> Options:
         given = {"steps": self.steps, "guidance": self.guidance, "temperature": self.temperature}
         return cast(Options, {name: value for name, value in given.items() if value is not None})
+
+    def of(self, pipeline: Pipeline) -> Request:
+        """The same as `pipeline` draws it. A picture to edit is fitted to `size`, or else to the model's own.
+
+        Raises:
+            UserError: for what the model cannot draw.
+        """
+        if self.editing is None:
+            return pipeline.request(self.prompt, self.seed, self.negative, self.size, **self.options)
+        settings, editing = pipeline.settings, self.editing
+        side = settings.base_size if editing.task == "super-resolution" else settings.size
+        how: Any = {"strength": editing.strength, "sides": editing.sides, "size": self.size or (side, side)}
+        return pipeline.edit_request(
+            editing.task,
+            self.prompt,
+            editing.picture,
+            self.seed,
+            self.negative,
+            editing.mask,
+            **how,
+            **self.options,
+        )
 
 
 @dataclass(frozen=True)
@@ -44,6 +82,8 @@ class Drawing:
 @serve.deployment(logging_config=QUIET)
 class Generator:
     """Holds the model. Whatever is asked for shares its batches, by the step: see `drawing/scheduler.py`.
+
+    Whoever stops waiting for pictures stops their drawing.
 
     Args:
         model: model folder.
@@ -59,43 +99,81 @@ class Generator:
 
     async def draw(self, request: DrawRequest) -> Drawing:
         """Draw one picture for someone who waits: it is begun before those of batch jobs."""
-        return (await self._draw([request], urgent=True))[0]
+        return (await self._draw([Ticket(request.of(self.pipeline), urgent=True)]))[0]
 
     async def draw_batch(self, requests: list[DrawRequest]) -> list[Drawing]:
         """Draw the pictures of a batch job; `batch_size` of them cost what one does."""
-        return await self._draw(requests, urgent=False)
+        return await self._draw([Ticket(request.of(self.pipeline)) for request in requests])
+
+    async def draw_stream(self, request: DrawRequest, partials: int) -> AsyncIterator[NDArray[np.uint8] | Drawing]:
+        """The picture as it is after so many of its steps, evenly spread, grey where nothing is known; then the whole."""
+        asked, loop, shown = request.of(self.pipeline), asyncio.get_running_loop(), asyncio.Queue[Ids | None]()
+        steps, gone = len(asked.base.course.remaining), 0
+        wanted = {round((number + 1) * steps / (partials + 1)) for number in range(partials)}
+
+        def on_step(ids: Ids) -> None:
+            nonlocal gone
+            gone += 1
+            if gone in wanted:
+                loop.call_soon_threadsafe(shown.put_nowait, ids)
+
+        drawing = asyncio.ensure_future(self._draw([Ticket(asked, urgent=True, on_step=on_step)]))
+        drawing.add_done_callback(lambda _: shown.put_nowait(None))
+        try:
+            while (ids := await shown.get()) is not None:
+                yield await asyncio.to_thread(self.pipeline.preview, ids)
+            yield (await drawing)[0]
+        finally:
+            drawing.cancel()
 
     async def describe(self) -> dict[str, int]:
-        """Size of the pictures, pixels."""
-        return {"size": self.pipeline.settings.size, "base_size": self.pipeline.settings.base_size}
+        """Sides of the pictures, pixels, and how many pictures are asked for and not done."""
+        settings, load = self.pipeline.settings, sum(drawer.load for drawer in self.drawers)
+        return {"size": settings.size, "base_size": settings.base_size, "load": load}
 
-    async def _draw(self, requests: list[DrawRequest], urgent: bool) -> list[Drawing]:
-        """Draw requests, whatever their steps and guidance. Whoever stops waiting for them stops their drawing."""
-        asked = [self.pipeline.request(one.prompt, one.seed, one.negative, **one.options) for one in requests]
-        tickets = [Ticket(one, urgent) for one in asked]
+    async def _draw(self, tickets: list[Ticket]) -> list[Drawing]:
         drawer = min(self.drawers, key=lambda drawer: drawer.load)
         try:
-            drawn = await asyncio.gather(*(asyncio.wrap_future(drawer.draw(ticket)) for ticket in tickets))
+            drawn: list[Picture] = await asyncio.gather(
+                *(asyncio.wrap_future(drawer.draw(ticket)) for ticket in tickets)
+            )
         finally:
             for ticket in tickets:
                 ticket.cancelled = True  # those that are done do not mind
         return [Drawing(picture.pixels, picture.base_pixels) for picture in drawn]
 
 
-def deployed(config: GenerateConfig | ServeConfig, max_queue: int | None = None) -> serve.Application:
-    """The generator as a Serve application, sized so that its batches fill."""
+def deployed(config: GenerateConfig | ServeConfig) -> serve.Application:
+    """The generator as a Serve application. It lets in whatever comes: who asks bounds how much that is."""
     cpus, gpus = config.cpus_per_replica, config.gpus_per_replica
-    batches = batches_at_a_time(cpus, gpus)
-    options = Generator.options(  # type: ignore[attr-defined]
-        num_replicas=config.replicas,
+    drawers = batches_at_a_time(cpus, gpus)
+    options: dict[str, Any] = {"num_replicas": config.replicas}
+    if isinstance(config, ServeConfig) and config.max_replicas is not None:
+        rows = config.batch_size * drawers
+        options = {
+            "autoscaling_config": {
+                "min_replicas": config.replicas,
+                "max_replicas": config.max_replicas,
+                "target_ongoing_requests": rows,
+            }
+        }
+    generator = Generator.options(  # type: ignore[attr-defined]
         # Requests wait at the replica, where they meet to a batch: Serve's router lets them in a few a second.
-        max_ongoing_requests=2 * config.batch_size * batches + (max_queue or 0),
-        max_queued_requests=-1 if max_queue is None else max_queue,
+        max_ongoing_requests=most_pictures(config) + 1,
         health_check_period_s=2,  # a lost replica is noticed in seconds, not half a minute
         graceful_shutdown_wait_loop_s=0.1,  # who stops it has all answers
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
+        **options,
     )
-    return options.bind(config.model, config.adapters, config.batch_size, batches, "cuda" if gpus else "cpu")
+    return generator.bind(config.model, config.adapters, config.batch_size, drawers, "cuda" if gpus else "cpu")
+
+
+def most_pictures(config: GenerateConfig | ServeConfig) -> int:
+    """Pictures, or batches of them, that are on their way at a time: two batches a drawer, or those that may wait."""
+    rows = config.batch_size * batches_at_a_time(config.cpus_per_replica, config.gpus_per_replica)
+    if isinstance(config, GenerateConfig):
+        return 2 * rows
+    return rows * (config.max_replicas or config.replicas) + config.max_queue
 
 
 def batches_at_a_time(cpus: float, gpus: float) -> int:

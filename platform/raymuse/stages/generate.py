@@ -7,15 +7,16 @@ A picture's seed follows from the run's seed and its place, so a resume draws wh
 
 import hashlib
 import io
+import itertools
 import json
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 from ray import serve
@@ -30,7 +31,7 @@ from raymuse.serving.generator import Drawing, DrawRequest, batches_at_a_time, d
 from raymuse.serving.instance import join_serve
 from raymuse.storage.contact_sheet import Entry, sheet_html, sheet_png
 from raymuse.storage.folder import Folder
-from raymuse.storage.generated import Generated, PictureRow, read_part, rows_table
+from raymuse.storage.generated import ROWS_SCHEMA, Generated, PictureRow, read_part, rows_table
 from raymuse.storage.manifest import FileRecord, Manifest, PartRecord
 from raymuse.storage.pictures import png_bytes
 from raymuse.storage.prompts import Prompt, read_prompts
@@ -79,10 +80,9 @@ def generate(config: GenerateConfig, run: Run) -> str:
         UserError: for prompts or a model that cannot be read, and an output that is another's.
         TooManyRejects: after the end, where more pictures failed than the config allows.
     """
-    prompts = read_prompts(config.prompts)
-    facts = {"model_sha256": model_sha256(config.model, config.adapters), "prompts": _digest(prompts)}
+    asked = survey(config)
+    facts = {"model_sha256": model_sha256(config.model, config.adapters), "prompts": asked.sha256}
     manifest = Manifest.open(config.output, {**config.identity(), **facts})
-    plan = plan_parts(prompts, config)
     if not manifest.finished:
         run.params({**config.model_dump(mode="json"), **facts})
         sampling = Pipeline.load(config.model, lora=config.adapters).settings.base
@@ -92,27 +92,50 @@ def generate(config: GenerateConfig, run: Run) -> str:
             "temperature": sampling.temperature,
         }
         rest |= {"model": facts["model_sha256"][:16], "batch_size": config.batch_size}
-        _draw_pending(manifest, plan, config, rest, run)
-        _write_tables(manifest)
+        _draw_pending(manifest, asked.pictures, config, rest, run)
+        _write_table(manifest)
         _write_sheets(manifest, run)
         manifest.finish(**facts)
     manifest.release()
     rejects = sum(part.rejects for part in manifest.done.values())
-    total = sum(len(part) for part in plan.values())
-    if rejects > config.max_reject_fraction * total:
-        raise TooManyRejects(rejects, total, f"{config.output}/rejects")
+    if rejects > config.max_reject_fraction * asked.pictures:
+        raise TooManyRejects(rejects, asked.pictures, f"{config.output}/rejects")
     return config.output
 
 
-def plan_parts(prompts: list[Prompt], config: GenerateConfig) -> dict[str, list[Wanted]]:
+@dataclass(frozen=True)
+class Survey:
+    """What a file of prompts asks for.
+
+    Attributes:
+        pictures: how many, of all prompts.
+        sha256: of the prompts.
+    """
+
+    pictures: int
+    sha256: str
+
+
+def survey(config: GenerateConfig) -> Survey:
+    """Read the prompts through once, holding one of them at a time."""
+    pictures, digest = 0, hashlib.sha256()
+    for prompt in read_prompts(config.prompts):
+        digest.update(("\n" if pictures else "").encode() + repr(prompt).encode())
+        pictures += prompt.asked.samples or config.samples
+    return Survey(pictures, digest.hexdigest())
+
+
+def plan_parts(prompts: Iterable[Prompt], config: GenerateConfig) -> Iterator[tuple[str, list[Wanted]]]:
     """Which picture is in which part: a function of prompts and config alone."""
-    wanted = [
+    wanted = (
         Wanted(prompt, sample, _seed(prompt, sample, config))
         for prompt in prompts
         for sample in range(prompt.asked.samples or config.samples)
-    ]
-    size = config.pictures_per_part
-    return {f"part-{start // size:06d}": wanted[start : start + size] for start in range(0, len(wanted), size)}
+    )
+    for number in itertools.count():
+        if not (part := list(itertools.islice(wanted, config.pictures_per_part))):
+            return
+        yield f"part-{number:06d}", part
 
 
 def _seed(prompt: Prompt, sample: int, config: GenerateConfig) -> int:
@@ -123,24 +146,25 @@ def _seed(prompt: Prompt, sample: int, config: GenerateConfig) -> int:
     return own if sample == 0 else image_seed(own, 0, sample)
 
 
-def _draw_pending(
-    manifest: Manifest, plan: dict[str, list[Wanted]], config: GenerateConfig, facts: dict[str, Any], run: Run
-) -> None:
+def _draw_pending(manifest: Manifest, pictures: int, config: GenerateConfig, facts: dict[str, Any], run: Run) -> None:
     """Draw the missing parts, a few on their way at a time, recording each as it is written."""
-    pending = manifest.pending(plan)
-    if not pending:
+    left = pictures - sum(part.rows + part.rejects for part in manifest.done.values())
+    if left == 0:
         return
+    plan = plan_parts(read_prompts(config.prompts), config)
+    missing = ((part, wanted) for part, wanted in plan if part not in manifest.done)
     application = f"raymuse-generate-{hashlib.sha256(manifest.folder.address.encode()).hexdigest()[:8]}"
     handle = _deploy(config, application)
     began, drawn = time.perf_counter(), 0
     try:
-        for record in _parts(handle, {name: plan[name] for name in pending}, config, manifest.folder.address, facts):
+        for record in _parts(handle, missing, config, manifest.folder.address, facts):
             manifest.record(record)
             drawn += record.rows
+            left -= record.rows + record.rejects
             rate = drawn / (time.perf_counter() - began)
             run.metrics({"pictures": drawn, "pictures_per_second": rate}, len(manifest.done))
-            left = sum(len(plan[name]) for name in manifest.pending(plan)) / max(rate, 1e-9)
-            print(f"{drawn} pictures  {record.rejects} failed  {rate:.1f} pictures/s  {left:.0f} s left", flush=True)
+            seconds = left / max(rate, 1e-9)
+            print(f"{drawn} pictures  {record.rejects} failed  {rate:.1f} pictures/s  {seconds:.0f} s left", flush=True)
     finally:
         serve.delete(application)
 
@@ -153,7 +177,7 @@ def _deploy(config: GenerateConfig, name: str) -> DeploymentHandle:
 
 def _parts(
     handle: DeploymentHandle,
-    pending: dict[str, list[Wanted]],
+    missing: Iterator[tuple[str, list[Wanted]]],
     config: GenerateConfig,
     address: str,
     facts: dict[str, Any],
@@ -164,7 +188,7 @@ def _parts(
     # one wait. Where it has to, it tries again after half a second, and replicas draw batches of a few pictures.
     pool = ThreadPoolExecutor(2 * config.replicas * batches_at_a_time(config.cpus_per_replica, config.gpus_per_replica))
     try:
-        for part, wanted in pending.items():
+        for part, wanted in missing:
             begun.append(_begin(pool, handle, part, wanted, config))
             if len(begun) == config.in_flight:
                 yield _finish(begun.popleft(), config, address, facts)
@@ -263,11 +287,15 @@ def _write_part(
     return PartRecord(part, len(rows), len(rejects), "", files)
 
 
-def _write_tables(manifest: Manifest) -> None:
-    """manifest.parquet: every picture's row, in the order of the prompts."""
-    tables = [pq.read_table(io.BytesIO(manifest.folder.read(f"rows/{part}.parquet"))) for part in sorted(manifest.done)]
-    table = pa.concat_tables(tables).sort_by([("index", "ascending"), ("sample", "ascending")])
-    manifest.folder.write("manifest.parquet", parquet_bytes(table, {}))
+def _write_table(manifest: Manifest) -> None:
+    """manifest.parquet: every picture's row, in the order of the prompts; a part's rows at a time."""
+
+    def fill(path: Path) -> None:
+        with pq.ParquetWriter(path, ROWS_SCHEMA, compression="zstd") as writer:
+            for part in sorted(manifest.done):
+                writer.write_table(pq.read_table(io.BytesIO(manifest.folder.read(f"rows/{part}.parquet"))))
+
+    manifest.folder.write_with("manifest.parquet", fill)
 
 
 def _write_sheets(manifest: Manifest, run: Run) -> None:
@@ -297,7 +325,3 @@ def _write_sheets(manifest: Manifest, run: Run) -> None:
 def _ask(reference: ray.ObjectRef) -> PartRecord:
     record: PartRecord = ray.get(reference)
     return record
-
-
-def _digest(prompts: list[Prompt]) -> str:
-    return hashlib.sha256("\n".join(map(repr, prompts)).encode()).hexdigest()

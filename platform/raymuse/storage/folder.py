@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import fsspec
 
@@ -88,6 +88,10 @@ class Folder:
 
     def read(self, name: str) -> bytes:
         return bytes(self._filesystem().cat_file(self._path(name)))
+
+    def open(self, name: str) -> BinaryIO:
+        """A file, to read a little at a time."""
+        return cast(BinaryIO, self._filesystem().open(self._path(name), "rb"))
 
     def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
         """Write the file whole: temporary name, fsync, rename locally; a single PUT elsewhere.

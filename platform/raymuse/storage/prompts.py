@@ -1,12 +1,11 @@
 """Files of prompts: a line each, or a table whose columns say how each is drawn."""
 
 import csv
-import io
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +18,7 @@ from raymuse.storage.folder import Folder
 from raymuse.storage.rejects import Reason
 
 KINDS = (".txt", ".jsonl", ".csv", ".parquet")
+AT_A_TIME = 1024  # rows of a table that are held at once
 
 
 class Asked(Config):
@@ -48,29 +48,21 @@ class Prompt:
     fault: tuple[Reason, str] | None = None
 
 
-def read_prompts(address: str) -> list[Prompt]:
-    """Prompts from a .txt file (one a line), or a .jsonl, .csv or .parquet with a column `prompt`.
+def read_prompts(address: str) -> Iterator[Prompt]:
+    """Prompts, read as they are asked for: of a .txt file one a line, of a .jsonl, .csv or .parquet the column `prompt`.
 
-    Columns of `Asked` say how a row is drawn, `key` names it, and others are ignored. A row with a wrong value stays in
-    its place, with its fault.
+    A folder is a Hugging Face data set as `save_to_disk` writes it. Columns of `Asked` say how a row is drawn, `key`
+    names it, and others are ignored. A row with a wrong value stays in its place, with its fault.
 
     Raises:
-        UserError: for a file that is missing, empty, of another kind, or without the column.
+        UserError: for a file that is missing, empty, of another kind, or without the column; at the first prompt.
     """
-    if not address.endswith(KINDS):
-        raise UserError(
-            f"{address}: prompts come as .txt (one a line), .jsonl, .csv or .parquet with a column `prompt`."
-        )
-    folder = Folder(str(Path(address).parent) if "://" not in address else address.rpartition("/")[0])
-    name = address.rpartition("/")[2]
-    if not folder.exists(name):
-        raise UserError(f"the prompt file {address} does not exist.")
-    rows = list(_rows(address, folder.read(name)))
-    if not rows:
+    rows = enumerate(_rows(address))
+    if (first := next(rows, None)) is None:
         raise UserError(f"{address} holds no prompts.")
-    if "prompt" not in rows[0]:
-        raise UserError(f"{address} has no column `prompt`; it has {', '.join(rows[0])}.")
-    return [_prompt(index, row) for index, row in enumerate(rows)]
+    if "prompt" not in first[1]:
+        raise UserError(f"{address} has no column `prompt`; it has {', '.join(first[1])}.")
+    yield from (_prompt(index, row) for index, row in itertools.chain([first], rows))
 
 
 def _prompt(index: int, row: dict[str, Any]) -> Prompt:
@@ -86,34 +78,57 @@ def _prompt(index: int, row: dict[str, Any]) -> Prompt:
     return Prompt(index, prompt, key, asked, fault)
 
 
-def _rows(address: str, data: bytes) -> Iterator[dict[str, Any]]:
-    if address.endswith(".parquet"):
-        yield from _table(address, data).to_pylist()
+def _rows(address: str) -> Iterator[dict[str, Any]]:
+    folder, _, name = address.rpartition("/") if "/" in address else (".", "", address)
+    if Folder(address).exists("state.json"):
+        yield from _saved(address)
         return
-    text = _text(address, data)
-    if address.endswith(".csv"):
-        yield from csv.DictReader(io.StringIO(text, newline=""))
-        return
-    lines = text.removesuffix("\n").replace("\r\n", "\n").split("\n") if text else []
-    if address.endswith(".txt"):
-        yield from ({"prompt": line} for line in lines)
-        return
-    yield from (_json_row(address, number, line) for number, line in enumerate(lines, 1) if line.strip())
+    if not address.endswith(KINDS):
+        raise UserError(
+            f"{address}: prompts come as .txt (one a line), .jsonl, .csv or .parquet with a column `prompt`, or as a "
+            "folder that `Dataset.save_to_disk` wrote."
+        )
+    if not Folder(folder).exists(name):
+        raise UserError(f"the prompt file {address} does not exist.")
+    with Folder(folder).open(name) as file:
+        if address.endswith(".parquet"):
+            yield from _table(address, file)
+        elif address.endswith(".csv"):
+            yield from csv.DictReader(_lines(address, file))
+        elif address.endswith(".txt"):
+            yield from ({"prompt": line.removesuffix("\n").removesuffix("\r")} for line in _lines(address, file))
+        else:
+            numbered = enumerate(_lines(address, file), 1)
+            yield from (_json_row(address, number, line) for number, line in numbered if line.strip())
 
 
-def _table(address: str, data: bytes) -> pa.Table:
+def _table(address: str, file: BinaryIO) -> Iterator[dict[str, Any]]:
     try:
-        return pq.read_table(io.BytesIO(data))
+        for batch in pq.ParquetFile(file).iter_batches(AT_A_TIME):
+            yield from batch.to_pylist()
     except pa.ArrowInvalid as error:
         raise UserError(f"{address} cannot be read as Parquet: {error}") from None
 
 
-def _text(address: str, data: bytes) -> str:
+def _saved(address: str) -> Iterator[dict[str, Any]]:
+    """The rows of a data set that `save_to_disk` wrote."""
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{address}, line {line} is not UTF-8. Save the file as UTF-8.") from None
+        files = [entry["filename"] for entry in json.loads(Folder(address).read("state.json"))["_data_files"]]
+        for name in files:
+            with Folder(address).open(name) as file, pa.ipc.open_stream(file) as stream:
+                for batch in stream:
+                    yield from batch.to_pylist()
+    except (pa.ArrowInvalid, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{address} is no data set as `Dataset.save_to_disk` writes it: {error}") from error
+
+
+def _lines(address: str, file: BinaryIO) -> Iterator[str]:
+    """Lines with their ends."""
+    for number, line in enumerate(file, 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{address}, line {number} is not UTF-8. Save the file as UTF-8.") from None
 
 
 def _json_row(address: str, number: int, line: str) -> dict[str, Any]:

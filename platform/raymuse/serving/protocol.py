@@ -1,0 +1,144 @@
+"""What clients send and are told: OpenAI's images shapes, with the extensions that masked-image models need."""
+
+import base64
+import io
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import BaseModel, ConfigDict, Field
+
+from raymuse.config.edit import STRENGTH, Task
+from raymuse.drawing.inputs import read_mask
+from raymuse.pipeline import image_seed
+from raymuse.storage.pictures import png_bytes
+
+MOST_PICTURES = 16
+MOST_PIXELS = 4096 * 4096  # of a picture to edit
+
+
+class Refused(Exception):
+    """A request that is answered with an error, in OpenAI's form.
+
+    Args:
+        status: of HTTP.
+        kind: OpenAI's `type`: "invalid_request_error", "authentication_error", "rate_limit_error", "server_error".
+        param: the field that is wrong.
+        retry_after: seconds.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+
+
+class ImagesRequest(BaseModel):
+    """What every request for pictures may say."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str = Field(min_length=1, max_length=4000)
+    model: str | None = Field(None, description="the served model's name, or none")
+    n: int = Field(1, ge=1, le=MOST_PICTURES)
+    size: str | None = Field(
+        None,
+        pattern=r"^(auto|\d{1,4}x\d{1,4})$",
+        description="WIDTHxHEIGHT in whole cells, `auto`, or none: the model's",
+    )
+    response_format: Literal["b64_json", "url"] | None = None
+    user: str | None = Field(None, description="accepted and not used")
+    stream: bool = Field(False, description="server-sent events: partial pictures, then the whole one; n = 1")
+    partial_images: int = Field(0, ge=0, le=16, description="how many partial pictures a stream shows")
+    negative_prompt: str = Field("", max_length=4000)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    num_inference_steps: int | None = Field(None, ge=1, le=256)
+    guidance_scale: float | None = Field(None, ge=0, le=100)
+
+    @property
+    def pixels(self) -> tuple[int, int] | None:
+        """Width and height; None: the model's own."""
+        if self.size in (None, "auto"):
+            return None
+        width, height = str(self.size).split("x")
+        return int(width), int(height)
+
+    def seeds(self, seed: int) -> list[int]:
+        """One picture has the seed asked for; more have seeds that follow from it."""
+        return [seed, *(image_seed(seed, 0, sample) for sample in range(1, self.n))]
+
+
+class GenerationRequest(ImagesRequest):
+    """`POST /v1/images/generations`."""
+
+
+class EditRequest(ImagesRequest):
+    """The fields of `POST /v1/images/edits`, beside `image` and `mask`."""
+
+    task: Task | None = Field(None, description="none: inpaint where there is a mask, else image-to-image")
+    strength: float = Field(STRENGTH, ge=0, le=1, description="image-to-image: 0 keeps the picture, 1 ignores it")
+    sides: str = Field("0,0,0,0", pattern=r"^\d{1,4}(,\d{1,4}){3}$", description="outpaint: left,top,right,bottom")
+
+
+def read_upload(content: bytes, name: str) -> Image.Image:
+    """An uploaded picture, which came in the field `name`.
+
+    Raises:
+        Refused: for what is no picture, or too large.
+    """
+    try:
+        picture = Image.open(io.BytesIO(content))
+        if picture.width * picture.height > MOST_PIXELS:
+            raise Refused(
+                400, f"{name}: {picture.width} x {picture.height} pixels are more than 4096 x 4096", param=name
+            )
+        picture = ImageOps.exif_transpose(picture)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise Refused(400, f"{name} cannot be read as a picture: {error}", param=name) from error
+    return picture
+
+
+def area_of(picture: Image.Image, mask: Image.Image | None) -> NDArray[np.bool_] | None:
+    """Where to draw (H, W): what is transparent in the mask, or in the picture where there is none (as OpenAI has it).
+
+    A mask without transparency is white where to draw, as `raymuse edit` has it. None: there is no mask at all.
+    """
+    said = mask if mask is not None else picture
+    if said.has_transparency_data:
+        clear: NDArray[np.bool_] = np.asarray(said.convert("RGBA"))[:, :, 3] < 128
+        return clear if mask is not None or clear.any() else None
+    return None if mask is None else read_mask(mask)
+
+
+def answer(pictures: Sequence[Mapping[str, Any]], size: str) -> dict[str, Any]:
+    """OpenAI's answer; each picture is `{"b64_json": ...}` or `{"url": ...}`, and its seed, which is ours."""
+    return {"created": int(time.time()), "data": list(pictures), "size": size, "output_format": "png"}
+
+
+def event(kind: str, pixels: NDArray[np.uint8], facts: Mapping[str, Any], **more: Any) -> bytes:
+    """A server-sent event with a picture, as OpenAI's streams have it."""
+    body = {
+        "type": kind,
+        "b64_json": base64.b64encode(png_bytes(pixels, facts)).decode(),
+        "created_at": int(time.time()),
+        "size": f"{pixels.shape[1]}x{pixels.shape[0]}",
+        "output_format": "png",
+        "background": "opaque",
+        "quality": "auto",
+        **more,
+    }
+    return f"event: {kind}\ndata: {json.dumps(body)}\n\n".encode()
