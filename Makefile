@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Where it is set, each of a hundred processes compiles the package anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: venv demo demo-full test check format soak bench bench-pretokenize bench-generate clean
+.PHONY: venv demo demo-full test check format soak bench bench-pretokenize bench-generate bench-serve clean
 
 venv: $(STAMP)
 
@@ -38,13 +38,16 @@ test: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/pytest -m soak --timeout 7200 tests
 
-bench: bench-pretokenize bench-generate
+bench: bench-pretokenize bench-generate bench-serve
 
 bench-pretokenize: $(STAMP)
 	$(BIN)/python tests/benchmarks/pretokenize.py
 
 bench-generate: $(STAMP)
 	$(BIN)/python tests/benchmarks/generate.py
+
+bench-serve: $(STAMP)
+	$(BIN)/python tests/benchmarks/serve.py
 
 format: $(STAMP)
 	$(BIN)/ruff format .

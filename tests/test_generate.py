@@ -2,11 +2,15 @@
 
 import io
 import json
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import threading
 import tracemalloc
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +20,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 from ray import serve
+from typer.testing import CliRunner
 
 import tiny
 from processes import children_named, wait_until
+from raymuse.cli import batch
+from raymuse.config.edit import RepeatConfig
 from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.generate import GenerateConfig
 from raymuse.pipeline import Pipeline, image_seed
 from raymuse.serving.generator import Drawing, DrawRequest
+from raymuse.stages.edit import repeat
 from raymuse.stages.generate import _deploy, _draw, generate, plan_parts, survey
+from raymuse.storage.batch_check import batch_state, check_batch
+from raymuse.storage.manifest import FileRecord
 from raymuse.storage.pictures import png_facts
 from raymuse.storage.prompts import Asked, read_prompts
 from raymuse.storage.rejects import Reason
@@ -224,6 +235,148 @@ def test_no_application_stays_behind_and_serve_goes_on(drawn: GenerateConfig) ->
     assert serve.status().proxies
 
 
+def test_rows_draw_other_sizes_and_edit_pictures(drawn: GenerateConfig, model: str, tmp_path: Path) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    area = np.zeros((64, 64), dtype=bool)
+    area[:32] = True
+    (tmp_path / "of").mkdir()
+    Image.fromarray(picture).save(tmp_path / "of/picture.png")
+    Image.fromarray(area).save(tmp_path / "of/mask.png")
+    Image.fromarray(np.zeros_like(area)).save(tmp_path / "of/empty.png")
+    lines: list[dict[str, Any]] = [
+        {"prompt": "a", "size": "64x32", "seed": 1},
+        {"prompt": "b", "image": "of/picture.png", "mask": "of/mask.png", "seed": 2},
+        {"prompt": "c", "image": str(tmp_path / "of/picture.png"), "strength": 0.5, "seed": 3},
+        {"prompt": "d", "image": "of/nothing.png"},
+        {"prompt": "e", "image": "p.jsonl"},
+        {"prompt": "f", "image": "of/picture.png", "mask": "of/empty.png"},
+        {"prompt": "g", "size": "63x64"},
+        {"prompt": "h", "strength": 0.5},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = changed(
+        drawn, tmp_path / "images", prompts=str(tmp_path / "p.jsonl"), samples=1, max_reject_fraction=1, keep_base=True
+    )
+    generate(config, Run.off())
+    assert [(row["prompt"], row["task"], row["width"], row["height"]) for row in rows(config.output)] == [
+        ("a", "", 64, 32),
+        ("b", "inpaint", 64, 64),
+        ("c", "image-to-image", 64, 64),
+    ]
+    pipeline = Pipeline.load(model, batch_size=config.batch_size)
+    alone = [
+        pipeline(["a"], seeds=[1], size=(64, 32)),
+        pipeline.edit("inpaint", ["b"], [picture], masks=[area], seeds=[2]),
+        pipeline.edit("image-to-image", ["c"], [picture], seeds=[3], strength=0.5),
+    ]
+    found = pixels(config.output)
+    assert [found[f"{n:09d}-0.png"] for n in range(3)] == [drawing.pixels.tobytes() for drawing in alone]
+    rejects = pq.read_table(f"{config.output}/rejects").to_pylist()
+    said = {row["key"][8]: (row["reason"], row["detail"]) for row in rejects}
+    for key, reason, words in [
+        ("3", "bad_parameter", "nothing.png cannot be read"),
+        ("4", "unsupported_format", ""),
+        ("5", "bad_parameter", "the mask marks nothing"),
+        ("6", "generation_failed", "63 x 64 pixels: this model draws in cells of 8"),
+        ("7", "bad_parameter", "need an image"),
+    ]:
+        assert said[key][0] == reason, said
+        assert words in said[key][1]
+    assert check_batch(config.output).problems == []
+    repeated = RepeatConfig(model=model, picture=str(tmp_path / "a.png"), output=str(tmp_path / "again.png"))
+    for name in ("000000000-0.png", "000000000-0.base.png"):
+        Path(repeated.picture).write_bytes(files(config.output)[name])
+        assert Path(repeat(repeated)).read_bytes() == files(config.output)[name]
+    Path(repeated.picture).write_bytes(files(config.output)["000000001-0.png"])
+    with pytest.raises(UserError, match="drawn from another picture"):
+        repeat(repeated)
+
+
+# --- a part of a job, and what was done
+
+
+def test_shards_of_a_job_draw_its_pictures_between_them(drawn: GenerateConfig, tmp_path: Path) -> None:
+    shards = [changed(drawn, tmp_path / f"images-{number}", shard=f"{number}/2") for number in (1, 2)]
+    for shard in shards:
+        generate(shard, Run.off())
+    parts = [sorted(path.stem for path in Path(shard.output, "parts").glob("*.tar")) for shard in shards]
+    assert parts == [["part-000000", "part-000002"], ["part-000001"]]
+    assert files(shards[0].output) | files(shards[1].output) == files(drawn.output)
+    assert [batch_state(shard.output).planned for shard in shards] == [16, 8]
+    with pytest.raises(ValidationError, match="3/2 names a shard beyond the last"):
+        changed(drawn, tmp_path, shard="3/2")
+
+
+def test_a_whole_batch_is_whole(drawn: GenerateConfig) -> None:
+    state = check_batch(drawn.output)
+    assert (state.problems, state.leftovers) == ([], [])
+    assert (state.finished, state.planned, state.drawn, state.failed, state.parts) == (True, 24, 22, 2, 3)
+    assert "finished: 22 of 24 pictures, 2 failed, 3 parts" in state.summary
+    assert state.summary.endswith("empty_prompt: 2")
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda folder: flip(folder / "parts/part-000001.tar"), "parts/part-000001.tar: .* with another sum"),
+        (lambda folder: (folder / "rows/part-000002.parquet").unlink(), "rows/part-000002.parquet: it cannot be read"),
+        (
+            lambda folder: rerecorded(folder, "part-000000"),
+            "part-000000: 6 rows and 2 rejects, the manifest says 7 and 2",
+        ),
+        (lambda folder: swapped(folder), "part-000001: the rows and the pictures in its tar differ"),
+        (lambda folder: cut(folder / "manifest.parquet"), "manifest.parquet: 20 rows for 22 pictures"),
+    ],
+    ids=["flipped byte", "lost file", "wrong count", "other rows", "short table"],
+)
+def test_what_is_wrong_with_a_batch_is_said(
+    harm: Callable[[Path], None], said: str, drawn: GenerateConfig, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(drawn.output, tmp_path / "images"))
+    harm(folder)
+    (folder / "parts/part-000009.tar").touch()
+    state = check_batch(str(folder))
+    assert any(re.match(said, problem) for problem in state.problems), state.problems
+    assert state.leftovers == ["parts/part-000009.tar"]
+    result = CliRunner().invoke(batch.app, ["verify", str(folder)])
+    assert result.exit_code == 1
+    assert all(problem in result.output for problem in state.problems)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[700] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def rerecorded(folder: Path, part: str, **changes: Any) -> None:
+    path = folder / f"_manifest/{part}.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "rows": record["rows"] + 1, **changes}))
+
+
+def swapped(folder: Path) -> None:
+    """One part's rows in place of another's, sums and all."""
+    data = (folder / "rows/part-000002.parquet").read_bytes()
+    (folder / "rows/part-000001.parquet").write_bytes(data)
+    path = folder / "_manifest/part-000001.json"
+    record = json.loads(path.read_text())
+    for file in record["files"]:
+        if file["name"].startswith("rows/"):
+            file.update(asdict(FileRecord.of(file["name"], data)))
+    path.write_text(json.dumps(record))
+
+
+def cut(path: Path) -> None:
+    pq.write_table(pq.read_table(path).slice(2), path)
+
+
+def test_what_is_no_batch_is_refused(tmp_path: Path, shards: str) -> None:
+    for folder, said in ((str(tmp_path), "holds no batch"), (shards, "is the output of `raymuse data`")):
+        with pytest.raises(UserError, match=said):
+            batch_state(folder)
+
+
 # --- prompts
 
 
@@ -296,7 +449,7 @@ def test_prompts_come_from_a_saved_data_set(tmp_path: Path) -> None:
     read = list(read_prompts(str(tmp_path / "set")))
     assert [(one.index, one.prompt, one.asked.seed) for one in read] == [(n, f"a cat {n}", n) for n in range(5)]
     (tmp_path / "set" / "state.json").write_text("{}")
-    with pytest.raises(UserError, match="is no data set as `Dataset.save_to_disk` writes it"):
+    with pytest.raises(UserError, match=r"is no data set as `Dataset\.save_to_disk` writes it"):
         list(read_prompts(str(tmp_path / "set")))
 
 

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import socket
 import threading
 import time
@@ -240,7 +239,7 @@ def test_a_bad_edit_is_told_what_is_wrong(
     }
     form = {"prompt": PROMPT, **fields}
     headers = {"Authorization": f"Bearer {KEY}"}
-    answer = httpx.post(f"{address}/v1/images/edits", data=form, files=sent or {"other": b""}, headers=headers)
+    answer = httpx.post(f"{address}/v1/images/edits", data=form, files=sent or None, headers=headers)
     assert answer.status_code == 400, answer.text
     assert said in answer.json()["error"]["message"]
 
@@ -269,7 +268,7 @@ def test_a_request_has_an_id_and_is_counted(address: str) -> None:
     headers = {"Authorization": f"Bearer {KEY}", "X-Request-Id": "mine-1"}
     answer = httpx.post(f"{address}/v1/images/generations", json={"prompt": "a", "model": "x"}, headers=headers)
     assert answer.headers["x-request-id"] == "mine-1"
-    assert httpx.get(f"{address}/health").headers["x-request-id"].startswith("req_")
+    assert len(httpx.get(f"{address}/health").headers["x-request-id"]) > 20
     assert count() == before + 1
     assert "raymuse_pictures_in_flight 0.0" in httpx.get(f"{address}/metrics").text
 
@@ -374,11 +373,13 @@ def test_an_update_fails_no_request_and_a_deadline_holds(address: str, model: st
 
     with ThreadPoolExecutor(3) as pool:
         asking = [pool.submit(ask) for _ in range(3)]
-        deploy_api(ServeConfig(model=model, port=http_port, batch_size=4, max_queue=16, deadline=3), [KEY])
+        config = ServeConfig(model=model, port=http_port, batch_size=4, max_queue=16, deadline=100)
+        deploy_api(config, [KEY])
         stop.set()
         codes = [code for one in asking for code in one.result()]
     assert len(codes) > 3
     assert set(codes) == {200}
+    deploy_api(config.model_copy(update={"deadline": 1}), [KEY])
     answer = post(address, n=16, num_inference_steps=256)
     assert answer.status_code == 504
     assert "not done in time" in answer.json()["error"]["message"]

@@ -1,9 +1,12 @@
 """Tracking against a real MLflow server: what is logged arrives once and in order, whatever ends in between."""
 
+import base64
+import io
 import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,12 +18,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
+import torch
 from PIL import Image
 
+import tiny
 from raymuse.config.errors import UserError
+from raymuse.pipeline import Pipeline
 from raymuse.tracking import sender
+from raymuse.tracking.registry import registered_folder
 from raymuse.tracking.run import Run, clean, open_run, register
 from raymuse.tracking.server import Server, answers, pages
 
@@ -219,6 +227,83 @@ def test_registered_models(server: Server, client: Any, tmp_path: Path) -> None:
     assert (Path(there) / "transformer" / "weights.safetensors").read_bytes() == b"w" * 1000
     with pytest.raises(UserError, match="alias"):
         register(run, "shapes", model, alias="v1")
+
+
+@pytest.fixture(scope="module")
+def registered(server: Server, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model, registered under its alias; its own folder is gone since."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("registered")
+    encoders = tiny.write_encoders(root / "encoders", tiny.write_shards(root / "shards"))
+    model = tiny.write_model(root / "model", encoders, cascade=True)
+    run = open_run(server.uri, "registry", "export", spool=root / "spool")
+    assert register(run, "drawing", model, alias="champion") == "1"
+    shutil.move(model, root / "kept")
+    return str(root / "kept")
+
+
+@pytest.mark.parametrize("address", ["models:/drawing@champion", "models:/drawing/1", "models:/drawing/latest"])
+def test_a_registered_model_is_a_folder_that_draws(
+    address: str, registered: str, server: Server, tmp_path: Path
+) -> None:
+    folder = registered_folder(address, server.uri, tmp_path)
+    one, other = (Pipeline.load(place, batch_size=1)(["a star"], seeds=[7]).pixels for place in (folder, registered))
+    np.testing.assert_array_equal(one, other)
+    fetched = Path(folder).stat().st_mtime_ns
+    assert Path(registered_folder(address, server.uri, tmp_path)).stat().st_mtime_ns == fetched
+
+
+def test_mlflow_itself_loads_a_registered_model(
+    registered: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+    import pandas as pd
+
+    mlflow.set_tracking_uri(server.uri)
+    try:
+        model = mlflow.pyfunc.load_model("models:/drawing@champion")
+    finally:
+        mlflow.set_tracking_uri(None)
+    rows = [
+        {"prompt": "a star", "seed": 7, "steps": 3},
+        {"prompt": "a circle", "seed": 8, "steps": 2, "negative": "red"},
+    ]
+    drawn = model.predict(pd.DataFrame(rows))
+    assert list(drawn["seed"]) == [7, 8]
+    pipeline = Pipeline.load(registered)
+    alone = [
+        pipeline(["a star"], seeds=[7], steps=3).pixels[0],
+        pipeline(["a circle"], seeds=[8], steps=2, negative="red").pixels[0],
+    ]
+    for image, expected in zip(drawn["image"], alone, strict=True):
+        picture = Image.open(io.BytesIO(base64.b64decode(image)))
+        np.testing.assert_array_equal(np.asarray(picture), expected)
+    assert [column.name for column in model.metadata.signature.inputs] == [
+        "prompt",
+        "negative",
+        "seed",
+        "steps",
+        "guidance",
+    ]
+    assert not list(Path(registered).rglob("*.pkl"))
+
+
+def test_what_a_registry_does_not_have_is_a_sentence(registered: str, server: Server, tmp_path: Path) -> None:
+    run = open_run(server.uri, "registry", "far", spool=tmp_path / "spool")
+    assert register(run, "far", "s3://bucket/model", alias="champion") == "1"
+    for address, uri, said in [
+        ("models:/drawing", server.uri, "write models:/NAME@ALIAS"),
+        ("models:/drawing@loser", server.uri, "does not give drawing"),
+        ("models:/nothing/latest", server.uri, "has no model nothing"),
+        ("models:/drawing@champion", None, "MLFLOW_TRACKING_URI"),
+        (
+            "models:/far@champion",
+            server.uri,
+            "registered without its weights, as version 1, and s3://bucket/model is not",
+        ),
+    ]:
+        with pytest.raises(UserError, match=said):
+            registered_folder(address, uri, tmp_path / "cache")
 
 
 LOG_AND_DIE = """

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from raymuse.cli import cluster, config, tokens
+from raymuse.cli import batch, cluster, config, tokens
 from raymuse.cli.words import config_for, is_data, split
 
 
@@ -188,17 +188,19 @@ def edit(
     word, changes = split(words)
     loaded = from_values("edit", {} if word is None else {"model": word}, changes)
     assert isinstance(loaded, EditConfig)
+    from raymuse.cli.launch import with_model
     from raymuse.stages import edit as stage
 
-    for place in stage.edit(loaded):
+    for place in stage.edit(with_model(loaded, None)):
         typer.echo(place)
 
 
 @app.command()
 def serve(
     words: Annotated[list[str] | None, _words("MODEL|RECIPE KEY=VALUE")] = None,
+    mlflow: Mlflow = None,
 ) -> None:
-    """Serve a model folder over HTTP until Ctrl-C."""
+    """Serve a model folder, or models:/NAME@ALIAS of MLflow's registry, over HTTP until Ctrl-C."""
     from raymuse.config.errors import UserError
     from raymuse.config.generate import ServeConfig
     from raymuse.config.load import from_values, load
@@ -211,9 +213,10 @@ def serve(
     else:
         loaded = load(word, changes, "serve")
     assert isinstance(loaded, ServeConfig)
-    from raymuse.cli.launch import local_ray
+    from raymuse.cli.launch import local_ray, with_model
     from raymuse.serving import deploy
 
+    loaded = with_model(loaded, mlflow)
     with local_ray():
         deploy.serve(loaded)
 
@@ -259,5 +262,6 @@ def ui(
 
 
 app.add_typer(tokens.app, name="tokens")
+app.add_typer(batch.app, name="batch")
 app.add_typer(config.app, name="config")
 app.add_typer(cluster.app, name="cluster")

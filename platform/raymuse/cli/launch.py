@@ -5,13 +5,17 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from raymuse.clusters.local import session
-from raymuse.config.base import StageConfig
+from raymuse.config.base import Config, StageConfig
+from raymuse.config.drawing import DrawingConfig
 from raymuse.config.errors import UserError
+from raymuse.tracking.registry import is_registered, registered_folder
 from raymuse.tracking.run import Run, finishing, open_run
 from raymuse.tracking.server import Server, pages
+
+C = TypeVar("C", bound=Config)
 
 _FEWEST_CPUS = 4  # logical: a pipeline of actors needs a few even where the machine has only two cores
 
@@ -25,9 +29,19 @@ def run_stage(stage: Callable[[Any, Run], str], config: StageConfig, mlflow: str
         mlflow: address of an MLflow server; None: MLFLOW_TRACKING_URI, and without that nothing is tracked.
         ray: whether the stage needs Ray.
     """
+    config = with_model(config, mlflow)
     with resumable(), _tracked(config, mlflow) as run, local_ray() if ray else contextlib.nullcontext():
         address = stage(config, run)
     print(address, flush=True)
+
+
+def with_model(config: C, mlflow: str | None) -> C:
+    """The config with a model of the registry as its folder on this machine."""
+    if not isinstance(config, DrawingConfig) or not is_registered(config.model):
+        return config
+    folder = registered_folder(config.model, mlflow or os.environ.get("MLFLOW_TRACKING_URI"))
+    print(f"{config.model} is {folder}", file=sys.stderr, flush=True)
+    return config.model_copy(update={"model": folder})
 
 
 @contextlib.contextmanager

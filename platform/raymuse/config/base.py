@@ -70,8 +70,8 @@ def is_address(field: FieldInfo) -> bool:
 
 
 def address_within(root: str, address: str) -> str:
-    """`address` as it is where it is absolute, else relative to `root`."""
-    return address if address.startswith("/") or "://" in address else f"{root}/{address}"
+    """`address` as it is where it is absolute (`/...`, `s3://...`, `models:/...`), else relative to `root`."""
+    return address if address.startswith("/") or ":/" in address else f"{root}/{address}"
 
 
 def _plain(value: Any) -> Any:

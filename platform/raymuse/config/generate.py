@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from raymuse.config.base import Address, StageConfig, runtime
 from raymuse.config.drawing import DrawingConfig
@@ -19,14 +19,33 @@ class GenerateConfig(StageConfig, DrawingConfig):
     guidance: float | None = Field(None, ge=0)
     temperature: float | None = Field(None, ge=0)
     negative: str = ""
+    size: tuple[int, int] | None = Field(None, description="width and height in whole cells")
     keep_base: bool = Field(True, description="also write the base picture beside a cascade's")
     pictures_per_part: int = Field(64, ge=1)
+    shard: str | None = Field(
+        None,
+        pattern=r"^[1-9]\d*/[1-9]\d*$",
+        description="I/N: every N-th part from the I-th alone, of a job split by hand",
+    )
     batch_size: int = Field(16, ge=1, description="one padded batch; part of the numerics, so it is fixed")
     replicas: int = runtime(1, "Serve replicas", ge=1)
     cpus_per_replica: float = runtime(2, "cores a replica: so many batches at a time, without a GPU", gt=0)
     gpus_per_replica: float = runtime(0.0, "share of a GPU a replica", ge=0)
     in_flight: int = runtime(4, "parts on their way at a time", ge=1)
     max_reject_fraction: float = runtime(0.05, "more failures than this share: exit code 3", ge=0, le=1)
+
+    @property
+    def split(self) -> tuple[int, int]:
+        """Which of how many shards it draws, counted from 0."""
+        first, _, count = (self.shard or "1/1").partition("/")
+        return int(first) - 1, int(count)
+
+    @field_validator("shard")
+    @classmethod
+    def _shard_is_one_of_them(cls, shard: str | None) -> str | None:
+        if shard is not None and int(shard.partition("/")[0]) > int(shard.partition("/")[2]):
+            raise ValueError(f"{shard} names a shard beyond the last: the first of four is 1/4, the last 4/4")
+        return shard
 
 
 class ServeConfig(DrawingConfig):

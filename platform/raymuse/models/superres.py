@@ -111,15 +111,16 @@ class Condition(NamedTuple):
     text: Tensor  # (B, T, D), projected and normed text states
     low: Tensor  # (B, h, w, D), normed output of the low-res encoder
     prepared: tuple[Prepared, ...] = ()  # per block, filled by SuperRes.precompute; empty while training
+    spread: tuple[Tensor, ...] = ()  # (B, H, W, D), the low-res cells over the high-res grid, likewise
 
     def tensors(self) -> list[Tensor]:
         """All tensors in a fixed order, to copy rows of one condition into another's buffers."""
-        return [self.text, self.low, *(tensor for block in self.prepared for tensor in block)]
+        return [self.text, self.low, *(tensor for block in self.prepared for tensor in block), *self.spread]
 
     def rows(self, index: Tensor | slice) -> "Condition":
         """The samples `index` of the batch (repeats allowed)."""
         prepared = tuple(tuple(tensor[index] for tensor in block) for block in self.prepared)
-        return Condition(self.text[index], self.low[index], prepared)
+        return Condition(self.text[index], self.low[index], prepared, tuple(tensor[index] for tensor in self.spread))
 
 
 class SuperRes(nn.Module):
@@ -154,18 +155,19 @@ class SuperRes(nn.Module):
         return Condition(self._read(text_states_BTE), condition.low)
 
     def precompute(self, condition: Condition) -> Condition:
-        """The same condition with every block's keys and values, for sampling many steps from it."""
+        """The same condition with every block's keys and values and the skip, for sampling many steps from it."""
         context_BSD = _join(condition)
         blocks = [cast(Block, layer) for layer in self.layers]
-        return condition._replace(prepared=tuple(block.prepare(context_BSD) for block in blocks))
+        prepared = tuple(block.prepare(context_BSD) for block in blocks)
+        return condition._replace(prepared=prepared, spread=self._spread(condition))
 
     def features(self, ids_BHW: Tensor, condition: Condition) -> Tensor:
         """What the head reads, (B, H, W, D). Raises ValueError if the grid does not fit the condition's."""
         self._check_grid(ids_BHW, condition)
         context = () if condition.prepared else (_join(condition),)
         embedded = self.embed(ids_BHW) + self.positions(ids_BHW, coarse=False)
-        if self.low_skip is not None:
-            embedded = embedded + self.low_skip(condition.low)
+        for spread in condition.spread or self._spread(condition):
+            embedded = embedded + spread
         x_BHWD = run_blocks(self.layers, embedded, context, condition.prepared, recompute=self.gradient_checkpointing)
         out: Tensor = self.norm(x_BHWD)
         return out
@@ -193,6 +195,9 @@ class SuperRes(nn.Module):
     def _read(self, text_states_BTE: Tensor) -> Tensor:
         text_BTD: Tensor = self.text_norm(self.text_proj(text_states_BTE.to(self.text_proj.weight.dtype)))
         return text_BTD
+
+    def _spread(self, condition: Condition) -> tuple[Tensor, ...]:
+        return () if self.low_skip is None else (self.low_skip(condition.low),)
 
     def _check_grid(self, ids_BHW: Tensor, condition: Condition) -> None:
         _check_side("high-res", ids_BHW, self.config.high_grid)

@@ -10,11 +10,14 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Annotated, Any, TypeVar
 
+import numpy as np
 from fastapi import FastAPI, Header, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from numpy.typing import NDArray
 from pydantic import ValidationError
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
@@ -41,6 +44,7 @@ PATHS = frozenset({GENERATIONS, EDITS, MODELS, "/health", "/ready", "/metrics"})
 MOST_BYTES = 32 * 2**20  # of a request's body
 KEPT = 256  # pictures that can be fetched by their URL
 READY_SECONDS = 5.0
+AGAIN_SECONDS = 0.2
 
 T = TypeVar("T", bound=ImagesRequest)
 Authorization = Annotated[str | None, Header()]
@@ -80,6 +84,40 @@ def _wrong(errors: Sequence[Any]) -> Refused:
     fields = [".".join(str(part) for part in error["loc"] if part != "body") for error in errors]
     said = "; ".join(f"{field}: {error['msg']}" for field, error in zip(fields, errors, strict=True))
     return Refused(400, said, param=fields[0] or None)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What goes wrong with the drawing as what a client is told of it."""
+    try:
+        yield
+    except UserError as error:
+        raise Refused(400, str(getattr(error, "cause", error))) from error
+    except TimeoutError as error:
+        raise Refused(504, "the pictures were not done in time: ask for fewer, or later", "server_error") from error
+
+
+def _facts(wanted: DrawRequest) -> dict[str, Any]:
+    return {"seed": wanted.seed, "prompt": wanted.prompt, "negative_prompt": wanted.negative}
+
+
+def _read_form(form: FormData, kind: type[T]) -> T:
+    """The fields of a form that are no files."""
+    given = {name: value for name, value in form.items() if not name.startswith(("image", "mask"))}
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise _wrong(error.errors()) from None
+
+
+async def _upload(form: FormData, name: str) -> Any:
+    """The one picture of a form's field."""
+    given = [*form.getlist(name), *form.getlist(f"{name}[]")]
+    if not given:
+        return None
+    if len(given) > 1 or not isinstance(given[0], UploadFile):
+        raise Refused(400, f"{name}: send one file", param=name)
+    return read_upload(await given[0].read(), name)
 
 
 @serve.deployment(
@@ -146,7 +184,7 @@ class Api:
 
     @app.post(EDITS)
     async def edit(self, request: Request, authorization: Authorization = None) -> Response:
-        """Pictures from a prompt and a picture: a form with `image`, if wanted `mask`, and the fields of EditRequest."""
+        """Pictures from a prompt and a picture: a form of `image`, `mask` if there is one, and EditRequest's fields."""
         self._authorise(authorization)
         async with request.form() as form:
             body = _read_form(form, EditRequest)
@@ -206,21 +244,38 @@ class Api:
     async def _draw(self, wanted: Sequence[DrawRequest]) -> list[Drawing]:
         loop = asyncio.get_running_loop()
         began = loop.time()
-        with _told(), _cancelled_with([self.generator.draw.remote(one) for one in wanted]) as responses:
+        with _told():
             async with asyncio.timeout(self.deadline):
-                drawn = list(await asyncio.gather(*responses))
+                tasks = [asyncio.ensure_future(self._drawn(one)) for one in wanted]
+                try:
+                    drawn = await asyncio.gather(*tasks)
+                finally:
+                    for task in tasks:
+                        task.cancel()  # those that are done do not mind
         self.took += 0.2 * (loop.time() - began - self.took)
         metrics().pictures.inc(len(drawn))
         return drawn
 
+    async def _drawn(self, wanted: DrawRequest) -> Drawing:
+        """One picture; asked for again where its replica died."""
+        while True:
+            response = self.generator.draw.remote(wanted)
+            try:
+                drawing: Drawing = await response
+                return drawing
+            except RayActorError:
+                await asyncio.sleep(AGAIN_SECONDS)
+            except BaseException:
+                response.cancel()  # nobody waits for it any more
+                raise
+
     async def _stream(self, wanted: DrawRequest, partials: int, kind: str) -> AsyncIterator[bytes]:
         """Server-sent events: partial pictures, then the whole one, or what went wrong."""
         try:
-            asked = self.generator.options(stream=True).draw_stream
-            with self._admitted(1), _told(), _cancelled_with([asked.remote(wanted, partials)]) as (stream,):
+            with self._admitted(1), _told():
                 async with asyncio.timeout(self.deadline):
                     number = 0
-                    async for drawn in stream:
+                    async for drawn in self._drawn_in_steps(wanted, partials):
                         if isinstance(drawn, Drawing):
                             yield event(f"{kind}.completed", drawn.pixels, _facts(wanted), seed=wanted.seed)
                         else:
@@ -229,6 +284,25 @@ class Api:
             metrics().pictures.inc()
         except Refused as refused:
             yield b"event: error\ndata: " + JSONResponse(refused.body).body + b"\n\n"
+
+    async def _drawn_in_steps(self, wanted: DrawRequest, partials: int) -> AsyncIterator[NDArray[np.uint8] | Drawing]:
+        """Partial pictures and the whole one; where the replica dies another one goes on."""
+        shown = 0
+        while True:
+            stream = self.generator.options(stream=True).draw_stream.remote(wanted, partials)
+            number = 0
+            try:
+                async for drawn in stream:
+                    if number >= shown:
+                        yield drawn
+                        shown += 1
+                    number += 1
+                return
+            except RayActorError:
+                await asyncio.sleep(AGAIN_SECONDS)
+            except BaseException:
+                stream.cancel()
+                raise
 
     @contextlib.contextmanager
     def _admitted(self, pictures: int) -> Iterator[None]:
@@ -281,48 +355,3 @@ class Api:
         while len(self.files) > KEPT:
             self.files.popitem(last=False)
         return name
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """What goes wrong with the drawing as what a client is told of it."""
-    try:
-        yield
-    except UserError as error:
-        raise Refused(400, str(getattr(error, "cause", error))) from error
-    except TimeoutError as error:
-        raise Refused(504, "the pictures were not done in time: ask for fewer, or later", "server_error") from error
-
-
-@contextlib.contextmanager
-def _cancelled_with(responses: list[Any]) -> Iterator[list[Any]]:
-    """What was asked of the generator; where the asker fails or goes away, it is told that nobody waits any more."""
-    try:
-        yield responses
-    except BaseException:
-        for response in responses:
-            response.cancel()
-        raise
-
-
-def _facts(wanted: DrawRequest) -> dict[str, Any]:
-    return {"seed": wanted.seed, "prompt": wanted.prompt, "negative_prompt": wanted.negative}
-
-
-def _read_form(form: FormData, kind: type[T]) -> T:
-    """The fields of a form that are no files."""
-    given = {name: value for name, value in form.items() if not name.startswith(("image", "mask"))}
-    try:
-        return kind.model_validate(given)
-    except ValidationError as error:
-        raise _wrong(error.errors()) from None
-
-
-async def _upload(form: FormData, name: str) -> Any:
-    """The one picture of a form's field."""
-    given = [*form.getlist(name), *form.getlist(f"{name}[]")]
-    if not given:
-        return None
-    if len(given) > 1 or not isinstance(given[0], UploadFile):
-        raise Refused(400, f"{name}: send one file", param=name)
-    return read_upload(await given[0].read(), name)

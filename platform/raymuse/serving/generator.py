@@ -106,7 +106,7 @@ class Generator:
         return await self._draw([Ticket(request.of(self.pipeline)) for request in requests])
 
     async def draw_stream(self, request: DrawRequest, partials: int) -> AsyncIterator[NDArray[np.uint8] | Drawing]:
-        """The picture as it is after so many of its steps, evenly spread, grey where nothing is known; then the whole."""
+        """The picture after so many of its steps, evenly spread, grey where nothing is known; then the whole one."""
         asked, loop, shown = request.of(self.pipeline), asyncio.get_running_loop(), asyncio.Queue[Ids | None]()
         steps, gone = len(asked.base.course.remaining), 0
         wanted = {round((number + 1) * steps / (partials + 1)) for number in range(partials)}

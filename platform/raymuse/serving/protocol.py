@@ -21,7 +21,7 @@ MOST_PICTURES = 16
 MOST_PIXELS = 4096 * 4096  # of a picture to edit
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818 - a verdict on the request, not a failure
     """A request that is answered with an error, in OpenAI's form.
 
     Args:
@@ -106,10 +106,9 @@ def read_upload(content: bytes, name: str) -> Image.Image:
             raise Refused(
                 400, f"{name}: {picture.width} x {picture.height} pixels are more than 4096 x 4096", param=name
             )
-        picture = ImageOps.exif_transpose(picture)
+        return ImageOps.exif_transpose(picture)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise Refused(400, f"{name} cannot be read as a picture: {error}", param=name) from error
-    return picture
 
 
 def area_of(picture: Image.Image, mask: Image.Image | None) -> NDArray[np.bool_] | None:

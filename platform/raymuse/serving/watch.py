@@ -1,19 +1,17 @@
-"""What the API tells of itself: a request's id, a line a request, and Prometheus metrics."""
+"""What the API tells of itself: a line a request, and Prometheus metrics."""
 
 import functools
 import json
-import re
-import secrets
 import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from ray.serve.context import _get_serve_request_context
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raymuse.serving.protocol import Refused
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 
 class Metrics:
@@ -30,13 +28,14 @@ class Metrics:
 
     def text(self) -> bytes:
         """In Prometheus' text form."""
-        return generate_latest(self.registry)
+        return bytes(generate_latest(self.registry))
 
 
 class Watched:
-    """Gives every request an id, bounds its body, counts it and prints a line of it: never its key, nor its prompt.
+    """Bounds every request's body, counts it and prints a line of it: never its key, nor its prompt.
 
-    The id is the client's own `X-Request-Id` where it sends one; the answer repeats it.
+    The line has the id that Serve gives a request, the client's own `X-Request-Id` where it sends one, and that the
+    answer repeats.
 
     Args:
         paths: those that are counted each; the others are counted together.
@@ -50,9 +49,6 @@ class Watched:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        given = headers.get(b"x-request-id", b"")
-        name = given if _ID.fullmatch(given) else b"req_" + secrets.token_hex(12).encode()
         path = scope["path"] if scope["path"] in self.paths else "other"
         began, status = time.perf_counter(), 499  # as nginx says: the client went away
 
@@ -60,19 +56,23 @@ class Watched:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", name)]
             await send(message)
 
         try:
             answer: ASGIApp = self.app
-            if (refused := self._too_long(headers)) is not None:
+            if (refused := self._too_long(dict(scope["headers"]))) is not None:
                 answer = JSONResponse(refused.body, refused.status)
             await answer(scope, receive, sending)
         finally:
             seconds = time.perf_counter() - began
             self.metrics.requests.labels(path, status).inc()
             self.metrics.seconds.labels(path).observe(seconds)
-            line = {"request_id": name.decode(), "method": scope["method"], "path": path, "status": status}
+            line = {
+                "request_id": _get_serve_request_context().request_id,
+                "method": scope["method"],
+                "path": path,
+                "status": status,
+            }
             print(json.dumps({**line, "seconds": round(seconds, 4)}), flush=True)
 
     def _too_long(self, headers: dict[bytes, bytes]) -> Refused | None:

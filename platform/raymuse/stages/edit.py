@@ -70,13 +70,16 @@ def repeat(config: RepeatConfig) -> str:
         )
     if facts["model"] != (given := model_sha256(config.model, config.adapters)[:16]):
         raise UserError(f"{png} was drawn by another model: {facts['model']}, and {config.model} is {given}.")
+    if facts.get("task"):
+        raise UserError(f"{png} was drawn from another picture ({facts['task']}), which it does not hold.")
     output.write_bytes(png_bytes(_drawn(config, facts), facts))
     return str(output)
 
 
 def _drawn(config: RepeatConfig, facts: dict[str, Any]) -> NDArray[np.uint8]:
-    """The picture of the size that the file says: of a cascade that, or its base's."""
+    """The picture of the size that the file says, or the base's own."""
     pipeline = Pipeline.load(config.model, batch_size=facts["batch_size"], lora=config.adapters)
+    scale = pipeline.settings.size // pipeline.settings.base_size if facts.get("base") else 1
     (picture,) = pipeline(
         [facts["prompt"]],
         seeds=[facts["seed"]],
@@ -84,9 +87,9 @@ def _drawn(config: RepeatConfig, facts: dict[str, Any]) -> NDArray[np.uint8]:
         steps=facts["steps"],
         guidance=facts["guidance"],
         temperature=facts["temperature"],
+        size=(facts["width"] * scale, facts["height"] * scale),
     ).pictures
-    base = picture.base_pixels
-    return base if base.shape[:2] == (facts["height"], facts["width"]) else picture.pixels
+    return picture.base_pixels if facts.get("base") else picture.pixels
 
 
 def _places(output: Path, samples: int) -> list[Path]:

@@ -17,25 +17,30 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import ray
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
-from raymuse.config.errors import TooManyRejects
+from raymuse.config.edit import STRENGTH
+from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.generate import GenerateConfig
+from raymuse.drawing.inputs import read_mask
 from raymuse.drawing.model_folder import model_sha256
+from raymuse.encoding.pictures import decode
 from raymuse.pipeline import Pipeline, image_seed
-from raymuse.serving.generator import Drawing, DrawRequest, batches_at_a_time, deployed
+from raymuse.serving.generator import Drawing, DrawRequest, Editing, batches_at_a_time, deployed
 from raymuse.serving.instance import join_serve
+from raymuse.storage.batch_check import PLAN
 from raymuse.storage.contact_sheet import Entry, sheet_html, sheet_png
 from raymuse.storage.folder import Folder
 from raymuse.storage.generated import ROWS_SCHEMA, Generated, PictureRow, read_part, rows_table
 from raymuse.storage.manifest import FileRecord, Manifest, PartRecord
 from raymuse.storage.pictures import png_bytes
-from raymuse.storage.prompts import Prompt, read_prompts
-from raymuse.storage.rejects import Reason, Reject, to_table
+from raymuse.storage.prompts import Prompt, read_beside, read_prompts
+from raymuse.storage.rejects import Reason, Reject, Unreadable, to_table
 from raymuse.storage.tokens import parquet_bytes
 from raymuse.storage.webdataset_writer import write_tar
 from raymuse.tracking.run import Run
@@ -84,6 +89,7 @@ def generate(config: GenerateConfig, run: Run) -> str:
     facts = {"model_sha256": model_sha256(config.model, config.adapters), "prompts": asked.sha256}
     manifest = Manifest.open(config.output, {**config.identity(), **facts})
     if not manifest.finished:
+        manifest.folder.write(PLAN, json.dumps({"pictures": asked.pictures}).encode())
         run.params({**config.model_dump(mode="json"), **facts})
         sampling = Pipeline.load(config.model, lora=config.adapters).settings.base
         rest: dict[str, Any] = {
@@ -108,7 +114,7 @@ class Survey:
     """What a file of prompts asks for.
 
     Attributes:
-        pictures: how many, of all prompts.
+        pictures: how many, of all prompts; of a shard its own.
         sha256: of the prompts.
     """
 
@@ -118,24 +124,28 @@ class Survey:
 
 def survey(config: GenerateConfig) -> Survey:
     """Read the prompts through once, holding one of them at a time."""
-    pictures, digest = 0, hashlib.sha256()
+    total, digest = 0, hashlib.sha256()
     for prompt in read_prompts(config.prompts):
-        digest.update(("\n" if pictures else "").encode() + repr(prompt).encode())
-        pictures += prompt.asked.samples or config.samples
+        digest.update(("\n" if total else "").encode() + repr(prompt).encode())
+        total += prompt.asked.samples or config.samples
+    (shard, shards), size = config.split, config.pictures_per_part
+    pictures = sum(min(size, total - first) for first in range(shard * size, total, shards * size))
     return Survey(pictures, digest.hexdigest())
 
 
 def plan_parts(prompts: Iterable[Prompt], config: GenerateConfig) -> Iterator[tuple[str, list[Wanted]]]:
-    """Which picture is in which part: a function of prompts and config alone."""
+    """Which picture is in which part, of this shard: a function of prompts and config alone."""
     wanted = (
         Wanted(prompt, sample, _seed(prompt, sample, config))
         for prompt in prompts
         for sample in range(prompt.asked.samples or config.samples)
     )
+    shard, shards = config.split
     for number in itertools.count():
         if not (part := list(itertools.islice(wanted, config.pictures_per_part))):
             return
-        yield f"part-{number:06d}", part
+        if number % shards == shard:
+            yield f"part-{number:06d}", part
 
 
 def _seed(prompt: Prompt, sample: int, config: GenerateConfig) -> int:
@@ -202,11 +212,37 @@ def _begin(
     pool: ThreadPoolExecutor, handle: DeploymentHandle, part: str, wanted: list[Wanted], config: GenerateConfig
 ) -> _Begun:
     """Have a part's pictures drawn, in batches."""
-    good = [one for one in wanted if one.prompt.fault is None]
-    requests = [DrawRequest(one.prompt.prompt, one.seed, **_asked(one.prompt, config)) for one in good]
+    good, requests, rejects = [], [], []
+    for one in wanted:
+        try:
+            requests.append(_request(one, config))
+            good.append(one)
+        except Unreadable as fault:
+            rejects.append(Reject(config.prompts, one.key, fault.reason, fault.detail))
+        except UserError as error:
+            rejects.append(Reject(config.prompts, one.key, Reason.BAD_PARAMETER, str(error)))
     batches = [requests[start : start + config.batch_size] for start in range(0, len(good), config.batch_size)]
-    rejects = [Reject(config.prompts, one.key, *one.prompt.fault) for one in wanted if one.prompt.fault is not None]
     return _Begun(part, good, rejects, [pool.submit(_draw, handle, batch) for batch in batches])
+
+
+def _request(one: Wanted, config: GenerateConfig) -> DrawRequest:
+    """What the generator is asked for.
+
+    Raises:
+        Unreadable, UserError: for a row that cannot be drawn.
+    """
+    if one.prompt.fault is not None:
+        raise Unreadable(*one.prompt.fault)
+    asked, editing = one.prompt.asked, None
+    if asked.image is not None and asked.what is not None:
+        strength = STRENGTH if asked.strength is None else asked.strength
+        picture, mask = (
+            None if name is None else decode(read_beside(config.prompts, name)) for name in (asked.image, asked.mask)
+        )
+        area = None if mask is None else read_mask(mask)
+        editing = Editing(asked.what, np.asarray(picture), area, strength)
+    size = asked.pixels or config.size
+    return DrawRequest(one.prompt.prompt, one.seed, **_asked(one.prompt, config), size=size, editing=editing)
 
 
 def _asked(prompt: Prompt, config: GenerateConfig) -> dict[str, Any]:
@@ -221,7 +257,8 @@ def _finish(begun: _Begun, config: GenerateConfig, address: str, facts: dict[str
     rows, drawings, rejects = [], [], list(begun.rejects)
     for one, answer in zip(begun.wanted, answers, strict=True):
         if isinstance(answer, Exception):
-            rejects.append(Reject(config.prompts, one.key, Reason.GENERATION_FAILED, str(answer)[:500]))
+            said = str(getattr(answer, "cause", answer))[:500]
+            rejects.append(Reject(config.prompts, one.key, Reason.GENERATION_FAILED, said))
             continue
         rows.append(_row(one, answer, config, begun.part, facts))
         drawings.append(answer)
@@ -257,6 +294,7 @@ def _row(one: Wanted, drawing: Drawing, config: GenerateConfig, part: str, facts
         width=width,
         height=height,
         part=part,
+        task=one.prompt.asked.what or "",
         **{**facts, **{name: value for name, value in _asked(one.prompt, config).items() if value is not None}},
     )
 
@@ -273,7 +311,7 @@ def _write_part(
         members.append((f"{row.key}.png", png_bytes(drawing.pixels, facts)))
         if keep_base and drawing.base_pixels.shape != drawing.pixels.shape:
             height, width = drawing.base_pixels.shape[:2]
-            own = {**facts, "width": width, "height": height}
+            own = {**facts, "width": width, "height": height, "base": True}
             members.append((f"{row.key}.base.png", png_bytes(drawing.base_pixels, own)))
         members.append((f"{row.key}.json", json.dumps(facts, sort_keys=True).encode()))
     (folder / "parts").create()

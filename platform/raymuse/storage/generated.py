@@ -34,6 +34,7 @@ ROWS_SCHEMA = pa.schema(
         ("batch_size", pa.int32()),
         ("model", pa.string()),
         ("part", pa.string()),
+        ("task", pa.string()),
     ]
 )
 
@@ -57,6 +58,7 @@ class PictureRow:
     batch_size: int
     model: str
     part: str
+    task: str = ""
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
-from raymuse.config.base import Config
+from raymuse.config.base import Config, address_within
+from raymuse.config.edit import Task
 from raymuse.config.errors import UserError
 from raymuse.config.explain import sentences
 from raymuse.storage.folder import Folder
@@ -30,6 +31,34 @@ class Asked(Config):
     steps: int | None = Field(None, ge=1)
     guidance: float | None = Field(None, ge=0)
     temperature: float | None = Field(None, ge=0)
+    size: str | None = Field(None, pattern=r"^\d{1,4}x\d{1,4}$", description="WIDTHxHEIGHT, in whole cells")
+    task: Task | None = Field(
+        None, description="with an image; none: inpaint where there is a mask, else image-to-image"
+    )
+    image: str | None = Field(None, description="picture to start from; relative to the prompts' own place")
+    mask: str | None = Field(None, description="inpaint: a picture as large, white where to draw")
+    strength: float | None = Field(None, ge=0, le=1, description="image-to-image")
+
+    @model_validator(mode="after")
+    def _edits_start_from_an_image(self) -> "Asked":
+        if self.image is None and (self.task, self.mask, self.strength) != (None, None, None):
+            raise ValueError("task, mask and strength need an image")
+        return self
+
+    @property
+    def pixels(self) -> tuple[int, int] | None:
+        """Width and height."""
+        if self.size is None:
+            return None
+        width, height = self.size.split("x")
+        return int(width), int(height)
+
+    @property
+    def what(self) -> Task | None:
+        """The task; None: from the prompt alone."""
+        if self.image is None:
+            return None
+        return self.task or ("image-to-image" if self.mask is None else "inpaint")
 
 
 @dataclass(frozen=True)
@@ -49,7 +78,7 @@ class Prompt:
 
 
 def read_prompts(address: str) -> Iterator[Prompt]:
-    """Prompts, read as they are asked for: of a .txt file one a line, of a .jsonl, .csv or .parquet the column `prompt`.
+    """Prompts, read as they are asked for: a .txt file has one a line, .jsonl, .csv and .parquet a column `prompt`.
 
     A folder is a Hugging Face data set as `save_to_disk` writes it. Columns of `Asked` say how a row is drawn, `key`
     names it, and others are ignored. A row with a wrong value stays in its place, with its fault.
@@ -78,8 +107,28 @@ def _prompt(index: int, row: dict[str, Any]) -> Prompt:
     return Prompt(index, prompt, key, asked, fault)
 
 
+def read_beside(prompts: str, name: str) -> bytes:
+    """A file that a row names: an address, or relative to the place of the prompts.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    address = address_within(_split(prompts)[0], name)
+    folder, file = _split(address)
+    try:
+        return Folder(folder).read(file)
+    except OSError as error:
+        raise UserError(f"{address} cannot be read: {error}") from error
+
+
+def _split(address: str) -> tuple[str, str]:
+    """Folder and name."""
+    folder, slash, name = address.rpartition("/")
+    return (folder or "/" if slash else "."), name
+
+
 def _rows(address: str) -> Iterator[dict[str, Any]]:
-    folder, _, name = address.rpartition("/") if "/" in address else (".", "", address)
+    folder, name = _split(address)
     if Folder(address).exists("state.json"):
         yield from _saved(address)
         return

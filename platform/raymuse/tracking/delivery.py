@@ -7,11 +7,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from raymuse.tracking.registry import ADDRESS_TAG, mlmodel
 from raymuse.tracking.spool import Identity, Record, Segment
 
 KEY_TAG = "raymuse.key"
 RECORD_TAG = "raymuse.record"
-ADDRESS_TAG = "raymuse.address"
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # what MLflow lists the experiment as
 BATCH = 100  # params or tags a call: MLflow's limit
 METRICS = 1000  # metrics a call: MLflow's limit
@@ -239,12 +239,15 @@ class Delivery:
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         if not files:
             raise UnacceptableError(f"there is no model in {folder}")
+        place = f"model/{record['id'][:8]}"
         whole = sum(path.stat().st_size for path in files) <= UPLOAD_BYTES
         for path in files:
             if whole or path.stat().st_size <= SMALL_BYTES:  # of a large model, the configs and the card
                 inner = path.relative_to(folder).parent.as_posix()
-                self.client.log_artifact(run_id, str(path), f"model/{record['id'][:8]}/{inner}".removesuffix("/."))
-        return f"runs:/{run_id}/model/{record['id'][:8]}"
+                self.client.log_artifact(run_id, str(path), f"{place}/{inner}".removesuffix("/."))
+        if whole:
+            self.client.log_text(run_id, mlmodel(str(run_id), place), f"{place}/MLmodel")
+        return f"runs:/{run_id}/{place}"
 
 
 def _judge(error: Exception, refusals: tuple[int, ...]) -> Exception:

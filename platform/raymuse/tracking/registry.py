@@ -1,0 +1,115 @@
+"""Models of an MLflow registry: as folders to draw with, and as what MLflow itself can load and serve."""
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from raymuse.config.errors import UserError
+
+PREFIX = "models:/"
+ADDRESS_TAG = "raymuse.address"
+LOADER = "raymuse.serving.pyfunc"
+_NAME = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+|latest))")
+
+
+def is_registered(address: str) -> bool:
+    """Whether an address names a model of a registry."""
+    return address.startswith(PREFIX)
+
+
+def registered_folder(address: str, uri: str | None, cache: Path | None = None) -> str:
+    """The model folder of `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `models:/NAME/latest`.
+
+    What the registry holds is fetched once, to this machine's cache. Of a model that was too large to be uploaded it
+    holds where the model lies.
+
+    Args:
+        uri: the MLflow server; None: there is none.
+        cache: where fetched models are kept.
+
+    Raises:
+        UserError: for no such server, model, alias or version, and one whose files are nowhere to be found.
+    """
+    if (named := _NAME.fullmatch(address)) is None:
+        raise UserError(f"{address}: write models:/NAME@ALIAS, models:/NAME/VERSION or models:/NAME/latest")
+    if uri is None:
+        raise UserError(f"{address} is in an MLflow registry: say where with --mlflow URI, or MLFLOW_TRACKING_URI")
+    version = _version(uri, **named.groupdict())
+    kept = (cache or default_cache()) / f"{version.name}-{version.version}-{version.creation_timestamp}"
+    if not kept.exists():
+        _fetch(uri, str(version.source), kept)
+    if _is_whole(kept):
+        return str(kept)
+    where = str(version.tags.get(ADDRESS_TAG, ""))
+    if not _is_whole(Path(where)):
+        raise UserError(
+            f"{address} was registered without its weights, as version {version.version}, and {where or 'its folder'} "
+            "is not on this machine: give the model folder itself"
+        )
+    return where
+
+
+def default_cache() -> Path:
+    """A folder of this user, after the XDG convention."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "raymuse" / "models"
+
+
+def mlmodel(run_id: str, path: str) -> str:
+    """The `MLmodel` file of a model folder that is an artifact `path` of a run.
+
+    It says that our own code loads it (no pickle), and what goes in and comes out.
+    """
+    import mlflow.pyfunc
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema
+
+    optional = (("negative", DataType.string), ("seed", DataType.long), ("steps", DataType.long))
+    asked = [ColSpec(kind, name, required=False) for name, kind in (*optional, ("guidance", DataType.double))]
+    told = [ColSpec(DataType.string, "image"), ColSpec(DataType.long, "seed")]
+    signature = ModelSignature(Schema([ColSpec(DataType.string, "prompt"), *asked]), Schema(told))
+    model = Model(artifact_path=path, run_id=run_id, signature=signature)
+    mlflow.pyfunc.add_to_model(model, loader_module=LOADER)
+    return str(model.to_yaml())
+
+
+def _version(uri: str, name: str, alias: str | None, version: str | None) -> Any:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    try:
+        if alias is not None:
+            return client.get_model_version_by_alias(name, alias)
+        if version != "latest":
+            return client.get_model_version(name, version)
+        versions = client.search_model_versions(f"name = '{name}'")
+        if not versions:
+            raise UserError(f"the registry at {uri} has no model {name}")
+        return max(versions, key=lambda one: int(one.version))
+    except MlflowException as error:
+        raise UserError(f"the registry at {uri} does not give {name}: {error.message}") from error
+
+
+def _fetch(uri: str, source: str, place: Path) -> None:
+    """What the registry holds of a version, whole or not at all; nothing of one that lies in an object store."""
+    import mlflow.artifacts
+
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
+        there = Path(scratch, "model")
+        there.mkdir()
+        if source.startswith("runs:/"):
+            there = Path(mlflow.artifacts.download_artifacts(source, dst_path=str(there), tracking_uri=uri))
+        try:
+            there.rename(place)
+        except OSError:  # another process was first
+            if not place.exists():
+                shutil.move(there, place)
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "model_index.json").exists() and any((folder / "transformer").glob("*.safetensors"))

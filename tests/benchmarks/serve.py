@@ -1,0 +1,70 @@
+"""`make bench-serve`: the API with batches beside the API drawing one by one, under 16 clients at once."""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+from generate import PROMPT, SIZES, write_model
+from ray import serve
+from report import compare, write
+
+from raymuse.clusters.local import session
+from raymuse.config.generate import ServeConfig
+from raymuse.serving.deploy import APPLICATION, deploy_api, free_port
+from raymuse.serving.instance import start_http
+
+CLIENTS, REQUESTS, HOST = 16, 64, "127.0.0.1"
+PACKAGES = ("torch", "ray", "fastapi")
+
+
+def main() -> None:
+    root = Path(tempfile.mkdtemp(prefix="bench-"))
+    try:
+        model = write_model(root / "model", **SIZES["demo"])
+        with session(num_cpus=4, dashboard=False):
+            port = free_port(HOST)
+            start_http(HOST, port)
+            row = compare(
+                f"demo's size, {CLIENTS} clients",
+                "one-by-one",
+                rate(model, port, batch_size=16),
+                rate(model, port, batch_size=1),
+                goal=1.5,
+                unit="pictures/s",
+                packages=PACKAGES,
+            )
+        write("serve", [row])
+    finally:
+        shutil.rmtree(root)
+
+
+def rate(model: str, port: int, batch_size: int) -> Callable[[], float]:
+    """Deploys the API with batches of a size, and measures how many pictures a second its clients get."""
+
+    def measure() -> float:
+        deploy_api(ServeConfig(model=model, port=port, batch_size=batch_size, max_queue=256), [])
+        try:
+            with ThreadPoolExecutor(CLIENTS) as pool:
+                list(pool.map(lambda seed: draw(port, seed), range(CLIENTS)))  # warms up
+                began = time.perf_counter()
+                list(pool.map(lambda seed: draw(port, seed), range(REQUESTS)))
+                return REQUESTS / (time.perf_counter() - began)
+        finally:
+            serve.delete(APPLICATION)
+
+    return measure
+
+
+def draw(port: int, seed: int) -> None:
+    answer = httpx.post(
+        f"http://{HOST}:{port}/v1/images/generations", json={"prompt": PROMPT, "seed": seed}, timeout=120
+    )
+    answer.raise_for_status()
+
+
+if __name__ == "__main__":
+    main()
