@@ -26,6 +26,7 @@ COMMANDS = [
     "tokens",
     "export",
     "generate",
+    "batch",
     "edit",
     "serve",
     "verify-weights",

@@ -151,6 +151,7 @@ def test_each_png_says_how_it_was_made(drawn: GenerateConfig) -> None:
             assert facts["prompt"] == row["prompt"]
             width, height = Image.open(io.BytesIO(names[row["key"] + ending])).size
             assert (facts["width"], facts["height"]) == (width, height)
+            assert facts.pop("base", False) == (ending == ".base.png")
             assert {**facts, "width": 64, "height": 64} == json.loads(names[row["key"] + ".json"])
 
 
@@ -275,7 +276,7 @@ def test_rows_draw_other_sizes_and_edit_pictures(drawn: GenerateConfig, model: s
     said = {row["key"][8]: (row["reason"], row["detail"]) for row in rejects}
     for key, reason, words in [
         ("3", "bad_parameter", "nothing.png cannot be read"),
-        ("4", "unsupported_format", ""),
+        ("4", "undecodable", ""),
         ("5", "bad_parameter", "the mask marks nothing"),
         ("6", "generation_failed", "63 x 64 pixels: this model draws in cells of 8"),
         ("7", "bad_parameter", "need an image"),
@@ -483,7 +484,7 @@ def test_ten_times_the_prompts_take_no_more_memory(name: str, drawn: GenerateCon
         pictures, wanted, most = planned(changed(drawn, tmp_path / "none", prompts=str(tmp_path / name)))
         assert pictures == wanted == count * SAMPLES
         held.append(most)
-    assert held[2] < 1.3 * held[1] + 100_000
+    assert held[2] < held[1] + 2_000_000  # of which a store's own read-ahead is one
 
 
 @pytest.mark.soak

@@ -11,11 +11,13 @@ from raymuse.cli.words import config_for, is_data, split
 
 
 class InOrder(TyperGroup):
-    """Typer names groups after all commands; `tokens` belongs to the stage that writes them."""
+    """Typer names groups after all commands; `tokens` and `batch` belong to the stages that write them."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        names = [name for name in super().list_commands(ctx) if name != "tokens"]
-        names.insert(names.index("pretokenize") + 1, "tokens")
+        names = list(super().list_commands(ctx))
+        for name, stage in (("tokens", "pretokenize"), ("batch", "generate")):
+            names.remove(name)
+            names.insert(names.index(stage) + 1, name)
         return names
 
 
@@ -200,7 +202,10 @@ def serve(
     words: Annotated[list[str] | None, _words("MODEL|RECIPE KEY=VALUE")] = None,
     mlflow: Mlflow = None,
 ) -> None:
-    """Serve a model folder, or models:/NAME@ALIAS of MLflow's registry, over HTTP until Ctrl-C."""
+    """Serve a model folder over HTTP until Ctrl-C.
+
+    MODEL may be models:/NAME@ALIAS of MLflow's registry.
+    """
     from raymuse.config.errors import UserError
     from raymuse.config.generate import ServeConfig
     from raymuse.config.load import from_values, load
