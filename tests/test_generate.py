@@ -31,9 +31,10 @@ from raymuse.config.edit import RepeatConfig
 from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.generate import GenerateConfig
 from raymuse.pipeline import Pipeline, image_seed
+from raymuse.serving.engines import actor_engine, ask
 from raymuse.serving.generator import Drawing, DrawRequest
 from raymuse.stages.edit import repeat
-from raymuse.stages.generate import _deploy, _draw, generate, plan_parts, survey
+from raymuse.stages.generate import generate, plan_parts, survey
 from raymuse.storage.batch_check import batch_state, check_batch
 from raymuse.storage.manifest import FileRecord
 from raymuse.storage.pictures import png_facts
@@ -179,13 +180,17 @@ def test_the_contact_sheets_show_the_prompts(drawn: GenerateConfig) -> None:
 # --- the same pictures, whatever happens
 
 
+@pytest.mark.parametrize(
+    ("engine", "title"), [("serve", "ServeReplica:raymuse-generate"), ("actors", "ray::GeneratorActor")]
+)
 def test_a_replica_killed_in_the_middle_other_parts_and_fewer_cores_change_no_picture(
-    drawn: GenerateConfig, tmp_path: Path
+    engine: str, title: str, drawn: GenerateConfig, tmp_path: Path
 ) -> None:
     killed: list[int] = []
-    killer = threading.Thread(target=_kill_after_the_first_part, args=(tmp_path, killed), daemon=True)
+    killer = threading.Thread(target=_kill_after_the_first_part, args=(tmp_path, title, killed), daemon=True)
     killer.start()
-    generate(changed(drawn, tmp_path, pictures_per_part=4, in_flight=1, cpus_per_replica=1), Run.off())
+    how = {"pictures_per_part": 4, "in_flight": 1, "cpus_per_replica": 1}
+    generate(changed(drawn, tmp_path, engine=engine, **how), Run.off())
     killer.join()
     assert len(killed) == 1
     assert len(list((tmp_path / "parts").glob("*.tar"))) == 6
@@ -194,9 +199,9 @@ def test_a_replica_killed_in_the_middle_other_parts_and_fewer_cores_change_no_pi
     assert json.loads((tmp_path / "_SUCCESS").read_text())["rejects"] == 2
 
 
-def _kill_after_the_first_part(folder: Path, killed: list[int]) -> None:
+def _kill_after_the_first_part(folder: Path, title: str, killed: list[int]) -> None:
     wait_until(lambda: list((folder / "_manifest").glob("part-*.json")), 120)
-    for replica in children_named("ServeReplica:raymuse-generate"):
+    for replica in children_named(title):
         replica.kill()
         killed.append(replica.pid)
 
@@ -204,12 +209,10 @@ def _kill_after_the_first_part(folder: Path, killed: list[int]) -> None:
 def test_a_request_that_fails_costs_its_neighbours_nothing(drawn: GenerateConfig) -> None:
     good = [DrawRequest(prompt, seed, "", 2, 1.0, 0.5) for seed, prompt in enumerate(["a red circle", "a blue star"])]
     bad = DrawRequest("a green square", 7, "", 0, 1.0, 0.5)  # no steps leave every id masked
-    handle = _deploy(drawn, "neighbours")
-    try:
-        together = _draw(handle, good)
-        answers = _draw(handle, [good[0], bad, good[1]])
-    finally:
-        serve.delete("neighbours")
+    with actor_engine(drawn, "neighbours") as draw:
+        together = ask(draw, good)
+        answers = ask(draw, [good[0], bad, good[1]])
+    wait_until(lambda: not children_named("ray::GeneratorActor"), 20)
     assert isinstance(answers[1], Exception)
     for answer, expected in zip((answers[0], answers[2]), together, strict=True):
         assert isinstance(answer, Drawing)
@@ -253,16 +256,25 @@ def test_rows_draw_other_sizes_and_edit_pictures(drawn: GenerateConfig, model: s
         {"prompt": "f", "image": "of/picture.png", "mask": "of/empty.png"},
         {"prompt": "g", "size": "63x64"},
         {"prompt": "h", "strength": 0.5},
+        {"prompt": "a Bad, bad; STAR!"},
+        {"prompt": "bad stars"},
     ]
+    (tmp_path / "deny.txt").write_text("# what we do not draw\n\nbad star\n")
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = changed(
-        drawn, tmp_path / "images", prompts=str(tmp_path / "p.jsonl"), samples=1, max_reject_fraction=1, keep_base=True
+        drawn,
+        tmp_path / "images",
+        prompts=str(tmp_path / "p.jsonl"),
+        samples=1,
+        max_reject_fraction=1,
+        deny=str(tmp_path / "deny.txt"),
     )
     generate(config, Run.off())
     assert [(row["prompt"], row["task"], row["width"], row["height"]) for row in rows(config.output)] == [
         ("a", "", 64, 32),
         ("b", "inpaint", 64, 64),
         ("c", "image-to-image", 64, 64),
+        ("bad stars", "", 64, 64),
     ]
     pipeline = Pipeline.load(model, batch_size=config.batch_size)
     alone = [
@@ -280,6 +292,7 @@ def test_rows_draw_other_sizes_and_edit_pictures(drawn: GenerateConfig, model: s
         ("5", "bad_parameter", "the mask marks nothing"),
         ("6", "generation_failed", "63 x 64 pixels: this model draws in cells of 8"),
         ("7", "bad_parameter", "need an image"),
+        ("8", "denied", "'bad star' stands in"),
     ]:
         assert said[key][0] == reason, said
         assert words in said[key][1]

@@ -2,13 +2,17 @@
 
 import base64
 import io
+import re
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import httpx
 import numpy as np
@@ -18,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from ray import serve
 
+import tiny
 from raymuse.config.errors import UserError
 from raymuse.config.generate import GenerateConfig, ServeConfig
 from raymuse.pipeline import Pipeline, image_seed
@@ -33,9 +38,18 @@ PROMPT = "a large green star on a white background"
 
 
 @pytest.fixture(scope="module")
-def address(model: str, http_port: int) -> Iterator[str]:
-    """The API with a key, on loopback."""
-    deploy_api(ServeConfig(model=model, port=http_port, batch_size=4, max_queue=16), [OTHER_KEY, KEY])
+def ink(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A LoRA of the model."""
+    return tiny.write_adapter(tmp_path_factory.mktemp("ink") / "ink", model)
+
+
+@pytest.fixture(scope="module")
+def address(model: str, ink: str, http_port: int) -> Iterator[str]:
+    """The API with keys and a style, on loopback."""
+    config = ServeConfig(
+        model=model, port=http_port, batch_size=4, max_queue=16, styles={"ink": ink, "gone": "/nowhere"}, most_styles=1
+    )
+    deploy_api(config, [OTHER_KEY, KEY])
     yield f"http://127.0.0.1:{http_port}"
     serve.delete(APPLICATION)
 
@@ -66,7 +80,7 @@ def post(address: str, key: str | None = KEY, **body: object) -> httpx.Response:
 def test_the_openai_client_draws(client: openai.OpenAI) -> None:
     (picture,) = draw(client, size="64x64", response_format="b64_json")
     assert picture.shape == (64, 64, 3)
-    assert [one.id for one in client.models.list()] == ["model"]
+    assert [one.id for one in client.models.list()] == ["model", "model:ink", "model:gone"]
 
 
 def test_a_seed_repeats_the_picture_that_the_pipeline_draws(client: openai.OpenAI, model: str) -> None:
@@ -92,6 +106,17 @@ def test_guidance_steps_and_negative_prompt_reach_the_sampler(address: str, mode
     np.testing.assert_array_equal(pixels(data["b64_json"]), alone.pixels[0])
     facts = png_facts(base64.b64decode(data["b64_json"]))
     assert (facts["seed"], facts["prompt"], facts["negative_prompt"]) == (3, PROMPT, "blue")
+
+
+def test_a_style_is_a_model_of_its_own(client: openai.OpenAI, model: str, ink: str) -> None:
+    for scale in (1.0, 0.5):  # of which one is held at a time
+        asked: dict[str, Any] = {"extra_body": {"seed": 11, "lora_scale": scale}}
+        answer = client.images.generate(model="model:ink", prompt=PROMPT, **asked)
+        alone = Pipeline.load(model, batch_size=4, lora={ink: scale})([PROMPT], seeds=[11])
+        np.testing.assert_array_equal(pixels(answer.data[0].b64_json), alone.pixels[0])
+        plain = Pipeline.load(model, batch_size=4)([PROMPT], seeds=[11])
+        np.testing.assert_array_equal(draw(client, extra_body={"seed": 11})[0], plain.pixels[0])
+        assert not np.array_equal(alone.ids, plain.ids)
 
 
 def test_pictures_of_other_sizes(client: openai.OpenAI, model: str) -> None:
@@ -194,7 +219,8 @@ def test_every_key_of_several_fits(address: str) -> None:
 @pytest.mark.parametrize(
     ("body", "code", "said"),
     [
-        ({"model": "dall-e-3"}, 404, "'dall-e-3' is not served here; 'model' is"),
+        ({"model": "dall-e-3"}, 404, "'dall-e-3' is not served here; 'model', 'model:ink', 'model:gone' is"),
+        ({"model": "model:gone"}, 400, "/nowhere"),
         ({"size": "1024x1024"}, 400, "the super-resolution draws at most 64"),
         ({"size": "63x64"}, 400, "63 x 64 pixels: this model draws in cells of 8"),
         ({"sise": "64x64"}, 400, "sise"),
@@ -291,6 +317,36 @@ def test_health_and_documentation_need_no_key(address: str) -> None:
     assert httpx.get(f"{address}/nothing").json()["error"]["message"].startswith("GET /nothing: Not Found")
     assert "raymuse" in httpx.get(f"{address}/docs").text
     assert "/v1/images/generations" in httpx.get(f"{address}/openapi.json").json()["paths"]
+
+
+# --- the page
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium: apt-get install chromium")
+def test_the_page_draws_and_inpaints(address: str, model: str, tmp_path: Path) -> None:
+    asked = {"prompt": PROMPT, "seed": "7", "task": "inpaint", "then": "a small red circle on a black background"}
+    page = f"{address}/?{urlencode(asked)}#{urlencode({'key': KEY})}"
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-sync",
+        "--no-first-run",
+        "--virtual-time-budget=60000",
+    ]
+    shot = f"--screenshot={tmp_path}/page.png"
+    command = ["chromium", *options, f"--user-data-dir={tmp_path}/home", "--window-size=1300,900"]
+    dom = subprocess.run([*command, "--dump-dom", page], capture_output=True, text=True, timeout=120).stdout
+    assert 'data-done="2"' in dom, dom[-2000:]
+    drawn = [pixels(found) for found in re.findall(r'<figure.*?src="data:image/png;base64,([^"]+)"', dom)]
+    pipeline = Pipeline.load(model, batch_size=4)
+    first = pipeline([PROMPT], seeds=[7])
+    area = np.zeros((64, 64), dtype=bool)
+    area[:, :32] = True
+    second = pipeline.edit("inpaint", [asked["then"]], [first.pixels[0]], masks=[area], seeds=[7])
+    np.testing.assert_array_equal(drawn, [second.pixels[0], first.pixels[0]])
+    subprocess.run([*command, shot, page], capture_output=True, timeout=120, check=True)
+    assert len(np.unique(np.asarray(Image.open(tmp_path / "page.png")))) > 50
 
 
 # --- one Serve for all

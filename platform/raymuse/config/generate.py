@@ -1,10 +1,10 @@
 """Prompts to pictures, and the deployed application."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from raymuse.config.base import Address, StageConfig, runtime
+from raymuse.config.base import Address, AddressMark, StageConfig, runtime
 from raymuse.config.drawing import DrawingConfig
 
 
@@ -19,6 +19,9 @@ class GenerateConfig(StageConfig, DrawingConfig):
     guidance: float | None = Field(None, ge=0)
     temperature: float | None = Field(None, ge=0)
     negative: str = ""
+    deny: Annotated[str, AddressMark()] | None = Field(
+        None, description="text file of words and phrases, one a line: prompts with one of them are rejected, not drawn"
+    )
     size: tuple[int, int] | None = Field(None, description="width and height in whole cells")
     keep_base: bool = Field(True, description="also write the base picture beside a cascade's")
     pictures_per_part: int = Field(64, ge=1)
@@ -28,7 +31,10 @@ class GenerateConfig(StageConfig, DrawingConfig):
         description="I/N: every N-th part from the I-th alone, of a job split by hand",
     )
     batch_size: int = Field(16, ge=1, description="one padded batch; part of the numerics, so it is fixed")
-    replicas: int = runtime(1, "Serve replicas", ge=1)
+    engine: Literal["serve", "actors"] = runtime(
+        "serve", "who draws: replicas of the cluster's Serve, or actors of this job alone, which start sooner"
+    )
+    replicas: int = runtime(1, "Serve replicas, or actors", ge=1)
     cpus_per_replica: float = runtime(2, "cores a replica: so many batches at a time, without a GPU", gt=0)
     gpus_per_replica: float = runtime(0.0, "share of a GPU a replica", ge=0)
     in_flight: int = runtime(4, "parts on their way at a time", ge=1)
@@ -54,6 +60,10 @@ class ServeConfig(DrawingConfig):
     stage: Literal["serve"] = "serve"
     host: str = runtime("127.0.0.1", "address to listen on")
     port: int = runtime(8000, "port to listen on; 0: any free one", ge=0, le=65535)
+    styles: dict[str, str] = Field(
+        {}, description="LoRAs by name, for requests to choose: styles.ink=runs/ink/model is the model NAME:ink"
+    )
+    most_styles: int = runtime(4, "styles that a replica holds at a time, each with its own weights", ge=1)
     api_key_file: str | None = runtime(
         None, "file with the API keys, one a line; None: RAYMUSE_API_KEY, or no key on loopback"
     )

@@ -8,6 +8,7 @@ import math
 import secrets
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
@@ -40,7 +41,9 @@ from raymuse.serving.watch import Watched, metrics
 from raymuse.storage.pictures import png_bytes
 
 GENERATIONS, EDITS, MODELS = "/v1/images/generations", "/v1/images/edits", "/v1/models"
-PATHS = frozenset({GENERATIONS, EDITS, MODELS, "/health", "/ready", "/metrics"})
+PLAYGROUND = Path(__file__).with_name("playground.html")
+POLICY = "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
+PATHS = frozenset({"/", GENERATIONS, EDITS, MODELS, "/health", "/ready", "/metrics"})
 MOST_BYTES = 32 * 2**20  # of a request's body
 KEPT = 256  # pictures that can be fetched by their URL
 READY_SECONDS = 5.0
@@ -131,23 +134,35 @@ class Api:
 
     Args:
         model: the name it is served by.
+        styles: names of LoRAs; the model in one of them is `MODEL:STYLE`.
         keys: of which a client must bring one; none: everyone may come.
         most: pictures that may be on their way at a time; more are answered 429.
         deadline: seconds until a request is answered 504.
     """
 
     def __init__(
-        self, generator: DeploymentHandle, model: str, keys: Sequence[str], most: int, deadline: float
+        self,
+        generator: DeploymentHandle,
+        model: str,
+        styles: Sequence[str],
+        keys: Sequence[str],
+        most: int,
+        deadline: float,
     ) -> None:
-        self.generator, self.model, self.most, self.deadline = generator, model, most, deadline
+        self.generator, self.most, self.deadline = generator, most, deadline
+        self.models = {None: None, model: None, **{f"{model}:{style}": style for style in styles}}
         self.keys = [key.encode() for key in keys]
-        self.size: int | None = None
         self.on_their_way = 0
         self.took = 1.0
         """Seconds that the last requests took, on a moving average."""
         self.files: OrderedDict[str, bytes] = OrderedDict()
 
     # --- what is asked
+
+    @app.get("/", include_in_schema=False)
+    async def playground(self) -> Response:
+        """A page to draw on, of this server alone: it loads nothing from elsewhere."""
+        return Response(PLAYGROUND.read_text(), media_type="text/html", headers={"Content-Security-Policy": POLICY})
 
     @app.get("/health")
     async def health(self) -> dict[str, str]:
@@ -169,10 +184,12 @@ class Api:
         return Response(metrics().text(), media_type="text/plain; version=0.0.4")
 
     @app.get(MODELS)
-    async def models(self, authorization: Authorization = None) -> dict[str, Any]:
-        """The model that is served."""
+    async def served(self, authorization: Authorization = None) -> dict[str, Any]:
+        """The model that is served, plain and in its styles."""
         self._authorise(authorization)
-        return {"object": "list", "data": [{"id": self.model, "object": "model", "created": 0, "owned_by": "raymuse"}]}
+        names = [name for name in self.models if name is not None]
+        data = [{"id": name, "object": "model", "created": 0, "owned_by": "raymuse"} for name in names]
+        return {"object": "list", "data": data}
 
     @app.post(GENERATIONS)
     async def generate(
@@ -220,6 +237,8 @@ class Api:
                 body.guidance_scale,
                 size=body.pixels,
                 editing=editing,
+                style=self.models[body.model],
+                style_scale=round(body.lora_scale, 2),
             )
             for own in body.seeds(seed)
         ]
@@ -339,10 +358,10 @@ class Api:
             )
 
     async def _check(self, body: ImagesRequest) -> None:
-        if body.model not in (None, self.model):
+        if body.model not in self.models:
             raise Refused(
                 404,
-                f"model {body.model!r} is not served here; {self.model!r} is",
+                f"model {body.model!r} is not served here; {', '.join(repr(name) for name in self.models if name)} is",
                 param="model",
                 code="model_not_found",
             )

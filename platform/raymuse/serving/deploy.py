@@ -29,7 +29,7 @@ def serve(config: ServeConfig) -> None:
     if not keys and config.host not in ("127.0.0.1", "localhost", "::1"):
         raise UserError(f"listening on {config.host} needs an API key: set api_key_file or RAYMUSE_API_KEY.")
     Pipeline.load(
-        config.model, lora=config.adapters
+        config.model, lora={**config.adapters, **dict.fromkeys(config.styles.values(), 1.0)}
     )  # a broken folder shows here, with its sentence, before anything is deployed
     if not serves_http(config.host, port):
         require_free_port(config.host, port)
@@ -47,7 +47,11 @@ def deploy_api(config: ServeConfig, keys: Sequence[str]) -> None:
     """Run the API and the generator behind it as one Serve application."""
     most, name = most_pictures(config), Path(config.model).resolve().name
     api = Api.options(max_ongoing_requests=2 * most + 64)  # type: ignore[attr-defined] # so that 429 is answered at once
-    ray_serve.run(api.bind(deployed(config), name, keys, most, config.deadline), name=APPLICATION, route_prefix="/")
+    ray_serve.run(
+        api.bind(deployed(config), name, [*config.styles], keys, most, config.deadline),
+        name=APPLICATION,
+        route_prefix="/",
+    )
 
 
 def api_keys(config: ServeConfig) -> list[str]:

@@ -1,6 +1,7 @@
 """The deployed sampler: a request is one picture, or a batch job's many; all that is drawn at a time shares batches."""
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -42,6 +43,8 @@ class DrawRequest:
     temperature: float | None = None
     size: tuple[int, int] | None = None
     editing: Editing | None = None
+    style: str | None = None
+    style_scale: float = 1.0
 
     @property
     def options(self) -> Options:
@@ -79,11 +82,8 @@ class Drawing:
     base_pixels: NDArray[np.uint8]
 
 
-@serve.deployment(logging_config=QUIET)
-class Generator:
+class GeneratorActor:
     """Holds the model. Whatever is asked for shares its batches, by the step: see `drawing/scheduler.py`.
-
-    Whoever stops waiting for pictures stops their drawing.
 
     Args:
         model: model folder.
@@ -91,23 +91,39 @@ class Generator:
         batch_size: rows of a batch.
         drawers: threads that draw, each a batch of its own; the event loop stays free to answer.
         device: "cpu" or "cuda".
+        styles: LoRAs by name, of which requests may name one.
+        most_styles: how many of them, with their scales, are held at a time.
     """
 
-    def __init__(self, model: str, lora: dict[str, float], batch_size: int, drawers: int, device: str) -> None:
+    def __init__(
+        self,
+        model: str,
+        lora: dict[str, float],
+        batch_size: int,
+        drawers: int,
+        device: str,
+        styles: dict[str, str],
+        most_styles: int,
+    ) -> None:
         self.pipeline = Pipeline.load(model, device=device, batch_size=batch_size, lora=lora)
-        self.drawers = [Drawer(self.pipeline) for _ in range(drawers)]
+        self.styles, self.most_styles = styles, most_styles
+        self._plain = Studio(self.pipeline, drawers)
+        self._styled: OrderedDict[tuple[str, float], Studio] = OrderedDict()
+        self._styling = asyncio.Lock()
 
     async def draw(self, request: DrawRequest) -> Drawing:
         """Draw one picture for someone who waits: it is begun before those of batch jobs."""
-        return (await self._draw([Ticket(request.of(self.pipeline), urgent=True)]))[0]
+        studio = await self._studio(request)
+        return (await studio.draw([Ticket(request.of(studio.pipeline), urgent=True)]))[0]
 
     async def draw_batch(self, requests: list[DrawRequest]) -> list[Drawing]:
-        """Draw the pictures of a batch job; `batch_size` of them cost what one does."""
-        return await self._draw([Ticket(request.of(self.pipeline)) for request in requests])
+        """Draw the pictures of a batch job, without styles; `batch_size` of them cost what one does."""
+        return await self._plain.draw([Ticket(request.of(self.pipeline)) for request in requests])
 
     async def draw_stream(self, request: DrawRequest, partials: int) -> AsyncIterator[NDArray[np.uint8] | Drawing]:
         """The picture after so many of its steps, evenly spread, grey where nothing is known; then the whole one."""
-        asked, loop, shown = request.of(self.pipeline), asyncio.get_running_loop(), asyncio.Queue[Ids | None]()
+        studio = await self._studio(request)
+        asked, loop, shown = request.of(studio.pipeline), asyncio.get_running_loop(), asyncio.Queue[Ids | None]()
         steps, gone = len(asked.base.course.remaining), 0
         wanted = {round((number + 1) * steps / (partials + 1)) for number in range(partials)}
 
@@ -117,7 +133,7 @@ class Generator:
             if gone in wanted:
                 loop.call_soon_threadsafe(shown.put_nowait, ids)
 
-        drawing = asyncio.ensure_future(self._draw([Ticket(asked, urgent=True, on_step=on_step)]))
+        drawing = asyncio.ensure_future(studio.draw([Ticket(asked, urgent=True, on_step=on_step)]))
         drawing.add_done_callback(lambda _: shown.put_nowait(None))
         try:
             while (ids := await shown.get()) is not None:
@@ -128,10 +144,47 @@ class Generator:
 
     async def describe(self) -> dict[str, int]:
         """Sides of the pictures, pixels, and how many pictures are asked for and not done."""
-        settings, load = self.pipeline.settings, sum(drawer.load for drawer in self.drawers)
+        settings, load = self.pipeline.settings, sum(studio.load for studio in (self._plain, *self._styled.values()))
         return {"size": settings.size, "base_size": settings.base_size, "load": load}
 
-    async def _draw(self, tickets: list[Ticket]) -> list[Drawing]:
+    async def _studio(self, request: DrawRequest) -> "Studio":
+        """The model in the request's style, which is made where it is asked for, in place of one that nobody uses."""
+        if request.style is None:
+            return self._plain
+        key = (request.style, request.style_scale)
+        async with self._styling:
+            if key not in self._styled:
+                adapters = {self.styles[request.style]: request.style_scale}
+                styled = await asyncio.to_thread(self.pipeline.styled, adapters)
+                self._styled[key] = Studio(styled, len(self._plain.drawers))
+            self._styled.move_to_end(key)
+            idle = [old for old, studio in self._styled.items() if old != key and studio.load == 0]
+            for old in idle[: len(self._styled) - self.most_styles]:
+                self._styled.pop(old).close()
+        return self._styled[key]
+
+
+class Studio:
+    """One set of weights, and the threads that draw with it.
+
+    Attributes:
+        load: pictures that are asked for and not done.
+    """
+
+    def __init__(self, pipeline: Pipeline, drawers: int) -> None:
+        self.pipeline = pipeline
+        self.drawers = [Drawer(pipeline) for _ in range(drawers)]
+
+    @property
+    def load(self) -> int:
+        return sum(drawer.load for drawer in self.drawers)
+
+    def close(self) -> None:
+        for drawer in self.drawers:
+            drawer.close()
+
+    async def draw(self, tickets: list[Ticket]) -> list[Drawing]:
+        """Whoever stops waiting for the pictures stops their drawing."""
         drawer = min(self.drawers, key=lambda drawer: drawer.load)
         try:
             drawn: list[Picture] = await asyncio.gather(
@@ -141,6 +194,9 @@ class Generator:
             for ticket in tickets:
                 ticket.cancelled = True  # those that are done do not mind
         return [Drawing(picture.pixels, picture.base_pixels) for picture in drawn]
+
+
+Generator = serve.deployment(GeneratorActor, name="Generator", logging_config=QUIET)
 
 
 def deployed(config: GenerateConfig | ServeConfig) -> serve.Application:
@@ -157,7 +213,7 @@ def deployed(config: GenerateConfig | ServeConfig) -> serve.Application:
                 "target_ongoing_requests": rows,
             }
         }
-    generator = Generator.options(  # type: ignore[attr-defined]
+    generator = Generator.options(
         # Requests wait at the replica, where they meet to a batch: Serve's router lets them in a few a second.
         max_ongoing_requests=most_pictures(config) + 1,
         health_check_period_s=2,  # a lost replica is noticed in seconds, not half a minute
@@ -165,7 +221,15 @@ def deployed(config: GenerateConfig | ServeConfig) -> serve.Application:
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         **options,
     )
-    return generator.bind(config.model, config.adapters, config.batch_size, drawers, "cuda" if gpus else "cpu")
+    return generator.bind(*placed(config))
+
+
+def placed(config: GenerateConfig | ServeConfig) -> tuple[Any, ...]:
+    """The arguments of a `GeneratorActor`."""
+    cpus, gpus = config.cpus_per_replica, config.gpus_per_replica
+    styles, most = (config.styles, config.most_styles) if isinstance(config, ServeConfig) else ({}, 1)
+    drawers, device = batches_at_a_time(cpus, gpus), "cuda" if gpus else "cpu"
+    return config.model, config.adapters, config.batch_size, drawers, device, styles, most
 
 
 def most_pictures(config: GenerateConfig | ServeConfig) -> int:

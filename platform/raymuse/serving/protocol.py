@@ -68,6 +68,7 @@ class ImagesRequest(BaseModel):
     seed: int | None = Field(None, ge=0, lt=2**63)
     num_inference_steps: int | None = Field(None, ge=1, le=256)
     guidance_scale: float | None = Field(None, ge=0, le=100)
+    lora_scale: float = Field(1.0, ge=0, le=2, description="how much of the style of a model NAME:STYLE")
 
     @property
     def pixels(self) -> tuple[int, int] | None:

@@ -20,9 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import ray
-from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve.handle import DeploymentHandle
+from PIL import Image
 
 from raymuse.config.edit import STRENGTH
 from raymuse.config.errors import TooManyRejects, UserError
@@ -31,21 +29,20 @@ from raymuse.drawing.inputs import read_mask
 from raymuse.drawing.model_folder import model_sha256
 from raymuse.encoding.pictures import decode
 from raymuse.pipeline import Pipeline, image_seed
-from raymuse.serving.generator import Drawing, DrawRequest, Editing, batches_at_a_time, deployed
-from raymuse.serving.instance import join_serve
+from raymuse.serving.engines import Engine, ask, engine
+from raymuse.serving.generator import Drawing, DrawRequest, Editing, batches_at_a_time
 from raymuse.storage.batch_check import PLAN
 from raymuse.storage.contact_sheet import Entry, sheet_html, sheet_png
 from raymuse.storage.folder import Folder
 from raymuse.storage.generated import ROWS_SCHEMA, Generated, PictureRow, read_part, rows_table
 from raymuse.storage.manifest import FileRecord, Manifest, PartRecord
 from raymuse.storage.pictures import png_bytes
-from raymuse.storage.prompts import Prompt, read_beside, read_prompts
+from raymuse.storage.prompts import DenyList, Prompt, read_beside, read_prompts
 from raymuse.storage.rejects import Reason, Reject, Unreadable, to_table
 from raymuse.storage.tokens import parquet_bytes
 from raymuse.storage.webdataset_writer import write_tar
 from raymuse.tracking.run import Run
 
-TRIES = 5
 SHEET_PICTURES = 36
 
 
@@ -87,6 +84,8 @@ def generate(config: GenerateConfig, run: Run) -> str:
     """
     asked = survey(config)
     facts = {"model_sha256": model_sha256(config.model, config.adapters), "prompts": asked.sha256}
+    if config.deny is not None:
+        facts["denied"] = hashlib.sha256(repr(DenyList.read(config.deny)).encode()).hexdigest()
     manifest = Manifest.open(config.output, {**config.identity(), **facts})
     if not manifest.finished:
         manifest.folder.write(PLAN, json.dumps({"pictures": asked.pictures}).encode())
@@ -163,11 +162,10 @@ def _draw_pending(manifest: Manifest, pictures: int, config: GenerateConfig, fac
         return
     plan = plan_parts(read_prompts(config.prompts), config)
     missing = ((part, wanted) for part, wanted in plan if part not in manifest.done)
-    application = f"raymuse-generate-{hashlib.sha256(manifest.folder.address.encode()).hexdigest()[:8]}"
-    handle = _deploy(config, application)
-    began, drawn = time.perf_counter(), 0
-    try:
-        for record in _parts(handle, missing, config, manifest.folder.address, facts):
+    name = f"raymuse-generate-{hashlib.sha256(manifest.folder.address.encode()).hexdigest()[:8]}"
+    with engine(config, name) as draw:
+        began, drawn = time.perf_counter(), 0
+        for record in _Job(draw, config, facts).records(missing):
             manifest.record(record)
             drawn += record.rows
             left -= record.rows + record.rejects
@@ -175,128 +173,109 @@ def _draw_pending(manifest: Manifest, pictures: int, config: GenerateConfig, fac
             run.metrics({"pictures": drawn, "pictures_per_second": rate}, len(manifest.done))
             seconds = left / max(rate, 1e-9)
             print(f"{drawn} pictures  {record.rejects} failed  {rate:.1f} pictures/s  {seconds:.0f} s left", flush=True)
-    finally:
-        serve.delete(application)
 
 
-def _deploy(config: GenerateConfig, name: str) -> DeploymentHandle:
-    """The generator without a route: this job reaches it through its handle, and others keep theirs."""
-    join_serve()
-    return serve.run(deployed(config), name=name, route_prefix=None)
+class _Job:
+    """Parts to their records: asked for in batches, a few parts at a time, and written by tasks.
 
-
-def _parts(
-    handle: DeploymentHandle,
-    missing: Iterator[tuple[str, list[Wanted]]],
-    config: GenerateConfig,
-    address: str,
-    facts: dict[str, Any],
-) -> Iterator[PartRecord]:
-    """Records of the parts, in their order; while one is written the next are drawn, `in_flight` in all."""
-    begun: deque[_Begun] = deque()
-    # Two with the replicas for each that they draw at a time: the next is at hand, and Serve's router never has to make
-    # one wait. Where it has to, it tries again after half a second, and replicas draw batches of a few pictures.
-    pool = ThreadPoolExecutor(2 * config.replicas * batches_at_a_time(config.cpus_per_replica, config.gpus_per_replica))
-    try:
-        for part, wanted in missing:
-            begun.append(_begin(pool, handle, part, wanted, config))
-            if len(begun) == config.in_flight:
-                yield _finish(begun.popleft(), config, address, facts)
-        while begun:
-            yield _finish(begun.popleft(), config, address, facts)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _begin(
-    pool: ThreadPoolExecutor, handle: DeploymentHandle, part: str, wanted: list[Wanted], config: GenerateConfig
-) -> _Begun:
-    """Have a part's pictures drawn, in batches."""
-    good, requests, rejects = [], [], []
-    for one in wanted:
-        try:
-            requests.append(_request(one, config))
-            good.append(one)
-        except Unreadable as fault:
-            rejects.append(Reject(config.prompts, one.key, fault.reason, fault.detail))
-        except UserError as error:
-            rejects.append(Reject(config.prompts, one.key, Reason.BAD_PARAMETER, str(error)))
-    batches = [requests[start : start + config.batch_size] for start in range(0, len(good), config.batch_size)]
-    return _Begun(part, good, rejects, [pool.submit(_draw, handle, batch) for batch in batches])
-
-
-def _request(one: Wanted, config: GenerateConfig) -> DrawRequest:
-    """What the generator is asked for.
-
-    Raises:
-        Unreadable, UserError: for a row that cannot be drawn.
+    Args:
+        facts: what all rows have in common.
     """
-    if one.prompt.fault is not None:
-        raise Unreadable(*one.prompt.fault)
-    asked, editing = one.prompt.asked, None
-    if asked.image is not None and asked.what is not None:
-        strength = STRENGTH if asked.strength is None else asked.strength
-        picture, mask = (
-            None if name is None else decode(read_beside(config.prompts, name)) for name in (asked.image, asked.mask)
-        )
-        area = None if mask is None else read_mask(mask)
-        editing = Editing(asked.what, np.asarray(picture), area, strength)
-    size = asked.pixels or config.size
-    return DrawRequest(one.prompt.prompt, one.seed, **_asked(one.prompt, config), size=size, editing=editing)
 
+    def __init__(self, draw: Engine, config: GenerateConfig, facts: dict[str, Any]) -> None:
+        self.draw, self.config, self.facts = draw, config, facts
+        self.denied = DenyList.read(config.deny)
+        # Two with the replicas for each that they draw at a time: the next is at hand, and Serve's router never has to
+        # make one wait. Where it has to, it tries again after half a second, and replicas draw a few pictures a batch.
+        batches = batches_at_a_time(config.cpus_per_replica, config.gpus_per_replica)
+        self.pool = ThreadPoolExecutor(2 * config.replicas * batches)
 
-def _asked(prompt: Prompt, config: GenerateConfig) -> dict[str, Any]:
-    """What a row's pictures are drawn with: its own word, else the config's."""
-    names = ("negative", "steps", "guidance", "temperature")
-    return {name: getattr(config, name) if (own := getattr(prompt.asked, name)) is None else own for name in names}
-
-
-def _finish(begun: _Begun, config: GenerateConfig, address: str, facts: dict[str, Any]) -> PartRecord:
-    """Wait for a part's pictures and have them written."""
-    answers = [answer for batch in begun.batches for answer in batch.result()]
-    rows, drawings, rejects = [], [], list(begun.rejects)
-    for one, answer in zip(begun.wanted, answers, strict=True):
-        if isinstance(answer, Exception):
-            said = str(getattr(answer, "cause", answer))[:500]
-            rejects.append(Reject(config.prompts, one.key, Reason.GENERATION_FAILED, said))
-            continue
-        rows.append(_row(one, answer, config, begun.part, facts))
-        drawings.append(answer)
-    return _ask(_write_part.remote(address, begun.part, rows, drawings, rejects, config.keep_base))
-
-
-def _draw(handle: DeploymentHandle, requests: list[DrawRequest]) -> Sequence[Drawing | Exception]:
-    """Send one batch, and again where it met a dying replica; one that fails otherwise is sent again one by one."""
-    failure: Exception
-    for attempt in range(TRIES):
+    def records(self, missing: Iterable[tuple[str, list[Wanted]]]) -> Iterator[PartRecord]:
+        """In the order of the parts; while one is written the next are drawn, `in_flight` in all."""
+        begun: deque[_Begun] = deque()
         try:
-            drawings: list[Drawing] = handle.draw_batch.remote(requests).result()
-            return drawings
-        except RayActorError as error:
-            failure = error
-            time.sleep(0.5 * 2**attempt)
-        except Exception as error:
-            if len(requests) == 1:
-                return [error]
-            return [answer for request in requests for answer in _draw(handle, [request])]
-    return [failure] * len(requests)
+            for part, wanted in missing:
+                begun.append(self._begin(part, wanted))
+                if len(begun) == self.config.in_flight:
+                    yield self._finish(begun.popleft())
+            while begun:
+                yield self._finish(begun.popleft())
+        finally:
+            self.pool.shutdown(cancel_futures=True)
 
+    def _begin(self, part: str, wanted: list[Wanted]) -> _Begun:
+        """Have a part's pictures drawn, in batches."""
+        good, requests, rejects = [], [], []
+        for one in wanted:
+            try:
+                requests.append(self._request(one))
+                good.append(one)
+            except Unreadable as fault:
+                rejects.append(Reject(self.config.prompts, one.key, fault.reason, fault.detail))
+            except UserError as error:
+                rejects.append(Reject(self.config.prompts, one.key, Reason.BAD_PARAMETER, str(error)))
+        size = self.config.batch_size
+        batches = [requests[start : start + size] for start in range(0, len(good), size)]
+        return _Begun(part, good, rejects, [self.pool.submit(ask, self.draw, batch) for batch in batches])
 
-def _row(one: Wanted, drawing: Drawing, config: GenerateConfig, part: str, facts: dict[str, Any]) -> PictureRow:
-    height, width = drawing.pixels.shape[:2]
-    return PictureRow(
-        index=one.prompt.index,
-        sample=one.sample,
-        key=one.key,
-        source_key=one.prompt.key,
-        prompt=one.prompt.prompt,
-        seed=one.seed,
-        width=width,
-        height=height,
-        part=part,
-        task=one.prompt.asked.what or "",
-        **{**facts, **{name: value for name, value in _asked(one.prompt, config).items() if value is not None}},
-    )
+    def _request(self, one: Wanted) -> DrawRequest:
+        """What the generator is asked for.
+
+        Raises:
+            Unreadable, UserError: for a row that cannot be drawn.
+        """
+        if one.prompt.fault is not None:
+            raise Unreadable(*one.prompt.fault)
+        if (phrase := self.denied.found(one.prompt.prompt)) is not None:
+            raise Unreadable(Reason.DENIED, f"{phrase!r} stands in {self.config.deny}")
+        asked, editing = one.prompt.asked, None
+        if asked.image is not None and asked.what is not None:
+            strength = STRENGTH if asked.strength is None else asked.strength
+            area = None if asked.mask is None else read_mask(self._picture(asked.mask))
+            editing = Editing(asked.what, np.asarray(self._picture(asked.image)), area, strength)
+        size = asked.pixels or self.config.size
+        return DrawRequest(one.prompt.prompt, one.seed, **self._options(one.prompt), size=size, editing=editing)
+
+    def _picture(self, name: str) -> Image.Image:
+        """A picture that a row names."""
+        return decode(read_beside(self.config.prompts, name))
+
+    def _options(self, prompt: Prompt) -> dict[str, Any]:
+        """What a row's pictures are drawn with: its own word, else the config's."""
+        asked, names = prompt.asked, ("negative", "steps", "guidance", "temperature")
+        return {name: getattr(self.config, name) if (own := getattr(asked, name)) is None else own for name in names}
+
+    def _finish(self, begun: _Begun) -> PartRecord:
+        """Wait for a part's pictures and have them written."""
+        answers = [answer for batch in begun.batches for answer in batch.result()]
+        rows, drawings, rejects = [], [], list(begun.rejects)
+        for one, answer in zip(begun.wanted, answers, strict=True):
+            if isinstance(answer, Exception):
+                said = str(getattr(answer, "cause", answer))[:500]
+                rejects.append(Reject(self.config.prompts, one.key, Reason.GENERATION_FAILED, said))
+                continue
+            rows.append(self._row(one, answer, begun.part))
+            drawings.append(answer)
+        address, keep_base = self.config.output, self.config.keep_base
+        record: PartRecord = ray.get(_write_part.remote(address, begun.part, rows, drawings, rejects, keep_base))
+        return record
+
+    def _row(self, one: Wanted, drawing: Drawing, part: str) -> PictureRow:
+        height, width = drawing.pixels.shape[:2]
+        options = {name: value for name, value in self._options(one.prompt).items() if value is not None}
+        return PictureRow(
+            index=one.prompt.index,
+            sample=one.sample,
+            key=one.key,
+            source_key=one.prompt.key,
+            prompt=one.prompt.prompt,
+            seed=one.seed,
+            width=width,
+            height=height,
+            part=part,
+            task=one.prompt.asked.what or "",
+            **{**self.facts, **options},
+        )
 
 
 @ray.remote(num_cpus=0.5)
@@ -358,8 +337,3 @@ def _write_sheets(manifest: Manifest, run: Run) -> None:
     manifest.folder.write("contact_sheet.png", buffer.getvalue())
     manifest.folder.write("contact_sheet.html", sheet_html(entries, labels, title).encode())
     run.picture("contact_sheet", sheet, 0)
-
-
-def _ask(reference: ray.ObjectRef) -> PartRecord:
-    record: PartRecord = ray.get(reference)
-    return record

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -19,6 +20,7 @@ from raymuse.storage.folder import Folder
 from raymuse.storage.rejects import Reason
 
 KINDS = (".txt", ".jsonl", ".csv", ".parquet")
+_WORDS = re.compile(r"\w+")
 AT_A_TIME = 1024  # rows of a table that are held at once
 
 
@@ -105,6 +107,38 @@ def _prompt(index: int, row: dict[str, Any]) -> Prompt:
     if fault is None and not prompt.strip():
         fault = (Reason.EMPTY_PROMPT, "the prompt is empty")
     return Prompt(index, prompt, key, asked, fault)
+
+
+@dataclass(frozen=True)
+class DenyList:
+    """Phrases that no prompt may have: whole words, whatever their case.
+
+    Attributes:
+        phrases: lower case, in their order.
+    """
+
+    phrases: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, address: str | None) -> "DenyList":
+        """From a text file, a phrase a line; lines that are empty or begin with # are none.
+
+        Raises:
+            UserError: the file is missing or not UTF-8.
+        """
+        if address is None:
+            return cls()
+        folder, name = _split(address)
+        if not Folder(folder).exists(name):
+            raise UserError(f"the deny list {address} does not exist.")
+        with Folder(folder).open(name) as file:
+            lines = [line.strip().lower() for line in _lines(address, file)]
+        return cls(tuple(line for line in lines if line and not line.startswith("#")))
+
+    def found(self, prompt: str) -> str | None:
+        """The first phrase that a prompt has."""
+        said = f" {' '.join(_WORDS.findall(prompt.lower()))} "
+        return next((phrase for phrase in self.phrases if f" {' '.join(_WORDS.findall(phrase))} " in said), None)
 
 
 def read_beside(prompts: str, name: str) -> bytes:

@@ -28,6 +28,7 @@ class Reason(StrEnum):
     SHARD_UNREADABLE = "shard_unreadable"  # nothing of the tar can be read
     EMPTY_PROMPT = "empty_prompt"
     BAD_PARAMETER = "bad_parameter"  # a prompt's row asks for what cannot be, such as 0 steps
+    DENIED = "denied"  # the prompt has a phrase of the job's deny list
     GENERATION_FAILED = "generation_failed"  # the model failed on it; a full queue or a lost replica is tried again
     NOT_FINITE = "not_finite"  # an encoder says infinity or not-a-number of it, or more than float16 can hold
 

@@ -1,0 +1,85 @@
+"""Who draws a batch job's pictures: replicas of the cluster's Serve, or actors of the job's own. The same pictures."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import ray
+from ray import serve
+from ray.exceptions import RayActorError
+
+from raymuse.config.generate import GenerateConfig
+from raymuse.serving.generator import Drawing, DrawRequest, GeneratorActor, deployed, placed
+from raymuse.serving.instance import join_serve
+
+Engine = Callable[[list[DrawRequest]], list[Drawing]]
+"""Draws some pictures together and waits for them; many threads may ask at once."""
+
+TRIES = 5
+
+
+@contextmanager
+def engine(config: GenerateConfig, name: str) -> Iterator[Engine]:
+    """The engine that a config names, for the length of a `with` block.
+
+    Args:
+        name: of the Serve application, which no other job may have.
+    """
+    with (serve_engine if config.engine == "serve" else actor_engine)(config, name) as draw:
+        yield draw
+
+
+@contextmanager
+def serve_engine(config: GenerateConfig, name: str) -> Iterator[Engine]:
+    """The generator as an application without a route: the job reaches it by its handle, and others keep theirs."""
+    join_serve()
+    handle = serve.run(deployed(config), name=name, route_prefix=None)
+    try:
+        yield lambda requests: list(handle.draw_batch.remote(requests).result())
+    finally:
+        serve.delete(name)
+
+
+@contextmanager
+def actor_engine(config: GenerateConfig, name: str) -> Iterator[Engine]:
+    """The generator in actors, each begun again where it dies; a batch goes to the one that has least to do."""
+    actor = ray.remote(GeneratorActor).options(
+        num_cpus=config.cpus_per_replica, num_gpus=config.gpus_per_replica, max_restarts=-1
+    )
+    actors = [actor.remote(*placed(config)) for _ in range(config.replicas)]
+    asked, lock = [0] * len(actors), threading.Lock()
+
+    def draw(requests: list[DrawRequest]) -> list[Drawing]:
+        with lock:
+            number = min(range(len(actors)), key=asked.__getitem__)
+            asked[number] += 1
+        try:
+            return list(ray.get(actors[number].draw_batch.remote(requests)))
+        finally:
+            with lock:
+                asked[number] -= 1
+
+    try:
+        yield draw
+    finally:
+        for one in actors:
+            with contextlib.suppress(RayActorError):
+                ray.kill(one)
+
+
+def ask(draw: Engine, requests: list[DrawRequest]) -> Sequence[Drawing | Exception]:
+    """Have a batch drawn, again where it met a dying replica; one that fails otherwise is asked for one by one."""
+    failure: Exception
+    for attempt in range(TRIES):
+        try:
+            return draw(requests)
+        except RayActorError as error:
+            failure = error
+            time.sleep(0.5 * 2**attempt)
+        except Exception as error:
+            if len(requests) == 1:
+                return [error]
+            return [answer for request in requests for answer in ask(draw, [request])]
+    return [failure] * len(requests)
