@@ -250,7 +250,7 @@ def test_rows_draw_other_sizes_and_edit_pictures(drawn: GenerateConfig, model: s
     lines: list[dict[str, Any]] = [
         {"prompt": "a", "size": "64x32", "seed": 1},
         {"prompt": "b", "image": "of/picture.png", "mask": "of/mask.png", "seed": 2},
-        {"prompt": "c", "image": str(tmp_path / "of/picture.png"), "strength": 0.5, "seed": 3},
+        {"prompt": "c", "image": "of/picture.png", "strength": 0.5, "seed": 3},
         {"prompt": "d", "image": "of/nothing.png"},
         {"prompt": "e", "image": "p.jsonl"},
         {"prompt": "f", "image": "of/picture.png", "mask": "of/empty.png"},
@@ -258,6 +258,8 @@ def test_rows_draw_other_sizes_and_edit_pictures(drawn: GenerateConfig, model: s
         {"prompt": "h", "strength": 0.5},
         {"prompt": "a Bad, bad; STAR!"},
         {"prompt": "bad stars"},
+        {"prompt": "j", "image": str(tmp_path / "of/picture.png")},
+        {"prompt": "k", "image": "of/../../secret.png"},
     ]
     (tmp_path / "deny.txt").write_text("# what we do not draw\n\nbad star\n")
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -268,6 +270,7 @@ def test_rows_draw_other_sizes_and_edit_pictures(drawn: GenerateConfig, model: s
         samples=1,
         max_reject_fraction=1,
         deny=str(tmp_path / "deny.txt"),
+        temperature=0.7,
     )
     generate(config, Run.off())
     assert [(row["prompt"], row["task"], row["width"], row["height"]) for row in rows(config.output)] == [
@@ -278,21 +281,23 @@ def test_rows_draw_other_sizes_and_edit_pictures(drawn: GenerateConfig, model: s
     ]
     pipeline = Pipeline.load(model, batch_size=config.batch_size)
     alone = [
-        pipeline(["a"], seeds=[1], size=(64, 32)),
-        pipeline.edit("inpaint", ["b"], [picture], masks=[area], seeds=[2]),
-        pipeline.edit("image-to-image", ["c"], [picture], seeds=[3], strength=0.5),
+        pipeline(["a"], seeds=[1], size=(64, 32), temperature=0.7),
+        pipeline.edit("inpaint", ["b"], [picture], masks=[area], seeds=[2], temperature=0.7),
+        pipeline.edit("image-to-image", ["c"], [picture], seeds=[3], strength=0.5, temperature=0.7),
     ]
     found = pixels(config.output)
     assert [found[f"{n:09d}-0.png"] for n in range(3)] == [drawing.pixels.tobytes() for drawing in alone]
     rejects = pq.read_table(f"{config.output}/rejects").to_pylist()
-    said = {row["key"][8]: (row["reason"], row["detail"]) for row in rejects}
+    said = {str(int(row["key"].split("-")[0])): (row["reason"], row["detail"]) for row in rejects}
     for key, reason, words in [
         ("3", "bad_parameter", "nothing.png cannot be read"),
         ("4", "undecodable", ""),
         ("5", "bad_parameter", "the mask marks nothing"),
-        ("6", "generation_failed", "63 x 64 pixels: this model draws in cells of 8"),
+        ("6", "bad_parameter", "63 x 64 pixels: this model draws in cells of 8"),
         ("7", "bad_parameter", "need an image"),
         ("8", "denied", "'bad star' stands in"),
+        ("10", "bad_parameter", "does not lie beside the prompts"),
+        ("11", "bad_parameter", "does not lie beside the prompts"),
     ]:
         assert said[key][0] == reason, said
         assert words in said[key][1]

@@ -250,6 +250,10 @@ def test_a_bad_request_is_told_what_is_wrong(address: str, body: dict[str, objec
         ({"image": "png", "mask": b"GIF89a"}, {}, "mask cannot be read as a picture"),
         ({"image": "png", "mask": "small"}, {}, "they must be of one size"),
         ({"image": "png"}, {"task": "inpaint"}, "inpaint takes one mask"),
+        ({"image": "png", "mask": "black"}, {}, "the mask marks nothing"),
+        ({"image": "long"}, {}, "a picture of 3200 x 2 pixels"),
+        ({"image": "png"}, {"task": "outpaint", "sides": "9999,9999,9999,9999"}, "20062 x 20062 pixels"),
+        ({"image": "png"}, {"imagine": "x"}, "imagine"),
         ({"image": "png"}, {"task": "paint"}, "task"),
         ({"image": "png"}, {"sides": "1,2"}, "sides"),
         ({"image": "png"}, {"strength": "2"}, "strength"),
@@ -260,6 +264,7 @@ def test_a_bad_edit_is_told_what_is_wrong(
     files: dict[str, Any], fields: dict[str, str], said: str, address: str, picture: NDArray[np.uint8]
 ) -> None:
     made = {"png": png(picture), "small": png(np.full((32, 32), 255, np.uint8))}
+    made |= {"black": png(np.zeros((64, 64), np.uint8)), "long": png(np.zeros((2, 3200), np.uint8))}
     sent = {
         name: made.get(content, content) if isinstance(content, str) else content for name, content in files.items()
     }
@@ -279,6 +284,13 @@ def test_more_pictures_than_may_wait_are_sent_away_and_the_others_drawn(address:
     refused = next(answer for answer in answers if answer.status_code == 429)
     assert int(refused.headers["retry-after"]) >= 1
     assert refused.json()["error"]["type"] == "rate_limit_error"
+
+
+def test_a_stream_is_refused_by_its_status(address: str) -> None:
+    for body in ({"size": "63x64"}, {"model": "model:gone"}):
+        answer = post(address, stream=True, **body)
+        assert (answer.status_code, answer.headers["content-type"]) == (400, "application/json")
+    assert "raymuse_pictures_in_flight 0.0" in httpx.get(f"{address}/metrics").text
 
 
 # --- who looks after it
@@ -302,12 +314,19 @@ def test_a_request_has_an_id_and_is_counted(address: str) -> None:
 def test_nobody_draws_for_a_client_that_has_gone(address: str) -> None:
     headers = {"Authorization": f"Bearer {KEY}"}
     body = {"prompt": PROMPT, "num_inference_steps": 256, "n": 8}
+
+    def drawn() -> str:
+        metrics = httpx.get(f"{address}/metrics").text.splitlines()
+        return next(line for line in metrics if line.startswith("raymuse_pictures_total"))
+
+    before = drawn()
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{address}/v1/images/generations", json=body, headers=headers, timeout=0.5)
     until = time.monotonic() + 20
     while (left := httpx.get(f"{address}/ready").json()["load"]) and time.monotonic() < until:
         time.sleep(0.1)
     assert left == 0
+    assert drawn() == before
     assert "raymuse_pictures_in_flight 0.0" in httpx.get(f"{address}/metrics").text
 
 

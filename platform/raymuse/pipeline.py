@@ -31,6 +31,8 @@ from raymuse.models.clip import Clip
 
 Texts = str | Sequence[str]
 
+MOST_SIDE = 8192  # pixels that a picture to edit is enlarged to
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -222,7 +224,9 @@ class Pipeline(Networks):
         if task == "inpaint" and area is not None:
             stages = self._filled(pixels, area, options)
         elif task == "outpaint":
-            pixels, area = grown(pixels, _sides(sides))
+            left, top, right, bottom = _sides(sides)
+            self.grids((pixels.shape[1] + left + right, pixels.shape[0] + top + bottom))  # before it takes memory
+            pixels, area = grown(pixels, sides)
             stages = self._filled(pixels, area, options)
         elif task == "super-resolution":
             stages = self._enlarged(pixels)
@@ -279,6 +283,8 @@ class Pipeline(Networks):
             )
         if size is None:
             return pixels, area
+        if max(size) > MOST_SIDE:
+            raise UserError(f"size {size[0]} x {size[1]}: {MOST_SIDE} pixels a side are the most")
         return fit(pixels, size), None if area is None else fit_mask(area, size)
 
     def _known(self, ids: Ids, grid: Grid) -> Ids:

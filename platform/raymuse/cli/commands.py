@@ -165,7 +165,9 @@ def generate(
 
         again = from_values("repeat", {"picture": str(from_png)}, words or [])
         assert isinstance(again, RepeatConfig)
-        typer.echo(repeat(again))
+        from raymuse.cli.launch import with_model
+
+        typer.echo(repeat(with_model(again, mlflow)))
         return
     from raymuse.config.generate import GenerateConfig
 

@@ -37,6 +37,9 @@ class GenerateConfig(StageConfig, DrawingConfig):
     replicas: int = runtime(1, "Serve replicas, or actors", ge=1)
     cpus_per_replica: float = runtime(2, "cores a replica: so many batches at a time, without a GPU", gt=0)
     gpus_per_replica: float = runtime(0.0, "share of a GPU a replica", ge=0)
+    pictures_anywhere: bool = runtime(
+        False, "rows may name pictures by any path or address, and not only files beside the prompts: trust the rows"
+    )
     in_flight: int = runtime(4, "parts on their way at a time", ge=1)
     max_reject_fraction: float = runtime(0.05, "more failures than this share: exit code 3", ge=0, le=1)
 

@@ -31,7 +31,10 @@ def draw(networks: Networks, requests: Sequence[Request], on_step: OnStep | None
             scheduler.submit(ticket)
         numbers = dict(zip(tickets, places, strict=True))
         while scheduler.busy:
-            drawn.update((numbers[ticket], picture) for ticket, picture in scheduler.advance())
+            for ticket, picture in scheduler.advance():
+                if isinstance(picture, Exception):
+                    raise picture
+                drawn[numbers[ticket]] = picture
     return [drawn[place] for place in range(len(requests))]
 
 

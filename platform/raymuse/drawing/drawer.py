@@ -30,7 +30,7 @@ class Drawer:
         return len(self._asked) + self._inbox.qsize()
 
     def draw(self, ticket: Ticket) -> "Future[Picture]":
-        """The picture to be; CancelledError where its ticket is cancelled."""
+        """The picture to be; CancelledError where its ticket is cancelled. Nobody may ask after `close`."""
         future: Future[Picture] = Future()
         self._inbox.put((ticket, future))
         return future
@@ -49,19 +49,20 @@ class Drawer:
                     self._end([*self._asked])
                     return
                 ticket, future = asked
-                if future.set_running_or_notify_cancel():
-                    self._asked[ticket] = future
+                if not future.set_running_or_notify_cancel():
+                    continue
+                try:
                     scheduler.submit(ticket)
-            try:
-                done = scheduler.advance()
-            except Exception as error:  # whoever asked is told; the next ones start anew
-                for future in self._asked.values():
+                    self._asked[ticket] = future
+                except Exception as error:
                     future.set_exception(error)
-                self._asked.clear()
-                scheduler = Scheduler(self.networks)
-                continue
-            for ticket, picture in done:
-                self._asked.pop(ticket).set_result(picture)
+            for ticket, picture in scheduler.advance():
+                if (asked_for := self._asked.pop(ticket, None)) is None:
+                    continue  # cancelled before
+                if isinstance(picture, Exception):
+                    asked_for.set_exception(picture)
+                else:
+                    asked_for.set_result(picture)
             self._end([ticket for ticket in self._asked if ticket.cancelled])
 
     def _arrived(self, wait: bool) -> Iterator[tuple[Ticket, "Future[Picture]"] | None]:

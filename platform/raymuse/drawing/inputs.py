@@ -63,7 +63,12 @@ def read_mask(given: PictureLike) -> Mask:
 
 def fit(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     """Resized (bilinear) so that it covers (width, height), and cut to it in the middle."""
-    return pixels if pixels.shape[1::-1] == size else crop(Image.fromarray(pixels), (size[1], size[0])).pixels
+    if pixels.shape[1::-1] == size:
+        return pixels
+    try:
+        return crop(Image.fromarray(pixels), (size[1], size[0])).pixels
+    except Unreadable as error:
+        raise UserError(f"a picture of {pixels.shape[1]} x {pixels.shape[0]} pixels: {error.detail}") from error
 
 
 def fit_mask(mask: Mask, size: tuple[int, int]) -> Mask:

@@ -22,6 +22,8 @@ from raymuse.models.vqgan import Vqgan
 Size = tuple[int, int]
 Grid = tuple[int, int]
 
+MOST_CELLS = 128 * 128  # ids of the base: 16 times those of a 512-pixel aMUSEd
+
 
 @dataclass(frozen=True)
 class Networks:
@@ -138,8 +140,8 @@ class Networks:
 
     @property
     def group(self) -> int:
-        """Rows in which pictures are begun and decoded: as constant as `batch_size`, and a quarter of it."""
-        return max(1, self.batch_size // 4)
+        """Rows in which pictures are begun and decoded: as constant as `batch_size`, a quarter of it or less."""
+        return next(rows for rows in range(max(1, self.batch_size // 4), 0, -1) if self.batch_size % rows == 0)
 
     def preview(self, ids: NDArray[np.int64]) -> NDArray[np.uint8]:
         """A picture on its way, of its final size (H, W, 3), from the base's ids (h, w): grey where one is unknown."""
@@ -164,6 +166,8 @@ class Networks:
                 f"{width} x {height} pixels: this model draws in cells of {cell}, so sides are multiples of it"
             )
         base = height // scale // self.vqgan.factor, width // scale // self.vqgan.factor
+        if base[0] * base[1] > MOST_CELLS:
+            raise UserError(f"{width} x {height} pixels: {base[0] * base[1]} ids are more than {MOST_CELLS}")
         if self.superres is None or self.superres_vqgan is None:
             return base, None
         most = self.superres.config.high_grid * self.superres_vqgan.factor

@@ -165,6 +165,10 @@ class Rows:
         """Whether a row's picture has no step left."""
         return self._at[row] >= len(self._courses[row].remaining)
 
+    def clear(self, row: int) -> None:
+        """Forget a row's picture: its steps cost its neighbours nothing any more."""
+        self._courses[row], self._at[row] = Course([], [], []), 0
+
     @torch.no_grad()
     def admit(
         self,

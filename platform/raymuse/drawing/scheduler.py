@@ -64,7 +64,7 @@ class Scheduler:
         """Have a picture drawn by the calls of `advance` that follow."""
         if (shape := ticket.request.shape) not in self._lanes:
             self._lanes[shape] = _Lane(self.networks, self._texts, ticket.request)
-        self._lanes[shape].waiting.put(ticket)
+        self._lanes[shape].put(ticket)
 
     @property
     def busy(self) -> bool:
@@ -72,16 +72,24 @@ class Scheduler:
         return bool(self._lanes)
 
     @torch.no_grad()
-    def advance(self) -> list[tuple[Ticket, Picture]]:
-        """One step of all pictures of one shape, the shapes in turn. Returns those that it finished."""
+    def advance(self) -> list[tuple[Ticket, Picture | Exception]]:
+        """One step of all pictures of one shape, the shapes in turn.
+
+        Returns those that it finished; where it fails, all pictures of the shape with the reason.
+        """
         if not self._lanes:
             return []
         shape, lane = self._lanes.popitem(last=False)
-        with attention_by(self.networks.attention):
-            done = lane.advance()
+        try:
+            with attention_by(self.networks.attention):
+                done = lane.advance()
+        except Exception as error:
+            return [(ticket, error) for ticket in lane.open]
+        for ticket, _ in done:
+            del lane.open[ticket]
         if lane.busy:
             self._lanes[shape] = lane
-        return done
+        return [*done]
 
 
 @dataclass(eq=False)
@@ -100,6 +108,7 @@ class _Lane:
 
     def __init__(self, networks: Networks, texts: "_Texts", like: Request) -> None:
         self.networks, self.texts = networks, texts
+        self.open: dict[Ticket, None] = {}  # asked for and not done
         self.waiting, self.between = _Queue(), deque[_Begun]()
         count, device = networks.batch_size, networks.vqgan.network.device
         self.critic = networks.critic if like.base.draws.order == "critic" else None
@@ -117,6 +126,10 @@ class _Lane:
     @property
     def busy(self) -> bool:
         return bool(self.waiting or self.between or self.base.taken or (self.high and self.high.taken))
+
+    def put(self, ticket: Ticket) -> None:
+        self.open[ticket] = None
+        self.waiting.put(ticket)
 
     def advance(self) -> list[tuple[Ticket, Picture]]:
         """One step of the super-resolution's rows, and one of the base's. Returns what is done."""
@@ -196,6 +209,7 @@ class _Seats:
         for row, begun in enumerate(self.begun):
             if begun is not None and begun.ticket.cancelled:
                 self.begun[row] = None
+                self.rows.clear(row)
         rows = [row for row, begun in enumerate(self.begun) if begun is None]
         return (rows[first : first + self.group] for first in range(0, len(rows) - self.group + 1, self.group))
 
@@ -229,16 +243,16 @@ class _Seats:
             self.rows.step()
         for row, begun in going:
             if self.tells and begun.ticket.on_step is not None:
-                begun.ticket.on_step(self.rows.ids[row].cpu().numpy())
+                begun.ticket.on_step(self.rows.ids[row].cpu().numpy().copy())
         ended = [(row, begun) for row, begun in held if self.rows.ended(row)]
         for first in range(0, len(ended), self.group):
             some = ended[first : first + self.group]
             rows = [row for row, _ in some]
             ids = self.rows.ids[[*rows, *rows[:1] * (self.group - len(rows))]]
             pixels = self.vqgan.decode(ids)
-            for place, (row, begun) in enumerate(some):
+            for row in rows:
                 self.begun[row] = None
-                yield begun, ids[place], pixels[place]
+            yield from ((begun, ids[place], pixels[place]) for place, (_, begun) in enumerate(some))
 
 
 class _Queue:

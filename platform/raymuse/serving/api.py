@@ -4,10 +4,12 @@ import asyncio
 import base64
 import contextlib
 import hmac
+import itertools
 import math
 import secrets
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -47,7 +49,7 @@ PATHS = frozenset({"/", GENERATIONS, EDITS, MODELS, "/health", "/ready", "/metri
 MOST_BYTES = 32 * 2**20  # of a request's body
 KEPT = 256  # pictures that can be fetched by their URL
 READY_SECONDS = 5.0
-AGAIN_SECONDS = 0.2
+AGAIN_SECONDS, TRIES = 0.2, 7
 
 T = TypeVar("T", bound=ImagesRequest)
 Authorization = Annotated[str | None, Header()]
@@ -106,21 +108,47 @@ def _facts(wanted: DrawRequest) -> dict[str, Any]:
 
 def _read_form(form: FormData, kind: type[T]) -> T:
     """The fields of a form that are no files."""
-    given = {name: value for name, value in form.items() if not name.startswith(("image", "mask"))}
+    given = {name: value for name, value in form.items() if name not in ("image", "image[]", "mask")}
     try:
         return kind.model_validate(given)
     except ValidationError as error:
         raise _wrong(error.errors()) from None
 
 
-async def _upload(form: FormData, name: str) -> Any:
-    """The one picture of a form's field."""
+async def _upload(form: FormData, name: str) -> bytes | None:
+    """The one file of a form's field."""
     given = [*form.getlist(name), *form.getlist(f"{name}[]")]
     if not given:
         return None
     if len(given) > 1 or not isinstance(given[0], UploadFile):
         raise Refused(400, f"{name}: send one file", param=name)
-    return read_upload(await given[0].read(), name)
+    content: bytes = await given[0].read()
+    return content
+
+
+def _read_pictures(image: bytes, mask: bytes | None) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
+    """The pixels of the picture to edit, and where to draw."""
+    picture = read_upload(image, "image")
+    area = area_of(picture, None if mask is None else read_upload(mask, "mask"))
+    return read_picture(picture), area
+
+
+async def _and_then(first: bytes, events: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:
+    """A stream whose first event is known; what goes wrong after it is an event too."""
+    async with aclosing(events):
+        yield first
+        try:
+            async for one in events:
+                yield one
+        except Refused as refused:
+            yield _error_event(refused)
+        except Exception:
+            yield _error_event(Refused(500, "the server failed at this; its log says why", "server_error"))
+            raise
+
+
+def _error_event(refused: Refused) -> bytes:
+    return b"event: error\ndata: " + bytes(JSONResponse(refused.body).body) + b"\n\n"
 
 
 @serve.deployment(
@@ -150,7 +178,8 @@ class Api:
         deadline: float,
     ) -> None:
         self.generator, self.most, self.deadline = generator, most, deadline
-        self.models = {None: None, model: None, **{f"{model}:{style}": style for style in styles}}
+        self.models: dict[str | None, str | None] = {None: None, model: None}
+        self.models |= {**{f"{model}:{style}": style for style in styles}}
         self.keys = [key.encode() for key in keys]
         self.on_their_way = 0
         self.took = 1.0
@@ -205,15 +234,17 @@ class Api:
         self._authorise(authorization)
         async with request.form() as form:
             body = _read_form(form, EditRequest)
-            picture, mask = await _upload(form, "image"), await _upload(form, "mask")
-        if picture is None:
+            image, mask = await _upload(form, "image"), await _upload(form, "mask")
+        if image is None:
             raise Refused(400, "image: the picture to edit is missing", param="image")
-        area = area_of(picture, mask)
+        self._require_room(body.n)
+        with _told():
+            pixels, area = await asyncio.to_thread(_read_pictures, image, mask)
         task = body.task or ("image-to-image" if area is None else "inpaint")
         if task != "inpaint":
             area = None
         left, top, right, bottom = map(int, body.sides.split(","))
-        editing = Editing(task, read_picture(picture), area, body.strength, (left, top, right, bottom))
+        editing = Editing(task, pixels, area, body.strength, (left, top, right, bottom))
         return await self._answer(body, editing, request)
 
     @app.get("/v1/images/files/{name}.png")
@@ -246,7 +277,8 @@ class Api:
             events = self._stream(
                 wanted[0], body.partial_images, "image_generation" if editing is None else "image_edit"
             )
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+            told = _and_then(await anext(events), events)  # what is refused is refused by its status
+            return StreamingResponse(told, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         with self._admitted(len(wanted)):
             drawn = await self._draw(wanted)
         pictures = []
@@ -277,37 +309,36 @@ class Api:
 
     async def _drawn(self, wanted: DrawRequest) -> Drawing:
         """One picture; asked for again where its replica died."""
-        while True:
+        for attempt in range(TRIES):
             response = self.generator.draw.remote(wanted)
             try:
                 drawing: Drawing = await response
                 return drawing
             except RayActorError:
-                await asyncio.sleep(AGAIN_SECONDS)
+                await asyncio.sleep(AGAIN_SECONDS * 2**attempt)
             except BaseException:
                 response.cancel()  # nobody waits for it any more
                 raise
+        raise Refused(500, "one replica after the other died of this request", "server_error")
 
-    async def _stream(self, wanted: DrawRequest, partials: int, kind: str) -> AsyncIterator[bytes]:
-        """Server-sent events: partial pictures, then the whole one, or what went wrong."""
-        try:
-            with self._admitted(1), _told():
-                async with asyncio.timeout(self.deadline):
-                    number = 0
-                    async for drawn in self._drawn_in_steps(wanted, partials):
-                        if isinstance(drawn, Drawing):
-                            yield event(f"{kind}.completed", drawn.pixels, _facts(wanted), seed=wanted.seed)
-                        else:
-                            yield event(f"{kind}.partial_image", drawn, {}, partial_image_index=number)
-                            number += 1
-            metrics().pictures.inc()
-        except Refused as refused:
-            yield b"event: error\ndata: " + JSONResponse(refused.body).body + b"\n\n"
+    async def _stream(self, wanted: DrawRequest, partials: int, kind: str) -> AsyncGenerator[bytes]:
+        """Server-sent events: partial pictures, then the whole one."""
+        until = asyncio.get_running_loop().time() + self.deadline
+        with self._admitted(1), _told():
+            async with aclosing(self._drawn_in_steps(wanted, partials)) as stream:
+                for number in itertools.count():
+                    async with asyncio.timeout_at(until):
+                        drawn = await anext(stream)
+                    if isinstance(drawn, Drawing):
+                        metrics().pictures.inc()
+                        yield event(f"{kind}.completed", drawn.pixels, _facts(wanted), seed=wanted.seed)
+                        return
+                    yield event(f"{kind}.partial_image", drawn, {}, partial_image_index=number)
 
-    async def _drawn_in_steps(self, wanted: DrawRequest, partials: int) -> AsyncIterator[NDArray[np.uint8] | Drawing]:
+    async def _drawn_in_steps(self, wanted: DrawRequest, partials: int) -> AsyncGenerator[NDArray[np.uint8] | Drawing]:
         """Partial pictures and the whole one; where the replica dies another one goes on."""
         shown = 0
-        while True:
+        for attempt in range(TRIES):
             stream = self.generator.options(stream=True).draw_stream.remote(wanted, partials)
             number = 0
             try:
@@ -318,10 +349,11 @@ class Api:
                     number += 1
                 return
             except RayActorError:
-                await asyncio.sleep(AGAIN_SECONDS)
+                await asyncio.sleep(AGAIN_SECONDS * 2**attempt)
             except BaseException:
                 stream.cancel()
                 raise
+        raise Refused(500, "one replica after the other died of this request", "server_error")
 
     @contextlib.contextmanager
     def _admitted(self, pictures: int) -> Iterator[None]:
@@ -330,6 +362,18 @@ class Api:
         Raises:
             Refused: where that is more than may be.
         """
+        self._require_room(pictures)
+        self.on_their_way += pictures
+        metrics().in_flight.set(self.on_their_way)
+        try:
+            yield
+        finally:
+            self.on_their_way -= pictures
+            metrics().in_flight.set(self.on_their_way)
+
+    def _require_room(self, pictures: int) -> None:
+        if pictures > self.most:
+            raise Refused(400, f"n: this server draws {self.most} pictures at a time, not {pictures}", param="n")
         if self.on_their_way + pictures > self.most:
             raise Refused(
                 429,
@@ -338,13 +382,6 @@ class Api:
                 code="rate_limit_exceeded",
                 retry_after=max(1, math.ceil(self.took)),
             )
-        self.on_their_way += pictures
-        metrics().in_flight.set(self.on_their_way)
-        try:
-            yield
-        finally:
-            self.on_their_way -= pictures
-            metrics().in_flight.set(self.on_their_way)
 
     def _authorise(self, authorization: str | None) -> None:
         given = (authorization or "").removeprefix("Bearer ").strip().encode()

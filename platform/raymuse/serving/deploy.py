@@ -34,19 +34,25 @@ def serve(config: ServeConfig) -> None:
     if not serves_http(config.host, port):
         require_free_port(config.host, port)
         start_http(config.host, port)
+    deploy_api(config, keys)
+    since = ray_serve.status().applications[APPLICATION].last_deployed_time_s
     try:
-        deploy_api(config, keys)
         print(f"serving {config.model}\n  http://{config.host}:{port}/docs", flush=True)
         while True:
             time.sleep(1)
     finally:
-        leave_serve(APPLICATION)
+        now = ray_serve.status().applications.get(APPLICATION)
+        if now is not None and now.last_deployed_time_s == since:  # else another `raymuse serve` has taken it over
+            leave_serve(APPLICATION)
 
 
 def deploy_api(config: ServeConfig, keys: Sequence[str]) -> None:
     """Run the API and the generator behind it as one Serve application."""
     most, name = most_pictures(config), Path(config.model).resolve().name
-    api = Api.options(max_ongoing_requests=2 * most + 64)  # type: ignore[attr-defined] # so that 429 is answered at once
+    api = Api.options(  # type: ignore[attr-defined]
+        max_ongoing_requests=2 * most + 64,  # so that 429 is answered at once
+        graceful_shutdown_timeout_s=config.deadline + 5,
+    )
     ray_serve.run(
         api.bind(deployed(config), name, [*config.styles], keys, most, config.deadline),
         name=APPLICATION,

@@ -14,8 +14,9 @@ from raymuse.config.generate import GenerateConfig
 from raymuse.serving.generator import Drawing, DrawRequest, GeneratorActor, deployed, placed
 from raymuse.serving.instance import join_serve
 
-Engine = Callable[[list[DrawRequest]], list[Drawing]]
-"""Draws some pictures together and waits for them; many threads may ask at once."""
+Engine = Callable[[list[DrawRequest]], list[Drawing | Exception]]
+"""Draws some pictures together and waits for them; many threads may ask at once. One that the model cannot draw comes
+back as the reason."""
 
 TRIES = 5
 
@@ -44,14 +45,17 @@ def serve_engine(config: GenerateConfig, name: str) -> Iterator[Engine]:
 
 @contextmanager
 def actor_engine(config: GenerateConfig, name: str) -> Iterator[Engine]:
-    """The generator in actors, each begun again where it dies; a batch goes to the one that has least to do."""
+    """The generator in actors, each begun again where it dies, with what it was drawing.
+
+    A batch goes to the actor that has least to do. `name` is not needed: they are this job's alone.
+    """
     actor = ray.remote(GeneratorActor).options(
-        num_cpus=config.cpus_per_replica, num_gpus=config.gpus_per_replica, max_restarts=-1
+        num_cpus=config.cpus_per_replica, num_gpus=config.gpus_per_replica, max_restarts=-1, max_task_retries=-1
     )
     actors = [actor.remote(*placed(config)) for _ in range(config.replicas)]
     asked, lock = [0] * len(actors), threading.Lock()
 
-    def draw(requests: list[DrawRequest]) -> list[Drawing]:
+    def draw(requests: list[DrawRequest]) -> list[Drawing | Exception]:
         with lock:
             number = min(range(len(actors)), key=asked.__getitem__)
             asked[number] += 1
@@ -62,6 +66,7 @@ def actor_engine(config: GenerateConfig, name: str) -> Iterator[Engine]:
                 asked[number] -= 1
 
     try:
+        ray.get([one.describe.remote() for one in actors])  # one that cannot begin fails the job, not its pictures
         yield draw
     finally:
         for one in actors:
@@ -70,7 +75,7 @@ def actor_engine(config: GenerateConfig, name: str) -> Iterator[Engine]:
 
 
 def ask(draw: Engine, requests: list[DrawRequest]) -> Sequence[Drawing | Exception]:
-    """Have a batch drawn, again where it met a dying replica; one that fails otherwise is asked for one by one."""
+    """Have a batch drawn, again where it met a dying replica; one that goes on failing is asked for one by one."""
     failure: Exception
     for attempt in range(TRIES):
         try:
@@ -79,7 +84,8 @@ def ask(draw: Engine, requests: list[DrawRequest]) -> Sequence[Drawing | Excepti
             failure = error
             time.sleep(0.5 * 2**attempt)
         except Exception as error:
-            if len(requests) == 1:
-                return [error]
-            return [answer for request in requests for answer in ask(draw, [request])]
-    return [failure] * len(requests)
+            failure = error
+            break
+    if len(requests) == 1:
+        return [failure]
+    return [answer for request in requests for answer in ask(draw, [request])]

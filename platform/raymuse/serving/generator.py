@@ -3,6 +3,7 @@
 import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from ray import serve
 
 from raymuse.config.edit import STRENGTH, Task
+from raymuse.config.errors import UserError
 from raymuse.config.generate import GenerateConfig, ServeConfig
 from raymuse.config.sampling import Options
 from raymuse.drawing.drawer import Drawer
@@ -112,71 +114,90 @@ class GeneratorActor:
         self._styling = asyncio.Lock()
 
     async def draw(self, request: DrawRequest) -> Drawing:
-        """Draw one picture for someone who waits: it is begun before those of batch jobs."""
-        studio = await self._studio(request)
-        return (await studio.draw([Ticket(request.of(studio.pipeline), urgent=True)]))[0]
+        """Draw one picture for someone who waits: it is begun before those that are not urgent."""
+        async with self._studio(request) as studio:
+            asked = await asyncio.to_thread(request.of, studio.pipeline)
+            return (await studio.draw([Ticket(asked, urgent=True)]))[0]
 
-    async def draw_batch(self, requests: list[DrawRequest]) -> list[Drawing]:
-        """Draw the pictures of a batch job, without styles; `batch_size` of them cost what one does."""
-        return await self._plain.draw([Ticket(request.of(self.pipeline)) for request in requests])
+    async def draw_batch(self, requests: list[DrawRequest]) -> list[Drawing | Exception]:
+        """Draw the pictures of a batch job, without styles; `batch_size` of them cost what one does.
+
+        What the model cannot draw comes back as its UserError, in its place.
+        """
+        asked = await asyncio.to_thread(_asked, self.pipeline, requests)
+        drawn = iter(await self._plain.draw([Ticket(one) for one in asked if not isinstance(one, UserError)]))
+        return [one if isinstance(one, UserError) else next(drawn) for one in asked]
 
     async def draw_stream(self, request: DrawRequest, partials: int) -> AsyncIterator[NDArray[np.uint8] | Drawing]:
         """The picture after so many of its steps, evenly spread, grey where nothing is known; then the whole one."""
-        studio = await self._studio(request)
-        asked, loop, shown = request.of(studio.pipeline), asyncio.get_running_loop(), asyncio.Queue[Ids | None]()
-        steps, gone = len(asked.base.course.remaining), 0
-        wanted = {round((number + 1) * steps / (partials + 1)) for number in range(partials)}
+        async with self._studio(request) as studio:
+            asked = await asyncio.to_thread(request.of, studio.pipeline)
+            loop, shown = asyncio.get_running_loop(), asyncio.Queue[Ids | None]()
+            steps, gone = len(asked.base.course.remaining), 0
+            wanted = {round((number + 1) * steps / (partials + 1)) for number in range(partials)} - {steps}
 
-        def on_step(ids: Ids) -> None:
-            nonlocal gone
-            gone += 1
-            if gone in wanted:
-                loop.call_soon_threadsafe(shown.put_nowait, ids)
+            def on_step(ids: Ids) -> None:
+                nonlocal gone
+                gone += 1
+                if gone in wanted:
+                    loop.call_soon_threadsafe(shown.put_nowait, ids)
 
-        drawing = asyncio.ensure_future(studio.draw([Ticket(asked, urgent=True, on_step=on_step)]))
-        drawing.add_done_callback(lambda _: shown.put_nowait(None))
-        try:
-            while (ids := await shown.get()) is not None:
-                yield await asyncio.to_thread(self.pipeline.preview, ids)
-            yield (await drawing)[0]
-        finally:
-            drawing.cancel()
+            drawing = asyncio.ensure_future(studio.draw([Ticket(asked, urgent=True, on_step=on_step)]))
+            drawing.add_done_callback(lambda _: shown.put_nowait(None))
+            try:
+                while (ids := await shown.get()) is not None:
+                    yield await asyncio.to_thread(studio.pipeline.preview, ids)
+                yield (await drawing)[0]
+            finally:
+                drawing.cancel()
 
     async def describe(self) -> dict[str, int]:
         """Sides of the pictures, pixels, and how many pictures are asked for and not done."""
         settings, load = self.pipeline.settings, sum(studio.load for studio in (self._plain, *self._styled.values()))
         return {"size": settings.size, "base_size": settings.base_size, "load": load}
 
-    async def _studio(self, request: DrawRequest) -> "Studio":
+    @asynccontextmanager
+    async def _studio(self, request: DrawRequest) -> AsyncIterator["Studio"]:
         """The model in the request's style, which is made where it is asked for, in place of one that nobody uses."""
         if request.style is None:
-            return self._plain
+            yield self._plain
+            return
         key = (request.style, request.style_scale)
         async with self._styling:
+            while key not in self._styled and len(self._styled) >= self.most_styles:
+                idle = next((old for old, studio in self._styled.items() if studio.users == 0), None)
+                if idle is None:
+                    await asyncio.sleep(0.05)
+                else:
+                    self._styled.pop(idle).close()
             if key not in self._styled:
                 adapters = {self.styles[request.style]: request.style_scale}
                 styled = await asyncio.to_thread(self.pipeline.styled, adapters)
                 self._styled[key] = Studio(styled, len(self._plain.drawers))
             self._styled.move_to_end(key)
-            idle = [old for old, studio in self._styled.items() if old != key and studio.load == 0]
-            for old in idle[: len(self._styled) - self.most_styles]:
-                self._styled.pop(old).close()
-        return self._styled[key]
+            studio = self._styled[key]
+            studio.users += 1
+        try:
+            yield studio
+        finally:
+            studio.users -= 1
 
 
 class Studio:
     """One set of weights, and the threads that draw with it.
 
     Attributes:
-        load: pictures that are asked for and not done.
+        users: requests that need it to stay.
     """
 
     def __init__(self, pipeline: Pipeline, drawers: int) -> None:
         self.pipeline = pipeline
         self.drawers = [Drawer(pipeline) for _ in range(drawers)]
+        self.users = 0
 
     @property
     def load(self) -> int:
+        """Pictures that are asked for and not done."""
         return sum(drawer.load for drawer in self.drawers)
 
     def close(self) -> None:
@@ -194,6 +215,17 @@ class Studio:
             for ticket in tickets:
                 ticket.cancelled = True  # those that are done do not mind
         return [Drawing(picture.pixels, picture.base_pixels) for picture in drawn]
+
+
+def _asked(pipeline: Pipeline, requests: list[DrawRequest]) -> list[Request | UserError]:
+    """Each request as the pipeline draws it, or why it cannot."""
+    asked: list[Request | UserError] = []
+    for request in requests:
+        try:
+            asked.append(request.of(pipeline))
+        except UserError as error:
+            asked.append(error)
+    return asked
 
 
 Generator = serve.deployment(GeneratorActor, name="Generator", logging_config=QUIET)
@@ -218,6 +250,7 @@ def deployed(config: GenerateConfig | ServeConfig) -> serve.Application:
         max_ongoing_requests=most_pictures(config) + 1,
         health_check_period_s=2,  # a lost replica is noticed in seconds, not half a minute
         graceful_shutdown_wait_loop_s=0.1,  # who stops it has all answers
+        graceful_shutdown_timeout_s=config.deadline + 5 if isinstance(config, ServeConfig) else 20,
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         **options,
     )

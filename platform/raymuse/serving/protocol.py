@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field
 
 from raymuse.config.edit import STRENGTH, Task
 from raymuse.drawing.inputs import read_mask
+from raymuse.encoding.pictures import FORMATS
 from raymuse.pipeline import image_seed
 from raymuse.storage.pictures import png_bytes
 
@@ -102,13 +103,15 @@ def read_upload(content: bytes, name: str) -> Image.Image:
         Refused: for what is no picture, or too large.
     """
     try:
-        picture = Image.open(io.BytesIO(content))
+        picture = Image.open(io.BytesIO(content), formats=FORMATS)
         if picture.width * picture.height > MOST_PIXELS:
             raise Refused(
                 400, f"{name}: {picture.width} x {picture.height} pixels are more than 4096 x 4096", param=name
             )
         return ImageOps.exif_transpose(picture)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Refused:
+        raise
+    except Exception as error:  # Pillow's parsers raise what they like
         raise Refused(400, f"{name} cannot be read as a picture: {error}", param=name) from error
 
 

@@ -63,6 +63,9 @@ class Watched:
             if (refused := self._too_long(dict(scope["headers"]))) is not None:
                 answer = JSONResponse(refused.body, refused.status)
             await answer(scope, receive, sending)
+        except Exception:
+            status = 500
+            raise
         finally:
             seconds = time.perf_counter() - began
             self.metrics.requests.labels(path, status).inc()
@@ -77,7 +80,7 @@ class Watched:
 
     def _too_long(self, headers: dict[bytes, bytes]) -> Refused | None:
         length = headers.get(b"content-length", b"")
-        if b"transfer-encoding" in headers and not length:
+        if b"transfer-encoding" in headers:
             return Refused(411, "the body has no Content-Length: send it in one piece")
         if length.isdigit() and int(length) > self.most:
             return Refused(413, f"a body of {int(length)} bytes: {self.most} are the limit")

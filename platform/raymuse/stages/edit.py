@@ -79,7 +79,10 @@ def repeat(config: RepeatConfig) -> str:
 def _drawn(config: RepeatConfig, facts: dict[str, Any]) -> NDArray[np.uint8]:
     """The picture of the size that the file says, or the base's own."""
     pipeline = Pipeline.load(config.model, batch_size=facts["batch_size"], lora=config.adapters)
-    scale = pipeline.settings.size // pipeline.settings.base_size if facts.get("base") else 1
+    scale, own = pipeline.settings.size // pipeline.settings.base_size, pipeline.settings.base_size
+    # Files from before there were other sizes do not name a task, and tell a base by its size.
+    base = facts.get("base", "task" not in facts and scale > 1 and facts["width"] == own)
+    scale = scale if base else 1
     (picture,) = pipeline(
         [facts["prompt"]],
         seeds=[facts["seed"]],
@@ -89,7 +92,7 @@ def _drawn(config: RepeatConfig, facts: dict[str, Any]) -> NDArray[np.uint8]:
         temperature=facts["temperature"],
         size=(facts["width"] * scale, facts["height"] * scale),
     ).pictures
-    return picture.base_pixels if facts.get("base") else picture.pixels
+    return picture.base_pixels if base else picture.pixels
 
 
 def _places(output: Path, samples: int) -> list[Path]:

@@ -11,7 +11,7 @@ import itertools
 import json
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,15 +64,13 @@ class _Begun:
     """A part that is on its way.
 
     Attributes:
-        wanted: its pictures that have a prompt.
-        rejects: the others.
-        batches: the answers for `wanted`.
+        wanted: its pictures.
+        batches: the answers for them.
     """
 
     part: str
     wanted: list[Wanted]
-    rejects: list[Reject]
-    batches: list[Future[Sequence[Drawing | Exception]]]
+    batches: list[Future[list[Drawing | Exception]]]
 
 
 def generate(config: GenerateConfig, run: Run) -> str:
@@ -205,18 +203,21 @@ class _Job:
 
     def _begin(self, part: str, wanted: list[Wanted]) -> _Begun:
         """Have a part's pictures drawn, in batches."""
-        good, requests, rejects = [], [], []
-        for one in wanted:
+        size = self.config.batch_size
+        batches = [wanted[start : start + size] for start in range(0, len(wanted), size)]
+        return _Begun(part, wanted, [self.pool.submit(self._drawn, batch) for batch in batches])
+
+    def _drawn(self, batch: list[Wanted]) -> list[Drawing | Exception]:
+        """A batch's pictures, or why there is none. Files that rows name are read here, a batch at a time."""
+        requests: list[DrawRequest | Exception] = []
+        for one in batch:
             try:
                 requests.append(self._request(one))
-                good.append(one)
-            except Unreadable as fault:
-                rejects.append(Reject(self.config.prompts, one.key, fault.reason, fault.detail))
-            except UserError as error:
-                rejects.append(Reject(self.config.prompts, one.key, Reason.BAD_PARAMETER, str(error)))
-        size = self.config.batch_size
-        batches = [requests[start : start + size] for start in range(0, len(good), size)]
-        return _Begun(part, good, rejects, [self.pool.submit(ask, self.draw, batch) for batch in batches])
+            except (Unreadable, UserError) as fault:
+                requests.append(fault)
+        good = [request for request in requests if isinstance(request, DrawRequest)]
+        answers = iter(ask(self.draw, good) if good else [])
+        return [request if isinstance(request, Exception) else next(answers) for request in requests]
 
     def _request(self, one: Wanted) -> DrawRequest:
         """What the generator is asked for.
@@ -232,13 +233,13 @@ class _Job:
         if asked.image is not None and asked.what is not None:
             strength = STRENGTH if asked.strength is None else asked.strength
             area = None if asked.mask is None else read_mask(self._picture(asked.mask))
-            editing = Editing(asked.what, np.asarray(self._picture(asked.image)), area, strength)
+            editing = Editing(asked.what, np.asarray(self._picture(asked.image)), area, strength, asked.grown)
         size = asked.pixels or self.config.size
         return DrawRequest(one.prompt.prompt, one.seed, **self._options(one.prompt), size=size, editing=editing)
 
     def _picture(self, name: str) -> Image.Image:
         """A picture that a row names."""
-        return decode(read_beside(self.config.prompts, name))
+        return decode(read_beside(self.config.prompts, name, self.config.pictures_anywhere))
 
     def _options(self, prompt: Prompt) -> dict[str, Any]:
         """What a row's pictures are drawn with: its own word, else the config's."""
@@ -248,11 +249,10 @@ class _Job:
     def _finish(self, begun: _Begun) -> PartRecord:
         """Wait for a part's pictures and have them written."""
         answers = [answer for batch in begun.batches for answer in batch.result()]
-        rows, drawings, rejects = [], [], list(begun.rejects)
+        rows, drawings, rejects = [], [], []
         for one, answer in zip(begun.wanted, answers, strict=True):
             if isinstance(answer, Exception):
-                said = str(getattr(answer, "cause", answer))[:500]
-                rejects.append(Reject(self.config.prompts, one.key, Reason.GENERATION_FAILED, said))
+                rejects.append(Reject(self.config.prompts, one.key, *_fault(answer)))
                 continue
             rows.append(self._row(one, answer, begun.part))
             drawings.append(answer)
@@ -276,6 +276,14 @@ class _Job:
             task=one.prompt.asked.what or "",
             **{**self.facts, **options},
         )
+
+
+def _fault(error: Exception) -> tuple[Reason, str]:
+    """What the rejects say of a picture that there is none of."""
+    if isinstance(error, Unreadable):
+        return error.reason, error.detail
+    reason = Reason.BAD_PARAMETER if isinstance(error, UserError) else Reason.GENERATION_FAILED
+    return reason, str(getattr(error, "cause", error))[:500]
 
 
 @ray.remote(num_cpus=0.5)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from raymuse.config.errors import UserError
 from raymuse.storage.folder import Folder
+from raymuse.storage.generated import PictureRow, rows_table
 from raymuse.storage.manifest import PartRecord, read_records
 
 PLAN = "plan.json"
@@ -63,7 +64,7 @@ class BatchState:
 
 
 def batch_state(address: str) -> BatchState:
-    """What the manifest says; no picture is read.
+    """What the manifest says, and why pictures failed; no picture is read.
 
     Raises:
         UserError: there is no such folder.
@@ -82,7 +83,19 @@ def batch_state(address: str) -> BatchState:
         state.failed += part.rejects
         state.files += len(part.files)
         state.size += sum(file.size for file in part.files)
+        for file in part.files:
+            if file.name.startswith("rejects/"):
+                _count_reasons(folder, file.name, state)
     return state
+
+
+def _count_reasons(folder: Folder, name: str, state: BatchState) -> None:
+    try:
+        table = pq.read_table(io.BytesIO(folder.read(name)), columns=["reason"])
+    except (OSError, pa.ArrowException) as error:
+        state.problems.append(f"{name}: it cannot be read: {error}")
+    else:
+        state.reasons.update(table["reason"].to_pylist())
 
 
 def check_batch(address: str) -> BatchState:
@@ -131,13 +144,17 @@ def _check_part(folder: Folder, part: PartRecord, state: BatchState, seen: Count
         return
     rows = tables["rows"].to_pylist() if "rows" in tables else []
     rejects = tables["rejects"].to_pylist() if "rejects" in tables else []
-    state.reasons.update(reject["reason"] for reject in rejects)
     seen.update(row["key"] for row in rows)
     if (len(rows), len(rejects)) != (part.rows, part.rejects):
         counted = f"{len(rows)} rows and {len(rejects)} rejects"
         state.problems.append(f"{part.name}: {counted}, the manifest says {part.rows} and {part.rejects}")
-    if {row["key"]: row for row in rows} != pictures:
+    said = rows_table([PictureRow(**facts) for facts in pictures.values()]).to_pylist()
+    if sorted(rows, key=_key) != sorted(said, key=_key):
         state.problems.append(f"{part.name}: the rows and the pictures in its tar differ")
+
+
+def _key(row: dict[str, Any]) -> str:
+    return str(row["key"])
 
 
 def _pictures(name: str, data: bytes, problems: list[str]) -> dict[str, dict[str, Any]]:
@@ -154,6 +171,9 @@ def _pictures(name: str, data: bytes, problems: list[str]) -> dict[str, dict[str
                 with Image.open(stream) as picture:
                     picture.load()
                     sizes[member.name.removesuffix(".png")] = picture.size
+    bases = {key for key in sizes if key.endswith(".base")}
+    if bases and bases != {f"{key}.base" for key in said}:
+        problems.append(f"{name}: {len(bases)} base pictures for {len(said)} pictures")
     for key, row in said.items():
         if sizes.get(key) != (row["width"], row["height"]):
             problems.append(f"{name}: {key}.png is {sizes.get(key, 'missing')}, not {row['width']} x {row['height']}")
@@ -162,8 +182,11 @@ def _pictures(name: str, data: bytes, problems: list[str]) -> dict[str, dict[str
 
 def _check_table(folder: Folder, state: BatchState) -> None:
     """manifest.parquet holds a row a picture, in order."""
-    with folder.open("manifest.parquet") as file:
-        table = pq.read_table(file, columns=["index", "sample"])
+    try:
+        table = pq.read_table(io.BytesIO(folder.read("manifest.parquet")), columns=["index", "sample"])
+    except (OSError, pa.ArrowException) as error:
+        state.problems.append(f"manifest.parquet: it cannot be read: {error}")
+        return
     places = list(zip(*table.to_pydict().values(), strict=True))
     if len(places) != state.drawn:
         state.problems.append(f"manifest.parquet: {len(places)} rows for {state.drawn} pictures")

@@ -1,6 +1,7 @@
 """Files of prompts: a line each, or a table whose columns say how each is drawn."""
 
 import csv
+import functools
 import itertools
 import json
 import re
@@ -30,7 +31,7 @@ class Asked(Config):
     negative: str | None = None
     seed: int | None = Field(None, ge=0, lt=2**63, description="of its first picture; those of more samples follow")
     samples: int | None = Field(None, ge=1)
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1, le=1000)
     guidance: float | None = Field(None, ge=0)
     temperature: float | None = Field(None, ge=0)
     size: str | None = Field(None, pattern=r"^\d{1,4}x\d{1,4}$", description="WIDTHxHEIGHT, in whole cells")
@@ -40,12 +41,19 @@ class Asked(Config):
     image: str | None = Field(None, description="picture to start from; relative to the prompts' own place")
     mask: str | None = Field(None, description="inpaint: a picture as large, white where to draw")
     strength: float | None = Field(None, ge=0, le=1, description="image-to-image")
+    sides: str = Field("0,0,0,0", pattern=r"^\d{1,4}(,\d{1,4}){3}$", description="outpaint: left,top,right,bottom")
 
     @model_validator(mode="after")
     def _edits_start_from_an_image(self) -> "Asked":
         if self.image is None and (self.task, self.mask, self.strength) != (None, None, None):
             raise ValueError("task, mask and strength need an image")
         return self
+
+    @property
+    def grown(self) -> tuple[int, int, int, int]:
+        """Pixels to add at the left, top, right and bottom."""
+        left, top, right, bottom = map(int, self.sides.split(","))
+        return left, top, right, bottom
 
     @property
     def pixels(self) -> tuple[int, int] | None:
@@ -133,26 +141,40 @@ class DenyList:
             raise UserError(f"the deny list {address} does not exist.")
         with Folder(folder).open(name) as file:
             lines = [line.strip().lower() for line in _lines(address, file)]
-        return cls(tuple(line for line in lines if line and not line.startswith("#")))
+        phrases = tuple(line for line in lines if line and not line.startswith("#"))
+        if wordless := [phrase for phrase in phrases if not _WORDS.search(phrase)]:
+            raise UserError(f"the deny list {address} has {wordless[0]!r}, which has no word in it.")
+        return cls(phrases)
 
     def found(self, prompt: str) -> str | None:
         """The first phrase that a prompt has."""
-        said = f" {' '.join(_WORDS.findall(prompt.lower()))} "
-        return next((phrase for phrase in self.phrases if f" {' '.join(_WORDS.findall(phrase))} " in said), None)
+        said = _plain(prompt)
+        return next((phrase for phrase in self.phrases if _plain(phrase) in said), None)
 
 
-def read_beside(prompts: str, name: str) -> bytes:
-    """A file that a row names: an address, or relative to the place of the prompts.
+def read_beside(prompts: str, name: str, anywhere: bool = False) -> bytes:
+    """A file that a row names, relative to the place of the prompts.
+
+    Args:
+        anywhere: whether it may lie outside of that place: who writes the rows then reads what this job can read.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it lies elsewhere, or cannot be read.
     """
+    if not anywhere and (":" in name or name.startswith("/") or ".." in name.split("/")):
+        raise UserError(f"{name} does not lie beside the prompts; pictures_anywhere=true allows it")
     address = address_within(_split(prompts)[0], name)
     folder, file = _split(address)
     try:
         return Folder(folder).read(file)
-    except OSError as error:
+    except Exception as error:  # every store has errors of its own
         raise UserError(f"{address} cannot be read: {error}") from error
+
+
+@functools.lru_cache(maxsize=4096)
+def _plain(text: str) -> str:
+    """The words of a text, lower case, with a space around each."""
+    return f" {' '.join(_WORDS.findall(text.lower()))} "
 
 
 def _split(address: str) -> tuple[str, str]:

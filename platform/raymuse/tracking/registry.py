@@ -44,7 +44,7 @@ def registered_folder(address: str, uri: str | None, cache: Path | None = None) 
     if _is_whole(kept):
         return str(kept)
     where = str(version.tags.get(ADDRESS_TAG, ""))
-    if not _is_whole(Path(where)):
+    if not where or not _is_whole(Path(where)):
         raise UserError(
             f"{address} was registered without its weights, as version {version.version}, and {where or 'its folder'} "
             "is not on this machine: give the model folder itself"
@@ -97,13 +97,17 @@ def _version(uri: str, name: str, alias: str | None, version: str | None) -> Any
 def _fetch(uri: str, source: str, place: Path) -> None:
     """What the registry holds of a version, whole or not at all; nothing of one that lies in an object store."""
     import mlflow.artifacts
+    from mlflow.exceptions import MlflowException
 
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
         there = Path(scratch, "model")
         there.mkdir()
         if source.startswith("runs:/"):
-            there = Path(mlflow.artifacts.download_artifacts(source, dst_path=str(there), tracking_uri=uri))
+            try:
+                there = Path(mlflow.artifacts.download_artifacts(source, dst_path=str(there), tracking_uri=uri))
+            except (MlflowException, OSError) as error:
+                raise UserError(f"{source} cannot be fetched from {uri}: {error}") from error
         try:
             there.rename(place)
         except OSError:  # another process was first
