@@ -123,7 +123,8 @@ def area_of(picture: Image.Image, mask: Image.Image | None) -> NDArray[np.bool_]
     said = mask if mask is not None else picture
     if said.has_transparency_data:
         clear: NDArray[np.bool_] = np.asarray(said.convert("RGBA"))[:, :, 3] < 128
-        return clear if mask is not None or clear.any() else None
+        if clear.any():
+            return clear
     return None if mask is None else read_mask(mask)
 
 
