@@ -28,16 +28,19 @@ def main() -> None:
         with session(num_cpus=4, dashboard=False):
             port = free_port(HOST)
             start_http(HOST, port)
-            row = compare(
-                f"demo's size, {CLIENTS} clients",
-                "one-by-one",
-                rate(model, port, batch_size=16),
-                rate(model, port, batch_size=1),
-                goal=1.5,
-                unit="pictures/s",
-                packages=PACKAGES,
-            )
-        write("serve", [row])
+            rows = [
+                compare(
+                    f"demo's size, {CLIENTS} clients, batches of {batch}",
+                    "one-by-one",
+                    rate(model, port, batch_size=batch),
+                    rate(model, port, batch_size=1),
+                    goal=1.5,
+                    unit="pictures/s",
+                    packages=PACKAGES,
+                )
+                for batch in (4, 16)
+            ]
+        write("serve", rows)
     finally:
         shutil.rmtree(root)
 
