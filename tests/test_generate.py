@@ -512,13 +512,15 @@ def test_a_million_prompts_take_no_more_memory_than_a_thousand(drawn: GenerateCo
         write_many(tmp_path / "p.jsonl", count)
         config = changed(drawn, tmp_path / "none", prompts=str(tmp_path / "p.jsonl"))
         source = (
-            "import resource, sys\n"
+            "import sys\n"
             "from raymuse.config.generate import GenerateConfig\n"
             "from raymuse.stages.generate import plan_parts, survey\n"
             "from raymuse.storage.prompts import read_prompts\n"
             "config = GenerateConfig.model_validate_json(sys.stdin.read())\n"
             "wanted = sum(len(part) for _, part in plan_parts(read_prompts(config.prompts), config))\n"
-            "print(survey(config).pictures, wanted, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+            "pictures = survey(config).pictures\n"
+            "status = dict(line.split(':', 1) for line in open('/proc/self/status'))\n"  # its own, not its parent's
+            "print(pictures, wanted, status['VmHWM'].split()[0])\n"
         )
         given = config.model_dump_json()
         done = subprocess.run([sys.executable, "-c", source], input=given, capture_output=True, text=True, check=True)
