@@ -1,6 +1,8 @@
 """Pictures that come and go while others are drawn are those that each is alone."""
 
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any
@@ -114,6 +116,21 @@ def test_what_is_cancelled_is_not_drawn_and_its_row_is_another_s(pipeline: Pipel
     steps.clear()
     assert list(finish(scheduler)) == tickets[8:12]
     assert len(steps) == 4 * SamplingConfig.model_validate(pipeline.settings.base.model_dump()).steps
+
+
+def test_what_is_cancelled_is_forgotten_while_others_are_drawn(pipeline: Pipeline) -> None:
+    scheduler, stays = Scheduler(pipeline), Ticket(pipeline.request("a star", 1, steps=9))
+    leaves = Ticket(pipeline.request("a star", 2, steps=9))
+    for ticket in (stays, leaves):
+        scheduler.submit(ticket)
+    scheduler.advance()
+    leaves.cancelled, gone = True, weakref.ref(leaves)
+    del leaves, ticket
+    for _ in range(2):
+        scheduler.advance()
+    gc.collect()
+    assert gone() is None
+    assert list(finish(scheduler)) == [stays]
 
 
 def test_each_step_of_a_picture_is_told(pipeline: Pipeline) -> None:

@@ -85,8 +85,8 @@ class Scheduler:
                 done = lane.advance()
         except Exception as error:
             return [(ticket, error) for ticket in lane.open]
-        for ticket, _ in done:
-            del lane.open[ticket]
+        ended = {ticket for ticket, _ in done}
+        lane.open = {ticket: None for ticket in lane.open if not (ticket.cancelled or ticket in ended)}
         if lane.busy:
             self._lanes[shape] = lane
         return [*done]
