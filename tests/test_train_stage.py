@@ -1,11 +1,14 @@
-"""Training on Ray Train with DeepSpeed ZeRO: a worker killed in the middle changes no bit of the result."""
+"""Training on Ray Train with DeepSpeed ZeRO: workers killed and told to leave change no bit of the result."""
 
 import json
+import os
 import shutil
+import signal
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
@@ -21,7 +24,7 @@ from raymuse.storage import checkpoint
 from raymuse.tracking.run import Run
 from raymuse.training.build import train_here
 
-STEPS, EVERY = 12, 4
+STEPS, EVERY = 24, 4
 
 
 def config_of(folder: Path, tokens: str) -> BaseConfig:
@@ -45,24 +48,43 @@ def train_rank(config: BaseConfig) -> None:
 
 @pytest.fixture(scope="module")
 def disturbed(ray_cluster: Cluster, tokens: str, tmp_path_factory: pytest.TempPathFactory) -> BaseConfig:
-    """The same training, of whose workers one was killed right after the first checkpoint."""
+    """The same training: a worker killed, the next group's told to leave, then the driver told to stop; and again."""
     config = config_of(tmp_path_factory.mktemp("disturbed"), tokens)
-    killed: list[int] = []
-    killer = threading.Thread(target=_kill_a_worker, args=(Path(config.output), killed), daemon=True)
-    killer.start()
+    assert threading.current_thread() is threading.main_thread(), "who else would get the signal?"
+    before = signal.getsignal(signal.SIGTERM)
+    sent: list[str] = []
+    storm = threading.Thread(target=_storm, args=(Path(config.output), sent), daemon=True)
+    storm.start()
+    with pytest.raises(SystemExit) as stopped:
+        train(config, Run.off())
+    storm.join()
+    assert (stopped.value.code, sent) == (143, ["kill a worker", "tell a worker", "tell the driver"])
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert not Path(config.output, "_SUCCESS").exists()
     train(config, Run.off())
-    killer.join()
-    assert len(killed) == 1
     return config
 
 
-def _kill_a_worker(output: Path, killed: list[int]) -> None:
-    first = output / f"step-{EVERY:08d}" / "checkpoint.json"
-    wait_until(lambda: len(children_named("RayTrainWorker")) == 2, 100)
-    workers = children_named("RayTrainWorker")
-    wait_until(first.exists, 100)
-    workers[-1].kill()
-    killed.append(workers[-1].pid)
+def _storm(output: Path, sent: list[str]) -> None:
+    """To three groups of workers in turn, each as soon as it has committed something."""
+    known: set[int] = set()
+    for deed in ("kill a worker", "tell a worker", "tell the driver"):
+        committed = len(list(output.glob("step-*/checkpoint.json")))
+        wait_until(lambda: len(_new_workers(known)) == 2, 100)
+        workers = _new_workers(known)
+        wait_until(lambda: len(list(output.glob("step-*/checkpoint.json"))) > committed, 100)  # noqa: B023
+        if deed == "kill a worker":
+            workers[-1].kill()
+        elif deed == "tell a worker":
+            workers[-1].terminate()
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
+        sent.append(deed)
+        known.update(worker.pid for worker in workers)
+
+
+def _new_workers(known: set[int]) -> list[psutil.Process]:
+    return [worker for worker in children_named("RayTrainWorker") if worker.pid not in known]
 
 
 def test_a_killed_worker_changes_no_bit_of_the_weights(undisturbed: BaseConfig, disturbed: BaseConfig) -> None:
@@ -80,14 +102,16 @@ def test_a_killed_worker_changes_no_bit_of_the_weights(undisturbed: BaseConfig, 
     assert all(ends[0][name].equal(ends[1][name]) for name in ends[0])
 
 
-def test_the_training_went_on_from_a_checkpoint_and_not_from_the_start(disturbed: BaseConfig) -> None:
-    lines = Path(disturbed.output, "progress.log").read_text()
-    assert lines.count("going on from step") == 1
-    step = int(lines.split("going on from step ")[1].split()[0])
-    assert 0 < step < STEPS
-    after = lines.split("going on from step")[1]
-    assert f"step {STEPS}/{STEPS}" in after
-    assert f"step {EVERY}/{STEPS}" not in after, "it began again"
+def test_the_training_went_on_from_its_checkpoints_and_never_from_the_start(disturbed: BaseConfig) -> None:
+    """Whoever was told to stop kept the very step; only the kill cost steps, and only it counted as a failure."""
+    lines = Path(disturbed.output, "progress.log").read_text().splitlines()
+    resumed = [int(line.split()[4]) for line in lines if line.startswith("going on from step")]
+    kept = [int(line.split()[4]) for line in lines if line.startswith("asked to stop")]
+    assert len(resumed) == 3
+    assert resumed[0] % EVERY == 0 < resumed[0]
+    assert resumed[1:] == kept
+    assert resumed[0] < kept[0] < kept[1] < STEPS
+    assert lines[-1].startswith(f"step {STEPS}/{STEPS}")
 
 
 def test_ray_train_holds_a_pointer_to_our_checkpoint(disturbed: BaseConfig) -> None:

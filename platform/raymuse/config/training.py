@@ -34,6 +34,7 @@ class CheckpointConfig(Config):
 
     every: int = Field(200, ge=1, description="steps between checkpoints")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep_best: bool = Field(False, description="keep the one of the lowest mean training loss since the one before too")
 
 
 class TrainConfig(StageConfig):
@@ -49,14 +50,40 @@ class TrainConfig(StageConfig):
     optimizer: OptimizerConfig = OptimizerConfig()
     ema_decay: float | None = Field(None, gt=0, lt=1)
     checkpoint: CheckpointConfig = runtime(CheckpointConfig(), "checkpoints")
-    workers: int = runtime(2, "processes that train together; 0: this process, without Ray", ge=0)
+    workers: int = runtime(
+        2,
+        "processes that train together; 0: this process, without Ray; {min: 1, max: 4}: as the cluster has room",
+        ge=0,
+    )
+    min_workers: int | None = runtime(None, "fewest workers to train with; None: all of them", ge=1)
     cpus_per_worker: float = runtime(1, "cores reserved for a worker", gt=0)
+    resources: dict[str, float] = runtime({}, "other Ray resources reserved for a worker, such as {trainers: 1}")
     use_gpu: bool = runtime(False, "one GPU a worker")
     max_failures: int = runtime(2, "lost workers survived before the job fails", ge=0)
     max_skipped: int = runtime(10, "steps in a row without a finite loss and gradients before the run stops", ge=1)
     log_every: int = runtime(20, "steps between logged losses", ge=1)
     sample_every: int = runtime(400, "steps between sample pictures in MLflow", ge=1)
+    notice: float = runtime(
+        25, "seconds in which a training that is told to stop must have written its checkpoint", gt=0
+    )
+    profile: bool = runtime(False, "write torch's trace of three steps to output/profile")
     model: dict[str, Any] = Field(default_factory=dict, description="shape of the network, by its own field names")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _range_of_workers(cls, values: Any) -> Any:
+        """`workers: {min: 1, max: 4}` is `workers: 4` and `min_workers: 1`."""
+        if isinstance(values, dict) and isinstance(found := values.get("workers"), dict):
+            if set(found) != {"min", "max"}:
+                raise ValueError("workers: a range has min and max, as in {min: 1, max: 4}")
+            return {**values, "workers": found["max"], "min_workers": found["min"]}
+        return values
+
+    @model_validator(mode="after")
+    def _some_range(self) -> "TrainConfig":
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers: {self.min_workers} is more than workers, {self.workers}")
+        return self
 
 
 class VqganConfig(TrainConfig):

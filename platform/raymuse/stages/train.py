@@ -7,11 +7,14 @@ output/_SUCCESS         last
 
 import json
 import os
+import signal
+import socket
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,19 +22,20 @@ from typing import Any
 import ray.train
 import torch
 from ray.train import Checkpoint, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
 
 from raymuse.config.errors import UserError
 from raymuse.config.stages import STAGES
-from raymuse.config.training import CriticConfig, GeneratorConfig, MaskedConfig, SuperresConfig, TrainConfig
-from raymuse.drawing.model_folder import trained_part
-from raymuse.models.weights import weights_sha256
-from raymuse.storage.folder import Folder
-from raymuse.storage.images import list_shards
-from raymuse.storage.manifest import Manifest
-from raymuse.storage.tokens import TokenStore
+from raymuse.config.training import MaskedConfig, TrainConfig
 from raymuse.tracking.run import Run
+from raymuse.training.alone import opened, train_alone
 from raymuse.training.build import build_task, train_here
+from raymuse.training.inputs import data_fingerprint as data_fingerprint
+from raymuse.training.stopping import Stopped, listening
+
+RESIZE_SECONDS = 30
+"""How often an elastic training looks whether the cluster has room for more workers: each change is a restart."""
 
 
 def train(config: TrainConfig, run: Run) -> str:
@@ -39,35 +43,19 @@ def train(config: TrainConfig, run: Run) -> str:
 
     Raises:
         UserError: for input that is missing or unfinished, a recipe that does not fit it, or another run's output.
+        SystemExit, KeyboardInterrupt: stopped by SIGTERM or Ctrl-C; what was done is kept.
     """
-    Folder(config.output).require_local("each worker writes its share of a checkpoint there")
-    manifest = Manifest.open(config.output, {**config.identity(), "data": data_fingerprint(config)})
+    if config.workers == 0:
+        return train_alone(config, run)
+    manifest = opened(config)
     model = f"{config.output}/model"
     if manifest.finished:
         manifest.release()
         return model
-    build_task(config)  # every mistake of the recipe shows here, before any worker starts
     run.params(config.model_dump(mode="json"))
-    if config.workers == 0:
-        train_here(config, run, lambda metrics, folder: None, print)
-    else:
-        _train_on_ray(config, run)
+    _train_on_ray(config, run)
     manifest.finish(model=model)
     return model
-
-
-def data_fingerprint(config: TrainConfig) -> str:
-    """What the training reads, by content where the input says it, else by the names of its shards."""
-    if isinstance(config, MaskedConfig):
-        frozen = {"text_encoder": config.text_encoder}
-        if isinstance(config, GeneratorConfig):
-            frozen["superres" if isinstance(config, SuperresConfig) else "transformer"] = config.start_from
-        elif isinstance(config, CriticConfig):
-            frozen["transformer"] = str(trained_part(config.base, "transformer"))
-        sums = [weights_sha256(address, part) for part, address in frozen.items() if address is not None]
-        return " ".join([TokenStore(config.input).fingerprint, *sums])
-    address = str(getattr(config, "input", ""))
-    return " ".join(shard.name for shard in list_shards(address))
 
 
 def plan_text(config: TrainConfig) -> str:
@@ -96,25 +84,55 @@ def plan_text(config: TrainConfig) -> str:
     )
 
 
+@dataclass(frozen=True)
+class _Notes:
+    """Files in the output by which driver and workers tell each other what Ray carries no message for."""
+
+    progress: Path
+    refused: Path
+    stop: Path
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "_Notes":
+        output = Path(config.output).resolve()
+        return cls(output / "progress.log", output / "refused.txt", output / "stop")
+
+
 def _train_on_ray(config: TrainConfig, run: Run) -> None:
-    progress, refused = Path(config.output) / "progress.log", Path(config.output) / "refused.txt"
-    refused.unlink(missing_ok=True)
+    """Train to the end, in as many groups of workers as it takes.
+
+    A group that is told to leave (a node drains, or a worker gets SIGTERM) commits a checkpoint and ends well, so
+    that `max_failures` is for failures; the next group goes on where Ray finds room.
+    """
+    notes = _Notes.of(config)
+    for old in (notes.refused, notes.stop):
+        old.unlink(missing_ok=True)
+    with _following(notes.progress), listening(notes.stop.touch) as stopped, _notice(stopped, config.notice):
+        try:
+            while not _group(config, run, notes):
+                if stopped():
+                    raise stopped.raised()
+        finally:
+            notes.stop.unlink(missing_ok=True)
+
+
+def _group(config: TrainConfig, run: Run, notes: _Notes) -> bool:
+    """Start workers and wait for them; whether the training is at its end."""
+    gpu = {"GPU": 1} if config.use_gpu else {}
+    workers = config.workers if config.min_workers is None else (config.min_workers, config.workers)
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={
-            "config": config.model_dump(mode="json"),
-            "run": run,
-            "progress": str(progress.resolve()),
-            "refused": str(refused.resolve()),
-        },
+        train_loop_config={"config": config.model_dump(mode="json"), "run": run, "notes": notes},
+        torch_config=_TorchWithStop(),
         scaling_config=ScalingConfig(
-            num_workers=config.workers,
+            num_workers=workers,
             use_gpu=config.use_gpu,
-            resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": 1} if config.use_gpu else {})},
+            resources_per_worker={"CPU": config.cpus_per_worker, **gpu, **config.resources},
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
         run_config=RunConfig(
             # A name of its own for every attempt: what a restart goes on from is our checkpoint, not Ray's state.
-            name=f"attempt-{int(time.time())}",
+            name=f"attempt-{time.time_ns() // 1_000_000}",
             storage_path=str((Path(config.output) / "ray").resolve()),
             failure_config=FailureConfig(max_failures=config.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),
@@ -122,18 +140,87 @@ def _train_on_ray(config: TrainConfig, run: Run) -> None:
     )
     # Ray Train would answer Ctrl-C itself, end the process with 1, and keep its handler after the training.
     trainer._register_sigint_handler = lambda controller: None
-    with _following(progress):
-        try:
-            trainer.fit()
-        except ray.train.TrainingFailedError:
-            if not refused.exists():
-                raise
-    if refused.exists():
-        raise UserError(refused.read_text())
+    try:
+        ended = trainer.fit().return_value
+    except ray.train.TrainingFailedError:
+        if not notes.refused.exists():
+            raise
+    if notes.refused.exists():
+        raise UserError(notes.refused.read_text())
+    return bool(ended)
 
 
-def _worker(payload: dict[str, Any]) -> None:
-    """One rank, inside Ray Train's process group.
+@contextmanager
+def _notice(stopped: Stopped, seconds: float) -> Iterator[None]:
+    """Inside, a training that was told to stop is ended after so many seconds, whatever its workers do."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.2):
+            if stopped():
+                if not over.wait(seconds):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(5)
+
+
+_asked_here = threading.Event()
+
+
+class _BackendWithStop(_TorchBackend):  # type: ignore[misc]
+    """Ray Train's, whose workers take SIGTERM as a request to stop; Ray's own handler would end them at once."""
+
+    def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
+        super().on_training_start(worker_group, backend_config)
+        worker_group.execute(_keep_sigterm)
+
+
+@dataclass
+class _TorchWithStop(TorchConfig):  # type: ignore[misc]
+    @property
+    def backend_cls(self) -> type[_BackendWithStop]:
+        return _BackendWithStop
+
+
+def _keep_sigterm() -> None:
+    """In the worker's main thread; the training runs in another, where no handler can be set.
+
+    Python would call a handler only when Ray has something for the main thread to do: the byte comes at once.
+    """
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+
+    def wait() -> None:
+        while signal.SIGTERM not in ours.recv(1):
+            pass
+        _asked_here.set()
+        assert theirs.fileno() >= 0  # keeps the other end open for as long as somebody listens
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _asked(notes: _Notes) -> bool:
+    """Whether this worker was told to stop: by SIGTERM, by its driver, or since a node of the training drains.
+
+    `ray.train.get_preemption_info` would wait for all workers at every step; the loop itself tells them of each other.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    draining = get_train_context().preemption_context.preemption_info is not None
+    return _asked_here.is_set() or draining or notes.stop.exists()
+
+
+def _worker(payload: dict[str, Any]) -> bool:
+    """One rank, inside Ray Train's process group; whether the training is at its end.
 
     What only a person can mend is told in a file, and ends the rank well: Ray would start a failed one again.
     """
@@ -141,11 +228,14 @@ def _worker(payload: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(payload["config"]["cpus_per_worker"])))
     config = STAGES[payload["config"]["stage"]].model_validate(payload["config"])
     assert isinstance(config, TrainConfig)
-    with Path(payload["progress"]).open("a", buffering=1) as lines:
+    notes: _Notes = payload["notes"]
+    with notes.progress.open("a", buffering=1) as lines:
         try:
-            train_here(config, payload["run"], _report, partial(print, file=lines))
+            say = partial(print, file=lines)
+            return train_here(config, payload["run"], _report, say, partial(_asked, notes))
         except UserError as error:
-            Path(payload["refused"]).write_text(str(error))
+            notes.refused.write_text(str(error))
+            return False
 
 
 @contextmanager

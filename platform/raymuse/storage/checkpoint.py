@@ -7,6 +7,7 @@
 Only a folder with a valid checkpoint.json counts; a damaged newest one falls back to the one before.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -80,20 +81,34 @@ def newest(root: Path, warn: Callable[[str], None] = _warn) -> Checkpoint | None
     return None
 
 
-def prune(root: Path, keep: int, newest_step: int) -> None:
+def prune(root: Path, keep: int, newest_step: int, *, keep_best: bool = False) -> None:
     """Delete all but the newest `keep` checkpoints up to the one just committed, and leftovers before them.
 
     Later ones are damaged, or the run would have gone on from them: they must not push a whole one out.
+
+    Args:
+        keep_best: keep the one of the lowest `loss` in its state as well, though it be older.
     """
     last = folder_of(root, newest_step)
     committed = sorted(path.parent for path in root.glob("step-*/checkpoint.json") if path.parent <= last)
     if len(committed) <= keep:
         return
     oldest_kept = committed[-keep]
+    best = _best(committed) if keep_best else None
     for folder in sorted(root.glob("step-*")):
-        if folder < oldest_kept:
+        if folder < oldest_kept and folder != best:
             (folder / "checkpoint.json").unlink(missing_ok=True)
             shutil.rmtree(folder)
+
+
+def _best(committed: Sequence[Path]) -> Path | None:
+    """The one of the lowest loss; of equal ones the newest. What cannot be read is not it."""
+    losses: list[tuple[float, int, Path]] = []
+    for number, folder in enumerate(committed):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            loss = json.loads((folder / "checkpoint.json").read_text())["state"]["loss"]
+            losses.append((float(loss), -number, folder))
+    return min(losses)[2] if losses else None
 
 
 def read(folder: Path) -> tuple[Checkpoint | None, str]:

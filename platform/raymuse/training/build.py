@@ -15,7 +15,10 @@ from raymuse.config.training import (
 )
 from raymuse.tracking.run import Run
 from raymuse.training.engine import Engine, PlainEngine, rank_and_world
-from raymuse.training.loop import Loop, Report, micro_batches
+from raymuse.training.loop import Loop, micro_batches
+from raymuse.training.profile import tracing
+from raymuse.training.saving import Report
+from raymuse.training.stopping import Stopping, never
 from raymuse.training.task import Task
 
 
@@ -58,9 +61,12 @@ def build_engine(config: TrainConfig, task: Task, device: str = "cpu") -> Engine
     return PlainEngine(task.module, config.optimizer, device)
 
 
-def train_here(config: TrainConfig, run: Run, report: Report, say: Callable[[str], None]) -> None:
-    """Run this rank's part of the training, in whatever process group it finds."""
+def train_here(
+    config: TrainConfig, run: Run, report: Report, say: Callable[[str], None], stopping: Stopping = never
+) -> bool:
+    """Run this rank's part of the training, in whatever process group it finds; False where it was asked to stop."""
     device = f"cuda:{torch.cuda.current_device()}" if config.use_gpu else "cpu"
     task = build_task(config, device)
     engine = build_engine(config, task, device)
-    Loop(config, task, engine, run, report, say).fit()
+    with tracing(config, engine.rank) as next_step:
+        return Loop(config, task, engine, run, report, say, stopping, next_step).fit()

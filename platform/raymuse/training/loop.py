@@ -6,26 +6,24 @@ Nothing here knows Ray: the same loop runs in Ray Train's workers, under torchru
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from raymuse.config.errors import UserError
 from raymuse.config.training import TrainConfig
-from raymuse.storage import checkpoint as store
 from raymuse.tracking.run import Run
 from raymuse.training.ema import Ema
 from raymuse.training.engine import Engine, full_weights, global_sum
 from raymuse.training.optimizers import learning_rate_scale
 from raymuse.training.order import share
+from raymuse.training.saving import Report, Saver, barrier
+from raymuse.training.stopping import Stopping, never
 from raymuse.training.task import Task
-
-Report = Callable[[dict[str, float], Path | None], None]
 
 
 class Loop:
@@ -38,6 +36,8 @@ class Loop:
         run: where rank 0 logs.
         report: called on all ranks with metrics and, after a commit, the checkpoint's folder.
         say: rank 0's progress, a line at a time.
+        stopping: whether this rank was asked to stop; where one was, all end after a checkpoint.
+        next_step: called after every step (a profiler's).
     """
 
     def __init__(
@@ -48,40 +48,67 @@ class Loop:
         run: Run,
         report: Report,
         say: Callable[[str], None],
+        stopping: Stopping = never,
+        next_step: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
         self.task = task
         self.engine = engine
         self.run = run
-        self.report = report
         self.say = say
+        self.stopping = stopping
+        self.next_step = next_step
         self.root = Path(config.output)
         self.ema = Ema(engine, config.ema_decay) if config.ema_decay is not None else None
+        self.saver = Saver(config, task, engine, self.ema, report, say)
         self.clock = Clock(config.batch_size)
+        self.asked = False
+        self.loss_since, self.steps_since = 0.0, 0
         self.skipped = self.skipped_in_a_row = 0
         self.micro_batch, self.accumulation = micro_batches(config, engine.world)
 
-    def fit(self) -> None:
-        """Train to `config.steps`, from the newest checkpoint where there is one, and save the model."""
+    def fit(self) -> bool:
+        """Train to `config.steps`, from the newest checkpoint where there is one, and save the model.
+
+        Returns:
+            False where the training was asked to stop before its end: a checkpoint then holds what was done.
+        """
         start = self._restore()
         for step in range(start, self.config.steps):
             metrics = self._step(step)
-            done = step + 1
-            if done % self.config.log_every == 0 or done == self.config.steps:
+            self.next_step()
+            done, last = step + 1, step + 1 == self.config.steps
+            if done % self.config.log_every == 0 or last:
                 self._log(metrics, done)
-            if done % self.config.sample_every == 0 or done == self.config.steps:
+            if (done % self.config.sample_every == 0 and not self.asked) or last:
                 self._sample(done)
-            if done % self.config.checkpoint.every == 0 or done == self.config.steps:
-                self._commit(done, metrics)
+            if done % self.config.checkpoint.every == 0 or last or self.asked:
+                self._save(done, metrics)
+            if self.asked and not last:
+                return self._stop(done)
+        self.saver.finish()
         self._finish()
+        return True
+
+    def _restore(self) -> int:
+        """The step to go on with. Collective."""
+        found = self.saver.restore()
+        self.skipped = found.state.get("skipped", 0) if found is not None else 0
+        return found.step if found is not None else 0
+
+    def _stop(self, done: int) -> bool:
+        self.saver.finish()
+        if self.engine.rank == 0:
+            self.say(f"asked to stop: step {done} is kept")
+            self.run.flush(5)
+        return False
 
     def _step(self, step: int) -> dict[str, Tensor | float]:
         """One optimizer step on the global batch; sums over this rank's rows, and the rank's denominator."""
         self.clock.start()
         batches = list(self._batches(step))
         self.clock.loaded()
-        mine = sum(self.task.count(batch) for batch in batches)
-        count = float(global_sum(torch.tensor([mine], dtype=torch.float64)))
+        count = self._agree(sum(self.task.count(batch) for batch in batches))
         sums: dict[str, Any] = {"loss": 0.0}
         for batch in batches:
             loss, extra = self.engine.forward(batch)
@@ -91,10 +118,24 @@ class Loop:
                 sums[name] = sums.get(name, 0.0) + value / count
         scale = learning_rate_scale(step, self.config.steps, self.config.optimizer)
         norm = self.engine.step(scale)
+        if math.isfinite(norm):
+            self.loss_since, self.steps_since = self.loss_since + float(sums["loss"]), self.steps_since + 1
         care = self._cared_for(step) if math.isfinite(norm) else self._passed_over(step)
         self.clock.stop()
         same = {**care, "grad_norm": norm, "lr_scale": scale, "skipped_steps": self.skipped}
         return {**sums, **{f"={name}": value for name, value in same.items()}}
+
+    def _agree(self, mine: float) -> float:
+        """The global denominator of the step, in one message with what all ranks must know of each other. Collective.
+
+        Whether one was asked to stop; and whether all have written their shares of a checkpoint, which then counts.
+        """
+        told = torch.tensor([mine, float(self.stopping()), float(self.saver.busy)], dtype=torch.float64)
+        count, asked, busy = global_sum(told).tolist()
+        self.asked = asked > 0
+        if not busy:
+            self.saver.finish()
+        return float(count)
 
     def _cared_for(self, step: int) -> dict[str, float]:
         """What follows a step that changed the weights."""
@@ -171,78 +212,13 @@ class Loop:
         """The average's weights where there is one. Collective."""
         return self.ema.weights() if self.ema is not None else full_weights(self.engine)
 
-    def _commit(self, done: int, metrics: dict[str, Tensor | float]) -> None:
-        """Every rank writes its share; after a barrier rank 0 makes the checkpoint count. Collective."""
-        folder = store.folder_of(self.root, done)
-        record = store.write_share(folder, self.engine.rank, self._share())
-        records = _gather_objects(record)
-        if self.engine.rank == 0:
-            state = {
-                "updates": self.engine.updates(),
-                "ema_updates": self.ema.updates if self.ema is not None else 0,
-                "skipped": self.skipped,
-            }
-            store.commit(folder, done, records, state)
-            store.prune(self.root, self.config.checkpoint.keep, done)
-        _barrier()
-        self.report({"step": float(done), "loss": self._global(metrics)["loss"]}, folder)
+    def _save(self, done: int, metrics: dict[str, Tensor | float]) -> None:
+        """Begin a checkpoint, with the mean loss since the one before (`keep_best` goes by it). Collective."""
+        total = float(global_sum(torch.tensor([self.loss_since], dtype=torch.float64)))
+        state = {"skipped": self.skipped, "loss": total / self.steps_since if self.steps_since else None}
+        self.saver.begin(done, {"step": float(done), "loss": self._global(metrics)["loss"]}, state)
+        self.loss_since, self.steps_since = 0.0, 0
         self.clock.restart()
-
-    def _share(self) -> dict[str, Tensor]:
-        """The full tensors that this rank writes: every world-th parameter. Collective."""
-        tensors: dict[str, Tensor] = {}
-        average = self.ema.weights() if self.ema is not None else {}
-        for number, name in enumerate(self._names()):
-            moments = {moment: self.engine.read(name, moment) for moment in self.engine.moments(name)}
-            values = {"weight": self.engine.read(name), **moments}
-            if number % self.engine.world == self.engine.rank:
-                tensors.update({f"{kind}/{name}": value.clone() for kind, value in values.items()})
-                if name in average:
-                    tensors[f"ema/{name}"] = average[name]
-        if self.engine.rank == 0:
-            tensors.update({f"extra/{name}": value for name, value in self.task.extra_state().items()})
-        return tensors
-
-    def _restore(self) -> int:
-        """Set everything from the newest whole checkpoint; the step to go on with. Collective."""
-        found = store.newest(self.root, self._warn)
-        if found is None:
-            return 0
-        tensors = found.tensors()
-        self._require_moments(tensors, found.folder)
-        if self.ema is not None:
-            average = {name: tensors[f"ema/{name}"] for name in self._names()}
-            self.ema.restore(average, found.state["ema_updates"])
-        for name in self._names():
-            self.engine.write(name, tensors[f"weight/{name}"])
-            for moment in self.engine.moments(name):
-                self.engine.write(name, tensors[f"{moment}/{name}"], moment)
-        self.engine.set_updates(found.state["updates"])
-        self.skipped = found.state.get("skipped", 0)
-        self.engine.publish()
-        extra = {name.removeprefix("extra/"): value for name, value in tensors.items() if name.startswith("extra/")}
-        self.task.load_extra_state(extra)
-        if self.engine.rank == 0:
-            self.say(f"going on from step {found.step} ({found.folder})")
-        return found.step
-
-    def _require_moments(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
-        """Raise UserError where another optimizer wrote the checkpoint: its moments say nothing to this one."""
-        for name in self._names():
-            for moment in self.engine.moments(name):
-                if f"{moment}/{name}" not in tensors:
-                    raise UserError(
-                        f"{folder}: the checkpoint holds no {moment} of {name}, which optimizer.name: "
-                        f"{self.config.optimizer.name} needs: another optimizer wrote it. Go on with that one, or "
-                        "train into another output."
-                    )
-
-    def _warn(self, sentence: str) -> None:
-        if self.engine.rank == 0:
-            self.say(sentence)
-
-    def _names(self) -> list[str]:
-        return [name for name, parameter in self.engine.module.named_parameters() if parameter.requires_grad]
 
     def _finish(self) -> None:
         """Write `model/` (the average where there is one) and, beside an average, `model_raw/`. Collective."""
@@ -255,7 +231,7 @@ class Loop:
             numbers = {name: float(value) for name, value in facts.items() if isinstance(value, int | float)}
             self.run.metrics(numbers, self.config.steps)
             self.run.flush(10)
-        _barrier()
+        barrier()
 
 
 class Clock:
@@ -296,16 +272,3 @@ def micro_batches(config: TrainConfig, world: int) -> tuple[int, int]:
     share_size = -(-config.batch_size // world)
     micro = min(config.micro_batch_size or share_size, share_size)
     return micro, -(-share_size // micro)
-
-
-def _gather_objects(mine: Any) -> list[Any]:
-    if not dist.is_initialized():
-        return [mine]
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine)
-    return gathered
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

@@ -1,0 +1,116 @@
+"""A training without Ray: in this process, or in the ranks that `torchrun` starts.
+
+    torchrun --nproc-per-node 2 -m raymuse.training demo:base zero.stage=3
+
+What follows `raymuse.training` is what follows `raymuse train`. Checkpoints and output are the same, so either may go
+on from the other's.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from raymuse.config.errors import UserError
+from raymuse.config.load import load
+from raymuse.config.stages import STAGES
+from raymuse.config.training import TrainConfig
+from raymuse.storage.folder import Folder
+from raymuse.storage.manifest import Manifest
+from raymuse.tracking.run import Run, finishing, open_run
+from raymuse.training.build import build_task, train_here
+from raymuse.training.engine import rank_and_world
+from raymuse.training.inputs import data_fingerprint
+from raymuse.training.stopping import listening
+
+
+def train_alone(config: TrainConfig, run: Run) -> str:
+    """Train one model to the end in this process and return its `model` folder; or this rank's part of it. Collective.
+
+    Raises:
+        UserError: for input that is missing or unfinished, a recipe that does not fit it, or another run's output.
+        SystemExit, KeyboardInterrupt: stopped by SIGTERM or Ctrl-C; what was done is kept.
+    """
+    first = rank_and_world()[0] == 0
+    manifest = opened(config) if first else None
+    model = f"{config.output}/model"
+    if _agreed(manifest is not None and manifest.finished):
+        if manifest is not None:
+            manifest.release()
+        return model
+    if first:
+        run.params(config.model_dump(mode="json"))
+    with listening() as stopped:
+        ended = train_here(config, run, lambda metrics, folder: None, _say, stopped)
+    if not ended:
+        raise stopped.raised()
+    if manifest is not None:
+        manifest.finish(model=model)
+    return model
+
+
+def opened(config: TrainConfig) -> Manifest:
+    """The output's manifest, with everything checked that can be checked before a worker starts."""
+    Folder(config.output).require_local("each worker writes its share of a checkpoint there")
+    manifest = Manifest.open(config.output, {**config.identity(), "data": data_fingerprint(config)})
+    if not manifest.finished:
+        build_task(config)  # every mistake of the recipe shows here
+    return manifest
+
+
+def main(words: Sequence[str]) -> int:
+    """One rank of `torchrun`: 0 done, 2 bad usage, input or config; stopped, it ends as `raymuse train` does."""
+    if not words:
+        print("usage: torchrun ... -m raymuse.training RECIPE [KEY=VALUE ...]", file=sys.stderr)
+        return 2
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        loaded = load(words[0], words[1:], {name for name in STAGES if name.startswith("train-")})
+        assert isinstance(loaded, TrainConfig)
+        config = loaded.model_copy(update={"workers": world, "min_workers": None})
+        _join(config)
+        run = _run(config)
+        with finishing(run):
+            train_alone(config, run)
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def _join(config: TrainConfig) -> None:
+    """The process group of torchrun's ranks, each on its own GPU where they are wanted."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if config.use_gpu else "cpu")
+    for name, alone in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        os.environ.setdefault(name, alone)
+    if config.use_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        torch.set_num_threads(max(1, int(config.cpus_per_worker)))
+    dist.init_process_group("nccl" if config.use_gpu else "gloo")
+
+
+def _run(config: TrainConfig) -> Run:
+    """Rank 0 logs, to MLFLOW_TRACKING_URI."""
+    if rank_and_world()[0] > 0:
+        return Run.off()
+    name = str(type(config).model_fields["stage"].default)
+    return open_run(os.environ.get("MLFLOW_TRACKING_URI"), os.environ.get("MLFLOW_EXPERIMENT_NAME", "raymuse"), name)
+
+
+def _agreed(mine: bool) -> bool:
+    """What rank 0 says. Collective."""
+    if not dist.is_initialized():
+        return mine
+    said = [mine]
+    dist.broadcast_object_list(said, 0)
+    return said[0]
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

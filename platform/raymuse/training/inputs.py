@@ -1,0 +1,21 @@
+"""What a training reads, as one text: a run goes on only with the data and the frozen weights that it began with."""
+
+from raymuse.config.training import CriticConfig, GeneratorConfig, MaskedConfig, SuperresConfig, TrainConfig
+from raymuse.drawing.model_folder import trained_part
+from raymuse.models.weights import weights_sha256
+from raymuse.storage.images import list_shards
+from raymuse.storage.tokens import TokenStore
+
+
+def data_fingerprint(config: TrainConfig) -> str:
+    """What the training reads, by content where the input says it, else by the names of its shards."""
+    if isinstance(config, MaskedConfig):
+        frozen = {"text_encoder": config.text_encoder}
+        if isinstance(config, GeneratorConfig):
+            frozen["superres" if isinstance(config, SuperresConfig) else "transformer"] = config.start_from
+        elif isinstance(config, CriticConfig):
+            frozen["transformer"] = str(trained_part(config.base, "transformer"))
+        sums = [weights_sha256(address, part) for part, address in frozen.items() if address is not None]
+        return " ".join([TokenStore(config.input).fingerprint, *sums])
+    address = str(getattr(config, "input", ""))
+    return " ".join(shard.name for shard in list_shards(address))

@@ -1,0 +1,174 @@
+"""A training's checkpoints: taken between two steps, written while the next ones run, and gone on from.
+
+What is on the disk is `storage/checkpoint.py`'s. A rank copies its share to the CPU's memory and a thread of its own
+writes it; after all ranks' threads have finished, rank 0 makes the checkpoint count. Everything that says `collective`
+must be called by all ranks.
+"""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from raymuse.config.errors import UserError
+from raymuse.config.training import TrainConfig
+from raymuse.storage import checkpoint as store
+from raymuse.storage.manifest import FileRecord
+from raymuse.training.ema import Ema
+from raymuse.training.engine import Engine
+from raymuse.training.task import Task
+
+Report = Callable[[dict[str, float], Path | None], None]
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A checkpoint that is being written."""
+
+    step: int
+    share: "Future[FileRecord]"
+    metrics: dict[str, float]
+    state: dict[str, Any]
+
+
+class Saver:
+    """Saves and restores one training on one rank.
+
+    Args:
+        report: called on all ranks with metrics and the checkpoint's folder, after it counts.
+        say: rank 0's progress, a line at a time.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        task: Task,
+        engine: Engine,
+        ema: Ema | None,
+        report: Report,
+        say: Callable[[str], None],
+    ) -> None:
+        self.config = config
+        self.task = task
+        self.engine = engine
+        self.ema = ema
+        self.report = report
+        self.say = say
+        self.root = Path(config.output)
+        self.begun: _Begun | None = None
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank still writes its share."""
+        return self.begun is not None and not self.begun.share.done()
+
+    def begin(self, step: int, metrics: dict[str, float], state: Mapping[str, Any]) -> None:
+        """Take the state after `step` steps and let it be written; waits for the one before. Collective.
+
+        Args:
+            metrics: for `report`.
+            state: plain values that the checkpoint keeps beside ours.
+        """
+        self.finish()
+        kept = {
+            "updates": self.engine.updates(),
+            "ema_updates": self.ema.updates if self.ema is not None else 0,
+            **state,
+        }
+        share = self._share()
+        folder = store.folder_of(self.root, step)
+        self.begun = _Begun(
+            step, self._writer.submit(store.write_share, folder, self.engine.rank, share), metrics, kept
+        )
+
+    def finish(self) -> None:
+        """Wait for the shares of the checkpoint begun, if any, and make it count. Collective."""
+        if self.begun is None:
+            return
+        begun, self.begun = self.begun, None
+        folder = store.folder_of(self.root, begun.step)
+        records = _gather_objects(begun.share.result())
+        if self.engine.rank == 0:
+            store.commit(folder, begun.step, records, begun.state)
+            keep = self.config.checkpoint
+            store.prune(self.root, keep.keep, begun.step, keep_best=keep.keep_best)
+        barrier()
+        self.report(begun.metrics, folder)
+
+    def restore(self) -> store.Checkpoint | None:
+        """Set everything from the newest whole checkpoint; None where there is none. Collective."""
+        found = store.newest(self.root, self._warn)
+        if found is None:
+            return None
+        tensors = found.tensors()
+        self._require_moments(tensors, found.folder)
+        if self.ema is not None:
+            average = {name: tensors[f"ema/{name}"] for name in self._names()}
+            self.ema.restore(average, found.state["ema_updates"])
+        for name in self._names():
+            self.engine.write(name, tensors[f"weight/{name}"])
+            for moment in self.engine.moments(name):
+                self.engine.write(name, tensors[f"{moment}/{name}"], moment)
+        self.engine.set_updates(found.state["updates"])
+        self.engine.publish()
+        extra = {name.removeprefix("extra/"): value for name, value in tensors.items() if name.startswith("extra/")}
+        self.task.load_extra_state(extra)
+        if self.engine.rank == 0:
+            self.say(f"going on from step {found.step} ({found.folder})")
+        return found
+
+    def _share(self) -> dict[str, Tensor]:
+        """Copies, on the CPU, of the full tensors that this rank writes: every world-th parameter. Collective."""
+        tensors: dict[str, Tensor] = {}
+        average = self.ema.weights() if self.ema is not None else {}
+        for number, name in enumerate(self._names()):
+            moments = {moment: self.engine.read(name, moment) for moment in self.engine.moments(name)}
+            values = {"weight": self.engine.read(name), **moments}
+            if number % self.engine.world == self.engine.rank:
+                tensors.update({f"{kind}/{name}": _copied(value) for kind, value in values.items()})
+                if name in average:
+                    tensors[f"ema/{name}"] = average[name]
+        if self.engine.rank == 0:
+            tensors.update({f"extra/{name}": _copied(value) for name, value in self.task.extra_state().items()})
+        return tensors
+
+    def _require_moments(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        """Raise UserError where another optimizer wrote the checkpoint: its moments say nothing to this one."""
+        for name in self._names():
+            for moment in self.engine.moments(name):
+                if f"{moment}/{name}" not in tensors:
+                    raise UserError(
+                        f"{folder}: the checkpoint holds no {moment} of {name}, which optimizer.name: "
+                        f"{self.config.optimizer.name} needs: another optimizer wrote it. Go on with that one, or "
+                        "train into another output."
+                    )
+
+    def _names(self) -> list[str]:
+        return [name for name, parameter in self.engine.module.named_parameters() if parameter.requires_grad]
+
+    def _warn(self, sentence: str) -> None:
+        if self.engine.rank == 0:
+            self.say(sentence)
+
+
+def barrier() -> None:
+    """Wait for all ranks, where there are several."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _copied(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", copy=True)
+
+
+def _gather_objects(mine: Any) -> list[Any]:
+    if not dist.is_initialized():
+        return [mine]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    return gathered
