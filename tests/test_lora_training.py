@@ -15,7 +15,7 @@ import tiny
 from ranks import run_ranks
 from raymuse.config.errors import UserError
 from raymuse.config.training import TrainConfig
-from raymuse.drawing.model_folder import load_superres, load_uvit
+from raymuse.drawing.model_folder import load_base, load_superres
 from raymuse.models import lora
 from raymuse.models.lora import Adapter
 from raymuse.models.superres import SuperRes
@@ -149,10 +149,10 @@ def test_diffusers_and_peft_open_the_adapter_and_compute_the_same(data: Data, tm
     styled = Pipeline.load(data.model, batch_size=2).styled({folder: 1.0})
     assert isinstance(task.network, UVit)
     ours = logits(task.network.eval(), data)
-    assert not torch.allclose(ours, logits(load_uvit(Path(data.model) / "transformer"), data), atol=0.1)
+    assert not torch.allclose(ours, logits(load_base(Path(data.model) / "transformer"), data), atol=0.1)
     torch.testing.assert_close(logits(styled.base, data), ours, atol=1e-3, rtol=1e-4)
 
-    plain = load_uvit(Path(data.model) / "transformer")
+    plain = load_base(Path(data.model) / "transformer")
     theirs = PeftModel.from_pretrained(plain, f"{folder}/transformer").merge_and_unload()
     torch.testing.assert_close(logits(theirs, data), ours, atol=1e-3, rtol=1e-4)
 

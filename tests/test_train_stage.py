@@ -18,7 +18,7 @@ from processes import children_named, wait_until
 from ranks import run_ranks
 from raymuse.config.errors import UserError
 from raymuse.config.training import BaseConfig
-from raymuse.drawing.model_folder import load_uvit
+from raymuse.drawing.model_folder import load_base
 from raymuse.stages.train import train
 from raymuse.storage import checkpoint
 from raymuse.tracking.run import Run
@@ -135,7 +135,7 @@ def test_each_rank_wrote_its_share_and_no_pickle(disturbed: BaseConfig) -> None:
 
 
 def test_the_trained_model_opens_and_a_second_run_starts_no_worker(disturbed: BaseConfig) -> None:
-    load_uvit(Path(disturbed.output) / "model")
+    load_base(Path(disturbed.output) / "model")
     attempts = sorted(Path(disturbed.output, "ray").iterdir())
     began = time.perf_counter()
     assert train(disturbed, Run.off()) == f"{disturbed.output}/model"

@@ -67,6 +67,12 @@ def wide(root: Path, data: Data, **changes: Any) -> TrainConfig:
     return base(root, data, **{"model": {**tiny.UVIT, "intermediate_size": 4096}, **changes})
 
 
+def muse(root: Path, data: Data, **changes: Any) -> TrainConfig:
+    """Muse's own base, with a matrix that ZeRO-3 shards."""
+    model = {**tiny.MASKGIT, "intermediate_size": 8192}
+    return base(root, data, **{"architecture": "maskgit", "model": model, **changes})
+
+
 def vqgan(root: Path, data: Data, **changes: Any) -> TrainConfig:
     return tiny.vqgan_config(root, data.shards, **changes)
 
@@ -76,7 +82,7 @@ def clip(root: Path, data: Data, **changes: Any) -> TrainConfig:
 
 
 TRAININGS: dict[str, Callable[..., TrainConfig]] = {"base": base, "superres": superres, "vqgan": vqgan, "clip": clip}
-KINDS = {**TRAININGS, "wide": wide}
+KINDS = {**TRAININGS, "wide": wide, "muse": muse}
 
 
 class WorkerLostError(Exception):
@@ -160,7 +166,7 @@ def train_everywhere(root: Path, data: Data, names: list[str], changes: dict[str
     return trained
 
 
-WORLDS = {2: ["superres", "vqgan", "clip", "base@2", "wide@3"], 3: ["base", "vqgan", "clip", "base@2"]}
+WORLDS = {2: ["superres", "vqgan", "clip", "base@2", "wide@3", "muse@3"], 3: ["base", "vqgan", "clip", "base@2"]}
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +181,7 @@ def world(request: pytest.FixtureRequest, data: Data, tmp_path_factory: pytest.T
 
 
 def test_losses_and_weights_do_not_depend_on_the_world_size(one: dict[str, Any], world: list[dict[str, Any]]) -> None:
-    """Three processes do not divide the batch of eight; `wide@3` is DeepSpeed at ZeRO 3."""
+    """Three processes do not divide the batch of eight; `@3` is DeepSpeed at ZeRO 3."""
     for name, (losses, tensors, _) in world[0].items():
         wanted, weights, _ = one[name.partition("@")[0]]
         assert len(losses) == WORLD_STEPS

@@ -11,15 +11,17 @@ from raymuse.config.pretokenize import PretokenizeConfig
 from raymuse.config.sampling import SamplingConfig
 from raymuse.config.training import BaseConfig, ClipConfig, SuperresConfig, VqganConfig
 from raymuse.datasets import shapes
-from raymuse.drawing.model_folder import Settings, load_uvit
+from raymuse.drawing.model_folder import Settings, load_base
 from raymuse.encoding.chunks import decode_chunks
 from raymuse.encoding.encoder import ChunkEncoder
 from raymuse.models import lora
+from raymuse.models.base import Base, BaseShape, new_base, record_of
+from raymuse.models.maskgit import MaskGitConfig
 from raymuse.models.network_files import save_network
 from raymuse.models.superres import SuperRes, SuperResConfig
-from raymuse.models.uvit import UVit, UVitConfig
+from raymuse.models.uvit import UVitConfig
 from raymuse.models.weights import weights_sha256
-from raymuse.stages.export import write_diffusers
+from raymuse.stages.export import write_index
 from raymuse.storage.images import list_shards
 from raymuse.storage.manifest import Manifest
 from raymuse.storage.tokens import EMPTY, parquet_bytes
@@ -48,6 +50,7 @@ UVIT = {
     "micro_cond_encode_dim": 4,
     "micro_cond_embed_dim": 20,
 }
+MASKGIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 SUPERRES = {
     "hidden_size": 16,
     "num_hidden_layers": 1,
@@ -140,9 +143,10 @@ def write_tokens(folder: Path, shards: str, encoders: str, **changes: Any) -> st
     return str(folder)
 
 
-def write_model(folder: Path, encoders: str, *, cascade: bool = False, **changes: Any) -> str:
+def write_model(folder: Path, encoders: str, *, cascade: bool = False, muse: bool = False, **changes: Any) -> str:
     """A model folder of random weights, as the export stage lays it out; `cascade` adds `superres/`.
 
+    muse: Muse's own base.
     changes: of the base's shape.
     """
     source = Path(encoders)
@@ -151,8 +155,13 @@ def write_model(folder: Path, encoders: str, *, cascade: bool = False, **changes
         _copy(source / part, folder / part)
     grid = LOW_SIDE // 4 if cascade else SIDE // 4
     shared = {"encoder_hidden_size": CLIP["width"], "vocab_size": CODES + 64, "codebook_size": CODES}
-    base = UVitConfig(**{**UVIT, **shared, "cond_embed_dim": CLIP["projection"], "sample_size": grid, **changes})
-    save_network(UVit(base), base.to_diffusers(), folder / "transformer", _random_weights(UVit(base)))
+    told = {**shared, "sample_size": grid}
+    base: BaseShape
+    if muse:
+        base = MaskGitConfig(**{**MASKGIT, **told, **changes})
+    else:
+        base = UVitConfig(**{**UVIT, **told, "cond_embed_dim": CLIP["projection"], **changes})
+    save_network(new_base(base), record_of(base), folder / "transformer", _random_weights(new_base(base)))
     high = None
     if cascade:
         config = SuperResConfig(**{**SUPERRES, **shared, "low_vocab_size": CODES, "low_grid": 4, "high_grid": 8})
@@ -160,13 +169,13 @@ def write_model(folder: Path, encoders: str, *, cascade: bool = False, **changes
         high = SamplingConfig(steps=3, guidance=2.0)
     size = grid * 4
     Settings(size, SIDE, (size, size, 0, 0, 6), SamplingConfig(steps=5, guidance=3.0), high).save(folder)
-    write_diffusers(folder)
+    write_index(folder)
     return str(folder)
 
 
 def write_adapter(folder: Path, model: str, seed: int = 0) -> str:
     """A LoRA of a model's base that changes its pictures, as a training leaves it."""
-    network = load_uvit(Path(model) / "transformer")
+    network = load_base(Path(model) / "transformer")
     lora.insert(network, 2, 4.0, ["to_q", "to_v"], seed)
     draw = torch.Generator().manual_seed(seed)
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
@@ -175,7 +184,7 @@ def write_adapter(folder: Path, model: str, seed: int = 0) -> str:
     return str(folder)
 
 
-def _random_weights(network: UVit | SuperRes) -> dict[str, torch.Tensor]:
+def _random_weights(network: Base | SuperRes) -> dict[str, torch.Tensor]:
     """Large enough that every input, also behind zero-started layers, reaches the logits."""
     draw = np.random.default_rng(0)
     return {

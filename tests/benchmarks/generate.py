@@ -23,7 +23,7 @@ from raymuse.drawing.model_folder import Settings
 from raymuse.models.network_files import save_network
 from raymuse.models.uvit import UVit, UVitConfig
 from raymuse.pipeline import Pipeline
-from raymuse.stages.export import write_diffusers
+from raymuse.stages.export import write_index
 from raymuse.storage.webdataset_writer import write_shard
 from raymuse.training.clip import ClipTask
 
@@ -162,7 +162,7 @@ def write_model(folder: Path, *, uvit: Any, codes: int, grid: int, vqgan: list[i
     print(f"{folder.name}: {sum(p.numel() for p in network.parameters()) / 1e6:.1f} million parameters, {side} px")
     save_network(UVit(config), config.to_diffusers(), folder / "transformer", network.state_dict())
     Settings(side, side, (side, side, 0, 0, 6), SamplingConfig(steps=STEPS, guidance=GUIDANCE)).save(folder)
-    write_diffusers(folder)
+    write_index(folder)
     return str(folder)
 
 

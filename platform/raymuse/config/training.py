@@ -178,9 +178,12 @@ class GeneratorConfig(MaskedConfig):
 
 
 class BaseConfig(GeneratorConfig):
-    """Train the base transformer (aMUSEd's U-ViT)."""
+    """Train the base transformer: aMUSEd's U-ViT, or Muse's own."""
 
     stage: Literal["train-base"] = "train-base"
+    architecture: Literal["uvit", "maskgit"] = Field(
+        "uvit", description="uvit: aMUSEd's; maskgit: Muse's. With start_from it is that model's"
+    )
 
 
 class SuperresConfig(GeneratorConfig):

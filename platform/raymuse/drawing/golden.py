@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from raymuse.config.errors import UserError
 from raymuse.masking import guide
+from raymuse.models.base import Base
 from raymuse.models.text import TextEncoder
 from raymuse.models.uvit import UVit
 from raymuse.models.vqgan import Vqgan
@@ -42,15 +43,15 @@ class Verdict:
         return self.error < TOLERANCE
 
 
-def verify(text: TextEncoder, base: UVit, vqgan: Vqgan) -> Verdict:
+def verify(text: TextEncoder, base: Base, vqgan: Vqgan) -> Verdict:
     """Draw the nine pixels and compare.
 
     Raises:
         UserError: for a model of another size than the published ones.
     """
     side = base.config.sample_size * vqgan.factor
-    if side not in GOLDEN:
-        raise UserError(f"a model of {side} px: published values exist for amused-256 and amused-512.")
+    if side not in GOLDEN or not isinstance(base, UVit):
+        raise UserError(f"a {type(base).__name__} of {side} px: published values exist for amused-256 and amused-512.")
     return Verdict(corner(text, base, vqgan), np.array(GOLDEN[side], dtype=np.float32))
 
 

@@ -15,11 +15,12 @@ from typing import Self
 
 from raymuse.config.errors import UserError
 from raymuse.config.sampling import SamplingConfig
+from raymuse.models.base import Base, BaseShape, new_base, read_shape
 from raymuse.models.lora import adapter_sha256
 from raymuse.models.network_files import load_weights, read_config
 from raymuse.models.superres import SuperRes, SuperResConfig
 from raymuse.models.text import TextEncoder
-from raymuse.models.uvit import UVit, UVitConfig
+from raymuse.models.uvit import UVitConfig
 from raymuse.models.weights import HUB, hub_id, weights_sha256
 
 SETTINGS = "generation_config.json"
@@ -46,10 +47,16 @@ class Settings:
         (folder / SETTINGS).write_text(json.dumps(record, indent=2) + "\n")
 
     @classmethod
-    def load(cls, folder: Path, transformer: UVitConfig, factor: int) -> Self:
-        """From the folder; a plain diffusers folder has none and gets aMUSEd's defaults for its size."""
+    def load(cls, folder: Path, transformer: BaseShape, factor: int) -> Self:
+        """From the folder; a plain diffusers folder has none and gets aMUSEd's defaults for its size.
+
+        Raises:
+            UserError: a folder of ours without them.
+        """
         path = folder / SETTINGS
         if not path.exists():
+            if not isinstance(transformer, UVitConfig):
+                raise UserError(f"{folder} has no {SETTINGS}: `raymuse export` writes it with the rest of the folder.")
             size = 512 if transformer.downsample else 256
             guidance = 10.0 if transformer.downsample else 4.0  # best FID per model (facts of the aMUSEd sweep)
             return cls(size, size, (size, size, 0, 0, 6), SamplingConfig(guidance=guidance))
@@ -65,10 +72,9 @@ class Settings:
         )
 
 
-def load_uvit(folder: Path, device: str = "cpu", variant: str | None = None) -> UVit:
-    """A base transformer from a folder with diffusers' config.json and safetensors."""
-    config = read_config(folder, "transformer", variant)
-    network = UVit(UVitConfig.from_diffusers(config))
+def load_base(folder: Path, device: str = "cpu", variant: str | None = None) -> Base:
+    """A base transformer, aMUSEd's or Muse's, from a folder with config.json and safetensors."""
+    network = new_base(read_shape(read_config(folder, "transformer", variant)))
     load_weights(network, folder, variant)
     return network.eval().requires_grad_(False).to(device)
 
@@ -127,7 +133,7 @@ def model_sha256(folder_or_id: str, adapters: Mapping[str, float] | None = None)
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
-def check_widths(name: str, part: str, config: UVitConfig | SuperResConfig, codes: int, text: TextEncoder) -> None:
+def check_widths(name: str, part: str, config: BaseShape | SuperResConfig, codes: int, text: TextEncoder) -> None:
     """Raise UserError where a transformer was made for another VQGAN or another text encoder."""
     wanted = {"codebook_size": codes, "encoder_hidden_size": text.width}
     if isinstance(config, UVitConfig):

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from raymuse.config.errors import UserError
 from raymuse.drawing.attention import Attention, require_kernel
 from raymuse.drawing.compiled import compile_blocks, is_compiled
-from raymuse.drawing.model_folder import Settings, check_widths, load_superres, load_uvit, local_folder
+from raymuse.drawing.model_folder import Settings, check_widths, load_base, load_superres, local_folder
 from raymuse.drawing.packed import is_packed, pack
+from raymuse.models.base import Base
 from raymuse.models.lora import Adapter
+from raymuse.models.maskgit import MaskGit
 from raymuse.models.superres import SuperRes
 from raymuse.models.text import TextEncoder
 from raymuse.models.uvit import UVit
@@ -32,17 +34,17 @@ class Networks:
     Attributes:
         batch_size: rows that every network call is padded to, so that a picture does not depend on its batch.
         attention: the kernel of the transformers.
-        critic: tells drawn ids of the base from true ones: a U-ViT with one logit an id.
+        critic: tells drawn ids of the base from true ones: a network like it with one logit an id.
     """
 
     vqgan: Vqgan
     text: TextEncoder
-    base: UVit
+    base: Base
     settings: Settings
     superres: SuperRes | None = None
     superres_vqgan: Vqgan | None = None
     batch_size: int = 16
-    critic: UVit | None = None
+    critic: Base | None = None
     attention: Attention = "auto"
 
     @classmethod
@@ -69,7 +71,11 @@ class Networks:
         require_kernel(attention, device)
         folder = local_folder(folder_or_id)
         vqgan = Vqgan.load(str(folder), device, variant=variant)
-        base = load_uvit(folder / "transformer", device, variant)
+        base = load_base(folder / "transformer", device, variant)
+        if isinstance(base, MaskGit) and attention == "flash":
+            raise UserError(
+                "attention='flash' cannot leave out a caption's padding, as Muse's base must: leave it at auto."
+            )
         settings = Settings.load(folder, base.config, vqgan.factor)
         superres = superres_vqgan = None
         if (folder / "superres").exists():
@@ -80,7 +86,7 @@ class Networks:
         check_widths(folder_or_id, "transformer", base.config, vqgan.codes, text)
         if superres is not None and superres_vqgan is not None:
             check_widths(folder_or_id, "superres", superres.config, superres_vqgan.codes, text)
-        critic = load_uvit(folder / "critic", device, variant) if (folder / "critic").exists() else None
+        critic = load_base(folder / "critic", device, variant) if (folder / "critic").exists() else None
         if critic is not None:
             check_widths(folder_or_id, "critic", critic.config, 1, text)
         if settings.base.order == "critic" and critic is None:
@@ -160,7 +166,8 @@ class Networks:
         """
         width, height = size or (self.settings.size, self.settings.size)
         scale = self.settings.size // self.settings.base_size
-        cell = self.vqgan.factor * scale * (2 if self.base.config.downsample else 1)
+        halves = isinstance(self.base, UVit) and self.base.config.downsample
+        cell = self.vqgan.factor * scale * (2 if halves else 1)
         if width % cell or height % cell or min(width, height) < cell:
             raise UserError(
                 f"{width} x {height} pixels: this model draws in cells of {cell}, so sides are multiples of it"
@@ -168,6 +175,9 @@ class Networks:
         base = height // scale // self.vqgan.factor, width // scale // self.vqgan.factor
         if base[0] * base[1] > MOST_CELLS:
             raise UserError(f"{width} x {height} pixels: {base[0] * base[1]} ids are more than {MOST_CELLS}")
+        if isinstance(self.base, MaskGit) and max(base) > self.base.config.sample_size:
+            most = self.base.config.sample_size * self.vqgan.factor * scale
+            raise UserError(f"{width} x {height} pixels: the base has learned the positions of at most {most} a side")
         if self.superres is None or self.superres_vqgan is None:
             return base, None
         most = self.superres.config.high_grid * self.superres_vqgan.factor

@@ -83,12 +83,12 @@ class Attention(nn.Module):
         value = self._heads(self.to_v(context_BGD))
         return (key if self.norm_k is None else self.norm_k(key)), value
 
-    def forward(self, x_BGD: Tensor, key_BNTd: Tensor, value_BNTd: Tensor) -> Tensor:
-        """Each position of x_BGD attends to every key; returns x_BGD's shape."""
+    def forward(self, x_BGD: Tensor, key_BNTd: Tensor, value_BNTd: Tensor, bias_B11T: Tensor | None = None) -> Tensor:
+        """Each position of x_BGD attends to every key, whose scores the bias adds to; returns x_BGD's shape."""
         query = self._heads(self.to_q(x_BGD))
         if self.norm_q is not None:
             query = self.norm_q(query)
-        mixed = F.scaled_dot_product_attention(query, key_BNTd, value_BNTd)
+        mixed = F.scaled_dot_product_attention(query, key_BNTd, value_BNTd, bias_B11T)
         out: Tensor = self.to_out(mixed.transpose(1, 2).reshape(x_BGD.shape))
         return out
 

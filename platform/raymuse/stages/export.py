@@ -2,6 +2,9 @@
 
 model_index.json  transformer/  vqvae/  text_encoder/  tokenizer/  scheduler/     diffusers' AmusedPipeline opens it
 superres/  critic/  generation_config.json  README.md                           ours, beside it
+
+diffusers has neither Muse's base nor an aMUSEd that reads T5: a folder with one of these is laid out alike and opened
+by this project alone. Its model_index.json names a pipeline that diffusers does not know, and it has no scheduler/.
 """
 
 import json
@@ -15,6 +18,7 @@ from torch import nn
 from raymuse.config.errors import UserError
 from raymuse.config.export import ExportConfig
 from raymuse.drawing.model_folder import Settings, local_folder, trained_part
+from raymuse.models.base import record_of
 from raymuse.models.lora import adapter_sha256
 from raymuse.models.network_files import save_network
 from raymuse.models.vqgan import Vqgan
@@ -31,6 +35,7 @@ COMPONENTS = {
     "transformer": ("diffusers", "UVit2DModel"),
     "vqvae": ("diffusers", "VQModel"),
 }
+OURS = "RaymusePipeline"
 
 
 def export(config: ExportConfig, run: Run) -> str:
@@ -51,11 +56,11 @@ def export(config: ExportConfig, run: Run) -> str:
             shutil.copytree(source, folder / name, dirs_exist_ok=True)
         settings = _settings(config, folder)
         settings.save(folder)
-        write_diffusers(folder)
+        write_index(folder)
         if config.adapters:
             _merge(folder, config.adapters)
         own = {name: weights_sha256(str(folder / name), name) for name in parts if name != "tokenizer"}
-        (folder / "README.md").write_text(model_card(config, settings, own))
+        (folder / "README.md").write_text(model_card(config, settings, own, opens_in_diffusers(folder)))
         pipeline = Pipeline.load(config.output)
         run.metrics(_sizes(pipeline), 0)
         manifest.finish(**sums)
@@ -92,10 +97,10 @@ def _merge(folder: Path, adapters: dict[str, float]) -> None:
     """Write the weights of a model folder anew, with LoRAs in them."""
     pipeline = Pipeline.load(str(folder), lora=adapters)
     networks: dict[str, tuple[nn.Module, dict[str, Any]]] = {
-        "transformer": (pipeline.base, pipeline.base.config.to_diffusers())
+        "transformer": (pipeline.base, record_of(pipeline.base.config))
     }
     if pipeline.superres is not None:
-        networks["superres"] = (pipeline.superres, pipeline.superres.config.to_dict())
+        networks["superres"] = (pipeline.superres, record_of(pipeline.superres.config))
     for part, (network, record) in networks.items():
         shutil.rmtree(folder / part)
         save_network(network, record, folder / part, network.state_dict())
@@ -118,8 +123,11 @@ def _settings(config: ExportConfig, folder: Path) -> Settings:
     )
 
 
-def write_diffusers(folder: Path) -> None:
-    """model_index.json and the scheduler: what makes the folder an AmusedPipeline."""
+def write_index(folder: Path) -> None:
+    """model_index.json, and the scheduler where they make the folder an AmusedPipeline of diffusers."""
+    if not opens_in_diffusers(folder):
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": OURS}, indent=2) + "\n")
+        return
     written_for = {"_diffusers_version": version("diffusers")}
     mask_id = _read(folder / "transformer")["vocab_size"] - 1
     scheduler = {
@@ -134,12 +142,24 @@ def write_diffusers(folder: Path) -> None:
         (folder / place).write_text(json.dumps(record, indent=2) + "\n")
 
 
-def model_card(config: ExportConfig, settings: Settings, sums: dict[str, str]) -> str:
-    """README.md of the model folder."""
+def opens_in_diffusers(folder: Path) -> bool:
+    """Whether diffusers has these parts: aMUSEd's U-ViT, told by a CLIP."""
+    tower = str(_read(folder / "text_encoder").get("model_type"))
+    return _read(folder / "transformer").get("_class_name") == "UVit2DModel" and tower.startswith("clip")
+
+
+def model_card(config: ExportConfig, settings: Settings, sums: dict[str, str], diffusers: bool) -> str:
+    """README.md of the model folder; `diffusers` opens its base as well."""
     rows = "".join(f"| {name} | `{value[:16]}` |\n" for name, value in sums.items())
     cascade = f"\nA super-resolution transformer draws the final {settings.size} px.\n" if settings.superres else ""
+    library = "diffusers" if diffusers else "raymuse"
+    also = (
+        ", or open the base in\ndiffusers: `AmusedPipeline.from_pretrained(FOLDER)`."
+        if diffusers
+        else ". diffusers\nhas no such pipeline."
+    )
     return f"""---
-library_name: diffusers
+library_name: {library}
 pipeline_tag: text-to-image
 tags: [muse, amused, masked-image-modeling, raymuse]
 ---
@@ -147,8 +167,7 @@ tags: [muse, amused, masked-image-modeling, raymuse]
 
 A masked-image text-to-image model, {settings.base_size} px, trained with raymuse.
 {cascade}
-Draw with raymuse: `raymuse generate demo:generate model=FOLDER prompts=prompts.txt output=images`, or open the base in
-diffusers: `AmusedPipeline.from_pretrained(FOLDER)`.
+Draw with raymuse: `raymuse generate demo:generate model=FOLDER prompts=prompts.txt output=images`{also}
 
 Defaults: {settings.base.steps} steps, guidance {settings.base.guidance}, temperature {settings.base.temperature}.
 Weights: {config.weights}.

@@ -19,11 +19,11 @@ from torch.nn import functional as F
 
 from raymuse.config.errors import UserError
 from raymuse.config.training import CriticConfig, Precision
-from raymuse.drawing.model_folder import load_uvit, trained_part
+from raymuse.drawing.model_folder import load_base, trained_part
 from raymuse.masking import CRITIC, pick, uniforms
+from raymuse.models.base import Base, new_base, record_of
 from raymuse.models.network_files import save_network
-from raymuse.models.uvit import UVit, UVitConfig
-from raymuse.training.masked import require_fit, shape_of, uvit_shape
+from raymuse.training.start import base_shape, require_fit, shape_of
 from raymuse.training.task import Batch, Loss, Stateless, network_weights
 from raymuse.training.tokens import TokenStream
 
@@ -31,7 +31,7 @@ from raymuse.training.tokens import TokenStream
 class CriticLoss(Loss):
     """Binary cross-entropy of "this id is the true one", over all positions of the real rows, summed."""
 
-    def __init__(self, network: UVit, base: UVit, precision: Precision) -> None:
+    def __init__(self, network: Base, base: Base, precision: Precision) -> None:
         super().__init__(precision)
         self.network = network
         self.base = base
@@ -40,7 +40,8 @@ class CriticLoss(Loss):
         told = batch["states"], batch["pooled"], batch["micro"]
         filled = self._filled(batch, told)
         true = (filled == batch["targets"]).float()
-        logits = self.network.head(self.network.features(filled, self.network.condition(*told)))[..., 0].float()
+        condition: Any = self.network.condition(*told)
+        logits = self.network.head(self.network.features(filled, condition))[..., 0].float()
         real = batch["real"][:, None, None].float()
         loss = (F.binary_cross_entropy_with_logits(logits, true, reduction="none") * real).sum()
         right = ((logits > 0) == (true > 0)).float()
@@ -50,7 +51,8 @@ class CriticLoss(Loss):
     def _filled(self, batch: Batch, told: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Ids (B, h, w) with a draw of the base where they were hidden."""
         mask = batch["mask"]
-        features = self.base.features(batch["ids"], self.base.condition(*told))
+        condition: Any = self.base.condition(*told)
+        features = self.base.features(batch["ids"], condition)
         probabilities_NC = self.base.head(features[mask]).float().softmax(dim=-1)
         return batch["ids"].masked_scatter(mask, pick(probabilities_NC, batch["draws"][mask]))
 
@@ -66,14 +68,16 @@ class CriticTask(Stateless):
     def __init__(self, config: CriticConfig, device: str = "cpu") -> None:
         self.config = config
         self.stream = TokenStream(config, device)
-        base = load_uvit(trained_part(config.base, "transformer"))
-        require_fit(config.base, asdict(base.config), uvit_shape(self.stream), config.input)
-        if base.config.sample_size != self.stream.grid[0]:
+        base = load_base(trained_part(config.base, "transformer"))
+        kind = type(base.config)
+        known = base_shape(self.stream, kind)
+        if base.config.sample_size != known["sample_size"]:
             raise UserError(
                 f"{config.base} draws a grid of {base.config.sample_size}, and {config.ids} of {config.input} are "
-                f"{self.stream.grid[0]} a side: set ids to what the base was trained on."
+                f"{known['sample_size']} a side: set ids to what the base was trained on."
             )
-        self.network = UVit(shape_of(UVitConfig, config, {**asdict(base.config), "codebook_size": 1}))
+        require_fit(config.base, base.config, known, config.input)
+        self.network = new_base(shape_of(kind, config, {**asdict(base.config), "codebook_size": 1}))
         self.network.initialise(config.seed)
         self.network.gradient_checkpointing = config.gradient_checkpointing
         self.module = CriticLoss(self.network, base, config.precision)
@@ -94,5 +98,5 @@ class CriticTask(Stateless):
 
     def save(self, weights: dict[str, Tensor], folder: Path) -> dict[str, Any]:
         config = self.network.config
-        save_network(UVit(config), config.to_diffusers(), folder, network_weights(weights))
+        save_network(new_base(config), record_of(config), folder, network_weights(weights))
         return {"parameters": sum(value.numel() for value in weights.values())}

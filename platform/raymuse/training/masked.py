@@ -4,8 +4,6 @@ B samples, h w grid, N masked positions, C codes, T text tokens, E text width, P
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +14,22 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from raymuse.config.errors import ConfigError, UserError
+from raymuse.config.errors import UserError
 from raymuse.config.sampling import SamplingConfig
-from raymuse.config.training import BaseConfig, LoraConfig, MaskedConfig, Precision, SuperresConfig
-from raymuse.drawing.model_folder import load_superres, load_uvit, local_folder
+from raymuse.config.training import BaseConfig, LoraConfig, Precision, SuperresConfig
 from raymuse.drawing.sampler import Course, sample_ids
 from raymuse.models import lora
+from raymuse.models.base import Base, like, record_of
 from raymuse.models.network_files import save_network
-from raymuse.models.superres import SuperRes, SuperResConfig
+from raymuse.models.superres import SuperRes
 from raymuse.models.text import TextEncoder
-from raymuse.models.uvit import UVit, UVitConfig
 from raymuse.models.vqgan import Vqgan
+from raymuse.training.start import first_network
 from raymuse.training.task import Batch, Loss, Stateless, network_weights, sheet
 from raymuse.training.tokens import TokenStream
 
 SAMPLES = 16
 DECILES = 10
-FIXED = ("codebook_size", "encoder_hidden_size", "cond_embed_dim", "low_vocab_size")
-"""What data and text encoder decide of a network that a training starts from."""
-GRIDS = ("low_grid", "high_grid")
-"""Sides that such a network must have room for."""
 
 
 class MaskedLoss(Loss):
@@ -49,7 +43,7 @@ class MaskedLoss(Loss):
 
     def __init__(
         self,
-        network: UVit | SuperRes,
+        network: Base | SuperRes,
         label_smoothing: float,
         precision: Precision = "fp32",
         text: TextEncoder | None = None,
@@ -140,10 +134,8 @@ class MaskedTask(Stateless):
     def save(self, weights: dict[str, Tensor], folder: Path) -> dict[str, Any]:
         if self.config.lora is None:
             # A fresh network to write, since under ZeRO-3 the trained one holds only shards.
-            network, config = self.network, self.network.config
-            fresh = UVit(network.config) if isinstance(network, UVit) else SuperRes(network.config)
-            record = config.to_diffusers() if isinstance(config, UVitConfig) else config.to_dict()
-            save_network(fresh, record, folder, network_weights(weights))
+            record = record_of(self.network.config)
+            save_network(like(self.network), record, folder, network_weights(weights))
         else:
             parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
             for name, value in weights.items():
@@ -160,32 +152,13 @@ class MaskedTask(Stateless):
     def _build(self) -> MaskedLoss:
         """The loss with a network as it stands before the first step."""
         config = self.config
-        network: UVit | SuperRes
-        if config.start_from is not None:
-            network = self._loaded(config.start_from)
-        elif isinstance(config, BaseConfig):
-            network = UVit(shape_of(UVitConfig, config, uvit_shape(self.stream)))
-            network.initialise(config.seed)
-        else:
-            network = SuperRes(shape_of(SuperResConfig, config, self._superres_shape()))
-            network.initialise(config.seed)
+        network = first_network(config, self.stream)
         network.gradient_checkpointing = config.gradient_checkpointing
         text = None
         if config.lora is not None:
             lora.insert(network, config.lora.rank, config.lora.alpha, config.lora.targets, config.seed)
             text = self._adapted_text(config.lora)
         return MaskedLoss(network, config.label_smoothing, config.precision, text, config.unmasked_weight)
-
-    def _loaded(self, address: str) -> UVit | SuperRes:
-        """The network of a model folder, all its weights to be trained, checked against the token shards."""
-        folder = local_folder(address) / self.part
-        network: UVit | SuperRes
-        if isinstance(self.config, SuperresConfig):
-            network, known = load_superres(folder), self._superres_shape()
-        else:
-            network, known = load_uvit(folder), uvit_shape(self.stream)
-        require_fit(str(folder), asdict(network.config), known, self.config.input)
-        return network.requires_grad_(True).train()
 
     def _adapted_text(self, shape: LoraConfig) -> TextEncoder | None:
         """The text encoder with an adapter of its own, where the recipe wants one."""
@@ -199,45 +172,6 @@ class MaskedTask(Stateless):
         text = TextEncoder.load(self.config.text_encoder, self.device)
         lora.insert(text.network, shape.rank, shape.alpha, shape.text_targets, self.config.seed + 1)
         return text
-
-    def _superres_shape(self) -> dict[str, Any]:
-        low = self.stream.store.grid("low_ids")
-        return {
-            "encoder_hidden_size": self.stream.empty_states.shape[-1],
-            "codebook_size": self.stream.codes,
-            "vocab_size": self.stream.codes + 64,
-            "low_vocab_size": self.stream.store.codes("low_ids"),
-            "low_grid": max(low),
-            "high_grid": max(self.stream.grid),
-        }
-
-
-def uvit_shape(stream: TokenStream) -> dict[str, Any]:
-    """What the data decides of a U-ViT: widths of the text, codes, and the mask's id after them."""
-    return {
-        "encoder_hidden_size": stream.empty_states.shape[-1],
-        "cond_embed_dim": stream.empty_pooled.shape[-1],
-        "codebook_size": stream.codes,
-        "vocab_size": stream.codes + 64,
-        "sample_size": stream.grid[0],
-    }
-
-
-def require_fit(address: str, facts: Mapping[str, Any], known: Mapping[str, Any], tokens: str) -> None:
-    """Raise UserError where a network (`facts`: its shape) was made for other token shards (`known`: what they ask)."""
-    wrong = [
-        f"{name} is {facts[name]} and must be {known[name]}"
-        for name in FIXED
-        if name in facts and facts[name] != known[name]
-    ]
-    for name in GRIDS:
-        if name in facts and facts[name] < known[name]:
-            wrong.append(f"{name} is {facts[name]} and must be at least {known[name]}")
-    if wrong:
-        raise UserError(
-            f"{address} was made for another VQGAN, text encoder or size than {tokens}: {', '.join(wrong)}. "
-            "Pretokenize with the parts of that model."
-        )
 
 
 def masked_metrics(logits_NC: Tensor, targets_N: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -264,20 +198,3 @@ def masked_metrics(logits_NC: Tensor, targets_N: Tensor, mask: Tensor) -> dict[s
         name = f"loss_at_{number / DECILES}"
         metrics |= {name: sums[0, number], f"{name}:of": sums[1, number]}
     return metrics
-
-
-def shape_of(kind: Callable[..., Any], config: MaskedConfig, known: dict[str, Any]) -> Any:
-    """The network's own config from the recipe's `model` and what the data decides.
-
-    Raises:
-        ConfigError: naming fields that the network does not have, and sizes that do not fit.
-    """
-    allowed = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    unknown = [name for name in config.model if name not in allowed]
-    if unknown:
-        problems = [f"model.{name}: no such field; it has {', '.join(sorted(allowed))}" for name in unknown]
-        raise ConfigError(config.stage, problems)  # type: ignore[attr-defined]
-    try:
-        return kind(**{**known, **config.model})
-    except (ValueError, TypeError) as error:
-        raise ConfigError(config.stage, [f"model: {error}"]) from error  # type: ignore[attr-defined]

@@ -1,0 +1,204 @@
+"""Muse's base transformer: masked image-token ids and text states to logits over the codebook.
+
+Shape legend, used in names: B batch, h w token grid, T text tokens, E text width, D model width, K codebook size.
+
+Source: Muse (Chang et al., arXiv 2301.00704), sections 2.1 and 2.3: image ids embedded, with learned 2-D positions;
+layers of self-attention, cross-attention to the text encoder's states (projected to the model's width), and an MLP;
+an MLP to the logits. Where the paper is silent the layers are pre-normed by RMSNorm and have no biases, as in the
+super-resolution. The MLP of a layer is two matrices with a GELU between them: so 48 layers of 2048 and 8192 have the
+paper's 3B parameters, which a gated one would miss by 0.8B.
+
+Text tokens that say nothing (states wholly zero, as T5's padding is) are not attended to.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from raymuse.models.layers import (
+    Attention,
+    Block,
+    Prepared,
+    RMSNorm,
+    initialise_weights,
+    positive_fields,
+    run_blocks,
+)
+from raymuse.models.superres import GridPositions, MlmHead
+
+SILENT = -30_000.0
+"""Added to the scores of padding: their softmax is 0 exactly, and finite where a row has nothing else, also in fp16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskGitConfig:
+    """Shape of a MaskGit. The defaults are Muse's 3B base, which reads T5-XXL."""
+
+    hidden_size: int = 2048
+    num_hidden_layers: int = 48
+    num_attention_heads: int = 16
+    intermediate_size: int = 8192
+    encoder_hidden_size: int = 4096  # width of the text states
+    vocab_size: int = 8256  # codes, padding, and last the mask id
+    codebook_size: int = 8192
+    sample_size: int = 16  # largest grid side: positions are learned
+    qk_norm: bool = False  # RMSNorm on each head's queries and keys
+    layer_norm_eps: float = 1e-6
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if problems := self._problems():
+            raise ValueError("MaskGitConfig: " + "; ".join(problems))
+
+    @property
+    def mask_id(self) -> int:
+        """The id of a hidden position: the last of the vocabulary."""
+        return self.vocab_size - 1
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "MaskGitConfig":
+        """From `to_dict`'s result. Unknown keys raise ValueError, but for those that start with "_"."""
+        given = {key: value for key, value in config.items() if not key.startswith("_")}
+        if unknown := sorted(given.keys() - {field.name for field in fields(cls)}):
+            raise ValueError(f"MaskGitConfig: unknown keys {', '.join(unknown)}")
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of a `transformer/config.json`."""
+        return {"_class_name": "MaskGit", **asdict(self)}
+
+    def _problems(self) -> list[str]:
+        problems = positive_fields(self, [field.name for field in fields(self) if field.type is int])
+        if problems:
+            return problems
+        if self.hidden_size % self.num_attention_heads:
+            problems.append(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.vocab_size <= self.codebook_size:
+            problems.append(
+                f"vocab_size {self.vocab_size} must be above codebook_size {self.codebook_size}: "
+                "the last id is the mask"
+            )
+        if self.layer_norm_eps <= 0:
+            problems.append(f"layer_norm_eps {self.layer_norm_eps} must be above 0")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout {self.dropout} must be in [0, 1)")
+        return problems
+
+
+class Condition(NamedTuple):
+    """What a MaskGit knows beside the ids; constant over the sampling steps. First axes are the batch."""
+
+    text: Tensor  # (B, T, D), projected and normed text states
+    bias: Tensor  # (B, 1, 1, T), added to the attention's scores: 0, or SILENT for padding
+    prepared: tuple[Prepared, ...] = ()  # per layer, filled by MaskGit.precompute; empty while training
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors in a fixed order, to copy rows of one condition into another's buffers."""
+        return [self.text, self.bias, *(tensor for block in self.prepared for tensor in block)]
+
+    def rows(self, index: Tensor | slice) -> "Condition":
+        """The samples `index` of the batch (repeats allowed)."""
+        prepared = tuple(tuple(tensor[index] for tensor in block) for block in self.prepared)
+        return Condition(self.text[index], self.bias[index], prepared)
+
+
+class MaskGit(nn.Module):
+    """See the module's docstring. `gradient_checkpointing` trades a second forward for activation memory."""
+
+    def __init__(self, config: MaskGitConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.text_proj = nn.Linear(config.encoder_hidden_size, width, bias=False)
+        self.text_norm = RMSNorm(width, eps)
+        self.embed = nn.Embedding(config.vocab_size, width)
+        self.positions = GridPositions(config.sample_size, 1, width)
+        self.layers = nn.ModuleList(MaskGitLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(width, eps)
+        self.mlm_head = MlmHead(width, config.codebook_size, eps)
+
+    def condition(self, text_states_BTE: Tensor, pooled_BP: Tensor, micro_B5: Tensor) -> Condition:
+        """From the text encoder's states. Muse knows neither a pooled vector nor micro-conditions: these are what a
+        U-ViT is told beside, and not read, so that either base stands in the other's place.
+        """
+        real_BT = (text_states_BTE != 0).any(dim=-1)
+        text_BTD = self.text_norm(self.text_proj(text_states_BTE.to(self.text_proj.weight.dtype)))
+        bias_BT = torch.zeros(real_BT.shape, dtype=text_BTD.dtype, device=text_BTD.device)
+        return Condition(text_BTD, bias_BT.masked_fill(~real_BT, SILENT)[:, None, None, :])
+
+    def precompute(self, condition: Condition) -> Condition:
+        """The same condition with every layer's keys and values: for many steps from it."""
+        layers = [cast(Block, layer) for layer in self.layers]
+        prepared = tuple(layer.prepare(condition.text, condition.bias) for layer in layers)
+        return condition._replace(prepared=prepared)
+
+    def features(self, ids_Bhw: Tensor, condition: Condition) -> Tensor:
+        """What the head reads, (B, h, w, D). Raises ValueError for a grid larger than the config's."""
+        if max(ids_Bhw.shape[1:]) > self.config.sample_size:
+            raise ValueError(f"grid {tuple(ids_Bhw.shape[1:])} is larger than {self.config.sample_size} on a side")
+        embedded = self.embed(ids_Bhw) + self.positions(ids_Bhw, coarse=False)
+        context = (condition.text, condition.bias)
+        x_BhwD = run_blocks(self.layers, embedded, context, condition.prepared, recompute=self.gradient_checkpointing)
+        out: Tensor = self.norm(x_BhwD)
+        return out
+
+    def head(self, features: Tensor) -> Tensor:
+        """Logits (..., K) of features (..., D) of any leading shape: training gathers masked positions first."""
+        logits: Tensor = self.mlm_head(features)
+        return logits
+
+    def forward(self, ids_Bhw: Tensor, text_states_BTE: Tensor, pooled_BP: Tensor, micro_B5: Tensor) -> Tensor:
+        """Logits (B, h, w, K)."""
+        return self.head(self.features(ids_Bhw, self.condition(text_states_BTE, pooled_BP, micro_B5)))
+
+    def initialise(self, seed: int) -> None:
+        """Fresh weights, the same for one seed on every device; see `initialise_weights`."""
+        initialise_weights(
+            self,
+            seed,
+            embedding_std=0.3,  # as the super-resolution's
+            zero=(),
+            residual=("to_out.0", "mlp.2"),
+            depth=self.config.num_hidden_layers,
+        )
+
+
+class MaskGitLayer(Block):
+    """Self-attention, attention over the text, MLP, pre-norm."""
+
+    def __init__(self, config: MaskGitConfig) -> None:
+        super().__init__()
+        width, inner, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
+        self.norm1, self.norm2, self.norm3 = (RMSNorm(width, eps) for _ in range(3))
+        self.attn1, self.attn2 = (_attention(config) for _ in range(2))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, inner, bias=False),
+            nn.GELU(),
+            nn.Linear(inner, width, bias=False),
+            nn.Dropout(config.dropout),
+        )
+
+    def prepare(self, *context: Tensor) -> Prepared:
+        text_BTD, bias_B11T = context
+        return (*self.attn2.keys_values(text_BTD), bias_B11T)
+
+    def forward(self, x_BhwD: Tensor, *prepared: Tensor) -> Tensor:
+        key, value, bias = prepared
+        normed = self.norm1(x_BhwD)
+        x_BhwD = x_BhwD + self.attn1(normed, *self.attn1.keys_values(normed))
+        x_BhwD = x_BhwD + self.attn2(self.norm2(x_BhwD), key, value, bias)
+        out: Tensor = x_BhwD + self.mlp(self.norm3(x_BhwD))
+        return out
+
+
+def _attention(config: MaskGitConfig) -> Attention:
+    eps = config.layer_norm_eps if config.qk_norm else None
+    return Attention(
+        config.hidden_size, config.num_attention_heads, bias=False, dropout=config.dropout, qk_norm_eps=eps
+    )
