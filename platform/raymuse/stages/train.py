@@ -23,8 +23,16 @@ from ray.train.torch import TorchTrainer
 
 from raymuse.config.errors import UserError
 from raymuse.config.stages import STAGES
-from raymuse.config.training import CriticConfig, GeneratorConfig, MaskedConfig, SuperresConfig, TrainConfig
+from raymuse.config.training import (
+    CriticConfig,
+    GeneratorConfig,
+    MaskedConfig,
+    SuperresConfig,
+    TrainConfig,
+    VqganConfig,
+)
 from raymuse.drawing.model_folder import trained_part
+from raymuse.models.lpips import files_sha256
 from raymuse.models.weights import weights_sha256
 from raymuse.storage.folder import Folder
 from raymuse.storage.images import list_shards
@@ -67,7 +75,13 @@ def data_fingerprint(config: TrainConfig) -> str:
         sums = [weights_sha256(address, part) for part, address in frozen.items() if address is not None]
         return " ".join([TokenStore(config.input).fingerprint, *sums])
     address = str(getattr(config, "input", ""))
-    return " ".join(shard.name for shard in list_shards(address))
+    names = " ".join(shard.name for shard in list_shards(address))
+    if isinstance(config, VqganConfig):
+        if config.start_from is not None:
+            names += f" {weights_sha256(config.start_from, 'vqvae')}"
+        if config.perceptual is not None:
+            names += f" {files_sha256(config.perceptual.vgg, config.perceptual.lpips)}"
+    return names
 
 
 def plan_text(config: TrainConfig) -> str:
