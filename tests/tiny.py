@@ -14,7 +14,7 @@ from raymuse.datasets import shapes
 from raymuse.drawing.model_folder import Settings, load_base
 from raymuse.encoding.chunks import decode_chunks
 from raymuse.encoding.encoder import ChunkEncoder
-from raymuse.models import lora
+from raymuse.models import lora, lpips
 from raymuse.models.base import Base, BaseShape, new_base, record_of
 from raymuse.models.maskgit import MaskGitConfig
 from raymuse.models.network_files import save_network
@@ -201,3 +201,24 @@ def _copy(source: Path, target: Path) -> None:
 
 def json_bytes(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True).encode()
+
+
+def vgg_state() -> dict[str, torch.Tensor]:
+    """A state dict of the names and shapes of torchvision's vgg16 but for its classifier, of random weights."""
+    draw, state, number, before = torch.Generator().manual_seed(0), {}, 0, 3
+    for widths in lpips.WIDTHS:
+        for width in widths:
+            state[f"features.{number}.weight"] = (
+                torch.randn(width, before, 3, 3, generator=draw) / (before * 4.5) ** 0.5
+            )
+            state[f"features.{number}.bias"] = 0.1 * torch.randn(width, generator=draw)
+            number, before = number + 2, width
+        number += 1
+    return state
+
+
+def linear_state() -> dict[str, torch.Tensor]:
+    """A state dict of the names and shapes of LPIPS' linear layers for VGG16, of random weights."""
+    draw = torch.Generator().manual_seed(1)
+    widths = [widths[-1] for widths in lpips.WIDTHS]
+    return {f"lin{n}.model.1.weight": torch.rand(1, width, 1, 1, generator=draw) for n, width in enumerate(widths)}

@@ -86,6 +86,27 @@ class TrainConfig(StageConfig):
         return self
 
 
+class PerceptualConfig(Config):
+    """LPIPS (Zhang et al., arXiv 1801.03924) as a loss, by weights from files on every worker's disk."""
+
+    weight: float = Field(1.0, gt=0)
+    vgg: Address = Field(description="file: state dict of torchvision's vgg16, .pth or .safetensors")
+    lpips: Annotated[str, AddressMark()] | None = Field(
+        None, description="file: LPIPS' linear layers (its weights/v0.1/vgg.pth); None: every feature counts the same"
+    )
+
+
+class AdversarialConfig(Config):
+    """A patch discriminator against the VQGAN (Esser et al., arXiv 2012.09841, section 3.1)."""
+
+    start: int = Field(ge=0, description="step from which it learns and is to be fooled")
+    weight: float = Field(0.8, gt=0, description="of its term, on top of the ratio of gradients at the last layer")
+    loss: Literal["hinge", "vanilla"] = Field("hinge", description="what the discriminator learns by")
+    channels: int = Field(64, ge=8, multiple_of=8, description="of its first layer; they double up to eight times")
+    layers: int = Field(3, ge=1, description="that halve the picture; 3 see patches of 70 pixels, 2 of 34")
+    lr: float = Field(2e-4, gt=0, description="of its AdamW (betas 0.5, 0.9); warm-up and schedule are the optimizer's")
+
+
 class VqganConfig(TrainConfig):
     """Train a VQGAN (diffusers `VQModel`) on random crops of pictures at several scales."""
 
@@ -93,6 +114,15 @@ class VqganConfig(TrainConfig):
     input: Address = Field(description="image shards")
     resolutions: tuple[int, ...] = Field((32, 64), description="short sides that the pictures are resized to")
     crop: int = Field(32, ge=8, description="side of the square training crops, pixels")
+    curriculum: tuple[Annotated[int, Field(ge=8)], ...] = Field(
+        (), description="sides of the crops before `crop`, each for an equal share of the steps: small ones first"
+    )
+    start_from: Annotated[str, AddressMark()] | None = Field(
+        None, description="VQGAN folder or Hugging Face id whose weights to start from; `model` is then not used"
+    )
+    train: Literal["all", "decoder"] = Field(
+        "all", description="decoder: encoder and codebook stay as they are, and so do the ids (Muse, section 2.5)"
+    )
     whole_share: float = Field(
         0.0,
         ge=0,
@@ -112,6 +142,14 @@ class VqganConfig(TrainConfig):
         0.0, ge=0, description="price of a code's -log share, in mean squared distances: fewer bits a picture"
     )
     revive_until: float = Field(0.7, ge=0, le=1, description="share of the steps in which dead codes are revived")
+    perceptual: PerceptualConfig | None = Field(None, description="None: `gradient_weight`'s edges stand for it")
+    adversarial: AdversarialConfig | None = Field(None, description="None: no discriminator")
+
+    @model_validator(mode="after")
+    def _decoder_of_something(self) -> "VqganConfig":
+        if self.train == "decoder" and self.start_from is None:
+            raise ValueError("train: decoder needs start_from, the VQGAN whose ids stay as they are")
+        return self
 
 
 class ClipConfig(TrainConfig):

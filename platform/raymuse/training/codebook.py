@@ -67,11 +67,18 @@ class Codebook:
             self._revive(~alive, latents, step)
         if rate > 0:
             self._price(rate)
-        share = counts / counts.sum()
-        entropy = -(share * share.clamp(min=1e-12).log()).sum()
+        return self._usage(counts)
+
+    def watch(self, ids: Tensor) -> dict[str, float]:
+        """Usage of this step's ids (N,); the codes stay as they are. Collective."""
+        counts = global_sum(torch.bincount(ids, minlength=len(self.weight)).float())
+        self.counts.lerp_(counts, 1 - self.decay)
+        return self._usage(counts)
+
+    def _usage(self, counts: Tensor) -> dict[str, float]:
         return {
             "codebook_usage": float((self.counts >= self.revive_below).float().mean()),
-            "codebook_perplexity": math.exp(float(entropy)),
+            "codebook_perplexity": perplexity(counts),
             "codes_revived": float(self.revived),
         }
 
@@ -86,8 +93,10 @@ class Codebook:
 
     def load(self, state: dict[str, Tensor]) -> None:
         self.weight.copy_(state["codes"])
-        self.counts, self.sums = state["counts"].clone(), state["sums"].clone()
-        self.distortion = state["distortion"].clone()
+        device = self.weight.device
+        self.counts, self.sums, self.distortion = (
+            state[name].to(device, copy=True) for name in ("counts", "sums", "distortion")
+        )
         self.started, self.revived = bool(state["started"][0]), int(state["started"][1])
 
     def _revive(self, dead: Tensor, latents: Tensor, step: int) -> None:
@@ -113,6 +122,12 @@ class Codebook:
 
     def _generator(self, step: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(key=np.array([self.seed, step], dtype=np.uint64)))
+
+
+def perplexity(counts: Tensor) -> float:
+    """exp(entropy) of how often each code (K,) was chosen: as many equally frequent codes would say as much."""
+    share = counts / counts.sum()
+    return math.exp(-float((share * share.clamp(min=1e-12).log()).sum()))
 
 
 def spread(pool: Tensor, count: int, codes: Tensor | None, generator: np.random.Generator) -> Tensor:

@@ -1,10 +1,9 @@
-"""Training the VQGAN: reconstruction, edges, commitment, and care of the codebook.
+"""Training the VQGAN: reconstruction, edges, what it looks like, an adversary, commitment, and care of the codebook.
 
 B pictures, H W pixels, h w grid, D latent channels.
 """
 
 import copy
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +13,38 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from raymuse.config.errors import ConfigError
 from raymuse.config.training import VqganConfig
 from raymuse.masking import CHOICE, uniforms
+from raymuse.models.lpips import Lpips
 from raymuse.models.network_files import save_network
 from raymuse.models.vqgan import Vqgan, nearest_codes, to_unit
-from raymuse.models.vqmodel import VqModel, VqModelConfig
-from raymuse.training.codebook import Codebook
+from raymuse.models.vqmodel import VqModel
+from raymuse.training.adversary import Adversary
+from raymuse.training.codebook import Codebook, perplexity
 from raymuse.training.engine import Engine
+from raymuse.training.fidelity import psnr, ssim
+from raymuse.training.optimizers import learning_rate_scale
 from raymuse.training.pictures import PictureStream
 from raymuse.training.task import Batch, Loss, network_weights, sheet
+from raymuse.training.vqgan_network import build_vqgan
 
 SAMPLES = 16
+ADVERSARY = "adversary/"  # before the names of its tensors in a checkpoint
 
 
 class VqganLoss(Loss):
     """Reconstruction (L1 and L2), L1 of the edges, and commitment of the latents to their codes; summed over rows.
 
-    Codes are moved by the codebook's averages, not by gradients; before `quantise` is set the latents pass unrounded.
+    And LPIPS and an adversary's term, where the config has them. Codes are moved by the codebook's averages, not by
+    gradients; before `quantise` is set the latents pass unrounded.
     """
 
-    def __init__(self, network: VqModel, config: VqganConfig) -> None:
+    def __init__(self, network: VqModel, config: VqganConfig, lpips: Lpips | None, adversary: Adversary | None) -> None:
         super().__init__(config.precision)
         self.network = network
         self.config = config
+        self.lpips = lpips
+        self.adversary = adversary  # no module: its parameters and their optimizer are its own
         self.quantise = False
         self.latents: list[Tensor] = []
         self.ids: list[Tensor] = []
@@ -53,13 +60,23 @@ class VqganLoss(Loss):
         drawn = self.network.draw(codes).float()
         error = drawn - pictures
         squared = error.square().flatten(1).mean(dim=1)
-        loss = (
+        metrics = {"mse": (squared * weights).sum().detach()}
+        reconstruction = (
             self.config.l1_weight * error.abs().flatten(1).mean(dim=1)
             + self.config.l2_weight * squared
             + self.config.gradient_weight * _edges(error)
-            + self.config.commitment_weight * commitment
         )
-        return (loss * weights).sum(), {"mse": (squared * weights).sum().detach()}
+        if self.lpips is not None and self.config.perceptual is not None:
+            seen = self.lpips(drawn, pictures)
+            metrics["lpips"] = (seen * weights).sum().detach()
+            reconstruction = reconstruction + self.config.perceptual.weight * seen
+        loss = reconstruction + self.config.commitment_weight * commitment
+        if self.adversary is not None and self.adversary.active:
+            last = self.network.decoder.conv_out.weight
+            term, said = self.adversary.term(pictures, drawn, reconstruction, weights, last)
+            metrics |= said
+            loss = loss + term
+        return (loss * weights).sum(), metrics
 
     def _quantised(self, latents: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest codes (B, D, h, w) with straight-through gradients, and each row's commitment loss (B,)."""
@@ -67,22 +84,34 @@ class VqganLoss(Loss):
             ids = nearest_codes(latents.detach(), self.network.quantize.embedding.weight)
         codes = self.network.quantize.embedding(ids).permute(0, 3, 1, 2)
         self.ids.append(ids[real].flatten())
+        if not latents.requires_grad:  # a frozen encoder is committed to nothing
+            return codes, latents.new_zeros(len(latents))
         commitment = (latents - codes.detach()).square().flatten(1).mean(dim=1)
         return latents + (codes - latents).detach(), commitment
 
 
 class VqganTask:
-    """VQGAN training on random square crops at several scales."""
+    """VQGAN training on random square crops at several scales; with `train: decoder` the ids stay what they are.
+
+    Raises:
+        ConfigError: for a shape that there is not, or sizes that do not fit.
+        UserError: for weights to start from, or to look with, that are missing or something else.
+    """
 
     def __init__(self, config: VqganConfig, device: str = "cpu") -> None:
         self.config = config
         self.device = device
         self.pictures = PictureStream(config.input, config.seed)
-        self.network = build_vqgan(config)
+        self.network = build_vqgan(config).to(device)
         codes = self.network.quantize.embedding.weight
         codes.requires_grad_(False)
         self.codebook = Codebook(codes, decay=config.codebook_decay, revive_below=config.revive_below, seed=config.seed)
-        self.module = VqganLoss(self.network, config)
+        self.codebook.started = config.start_from is not None
+        seen, against = config.perceptual, config.adversarial
+        lpips = None if seen is None else Lpips.load(seen.vgg, seen.lpips)
+        self.adversary = None if against is None else Adversary(against, config.optimizer, config.seed, device)
+        self.module = VqganLoss(self.network, config, lpips, self.adversary)
+        self.module.quantise = self.codebook.started
 
     def batch(self, positions: NDArray[np.int64], weights: NDArray[np.float32]) -> Batch:
         step = positions[0] // self.config.batch_size
@@ -90,8 +119,13 @@ class VqganTask:
             return self._whole(positions, weights)
         draws = uniforms(self.config.seed, CHOICE, positions, 1)[:, 0]
         sides = np.array(self.config.resolutions)[(draws * len(self.config.resolutions)).astype(np.int64)]
-        pixels, _ = self.pictures.crops(positions, sides, self.config.crop)
+        pixels, _ = self.pictures.crops(positions, sides, self._crop(int(step)))
         return self._batch(pixels, weights)
+
+    def _crop(self, step: int) -> int:
+        """Side of the crops at a step: the curriculum's in equal shares of the steps, `crop` in the last."""
+        sides = (*self.config.curriculum, self.config.crop)
+        return sides[min(step * len(sides) // self.config.steps, len(sides) - 1)]
 
     def _whole(self, positions: NDArray[np.int64], weights: NDArray[np.float32]) -> Batch:
         """Every n-th position as a whole square of the largest resolution, n being how many crops one holds.
@@ -116,12 +150,20 @@ class VqganTask:
         ids = torch.cat(self.module.ids) if self.module.ids else None
         self.module.latents.clear()
         self.module.ids.clear()
+        care = self._codebook_care(step, latents, ids)
+        if self.adversary is not None:
+            care |= self.adversary.step(step, learning_rate_scale(step, self.config.steps, self.config.optimizer))
+        return care
+
+    def _codebook_care(self, step: int, latents: Tensor, ids: Tensor | None) -> dict[str, float]:
         if not self.codebook.started:
             if step + 1 >= self.config.warm_steps:
                 self.codebook.start(latents, step)
                 self.module.quantise = True
             return {}
         assert ids is not None
+        if self.config.train == "decoder":
+            return self.codebook.watch(ids)
         progress = step / self.config.steps
         revive = progress < self.config.revive_until
         return self.codebook.update(latents, ids, step, revive=revive, rate=self.config.rate_weight)
@@ -129,15 +171,21 @@ class VqganTask:
     def skipped(self) -> None:
         self.module.latents.clear()
         self.module.ids.clear()
+        if self.adversary is not None:
+            self.adversary.forget()
 
     def keys(self, positions: NDArray[np.int64]) -> list[str]:
         return self.pictures.keys(positions)
 
     def extra_state(self) -> dict[str, Tensor]:
-        return self.codebook.state()
+        against = {} if self.adversary is None else self.adversary.state()
+        return {**self.codebook.state(), **{f"{ADVERSARY}{name}": value for name, value in against.items()}}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         self.codebook.load(state)
+        if self.adversary is not None:
+            own = {name.removeprefix(ADVERSARY): value for name, value in state.items() if name.startswith(ADVERSARY)}
+            self.adversary.load(own)
         self.module.quantise = self.codebook.started
 
     def sample(self, weights: dict[str, Tensor]) -> Image.Image:
@@ -152,10 +200,13 @@ class VqganTask:
         vqgan = Vqgan(network)
         pixels = self._examples(256)
         ids = vqgan.encode(pixels)
-        error = (vqgan.decode(ids).astype(np.float64) - pixels) / 255
+        again = vqgan.decode(ids)
+        counts = torch.bincount(torch.from_numpy(ids).flatten(), minlength=vqgan.codes)
         return {
-            "psnr": -10 * math.log10(float((error**2).mean())),
-            "codebook_used": float(len(np.unique(ids)) / vqgan.codes),
+            "psnr": psnr(pixels, again),
+            "ssim": ssim(pixels, again),
+            "codebook_used": float((counts > 0).float().mean()),
+            "codebook_perplexity": perplexity(counts),
         }
 
     def _examples(self, count: int = SAMPLES) -> NDArray[np.uint8]:
@@ -168,55 +219,6 @@ class VqganTask:
         state = {**network.state_dict(), **network_weights(weights)}
         network.load_state_dict(state, strict=True)
         return network
-
-
-def build_vqgan(config: VqganConfig) -> VqModel:
-    """A fresh `VqModel` of the recipe's shape, without attention, codes looked up by id.
-
-    Raises:
-        ConfigError: for fields that there are not, or sizes that do not fit.
-    """
-    torch.manual_seed(config.seed)
-    try:
-        network = VqModel(VqModelConfig(**{"sample_size": config.crop, **config.model}))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(config.stage, [f"model: {error}"]) from error
-    if config.rate_weight > 0 and network.quant_conv.out_channels < 2:
-        raise ConfigError(config.stage, [f"rate_weight={config.rate_weight} needs latent_channels of 2 or more"])
-    if problems := _misfits(config, network.config.factor):
-        raise ConfigError(config.stage, problems)
-    if config.rate_weight > 0:
-        _keep_place_for_prices(network)
-    return network.train()
-
-
-def _keep_place_for_prices(network: VqModel) -> None:
-    """Hold the last of the latents' channels at 0, and out of the decoder: there the codes carry their prices.
-
-    So the network stays a plain VQModel of diffusers, whose nearest code is the entropy-constrained one for everybody.
-    """
-    to_codes, from_codes = network.quant_conv, network.post_quant_conv
-    assert to_codes.bias is not None
-    for parameter, axis in ((to_codes.weight, 0), (to_codes.bias, 0), (from_codes.weight, 1)):
-        kept = torch.ones_like(parameter)
-        kept.select(axis, -1).zero_()
-        parameter.data.mul_(kept)
-        parameter.register_hook(lambda gradient, kept=kept: gradient * kept.to(gradient.device))  # type: ignore[no-untyped-call]
-
-
-def _misfits(config: VqganConfig, factor: int) -> list[str]:
-    """What of the pictures' sizes cannot work with a VQGAN of this factor."""
-    sides = {f"resolutions={side}": side for side in config.resolutions}
-    problems = [
-        f"{name} is no multiple of the VQGAN's factor {factor}"
-        for name, side in {f"crop={config.crop}": config.crop, **sides}.items()
-        if side % factor
-    ]
-    problems += [f"{name} is below crop={config.crop}" for name, side in sides.items() if side < config.crop]
-    crops = (max(config.resolutions) // config.crop) ** 2
-    if config.whole_share > 0 and config.batch_size < crops:
-        problems.append(f"whole_share={config.whole_share} takes one picture in {crops}: batch_size is below that")
-    return problems
 
 
 def _edges(error: Tensor) -> Tensor:
