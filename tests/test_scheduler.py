@@ -15,7 +15,7 @@ import tiny
 from raymuse.config.sampling import SamplingConfig
 from raymuse.drawing.drawer import Drawer
 from raymuse.drawing.sampler import Course, Rows
-from raymuse.drawing.scheduler import REMEMBERED, Picture, Scheduler, Ticket
+from raymuse.drawing.scheduler import MOST_LANES, REMEMBERED, Picture, Scheduler, Ticket
 from raymuse.drawing.tasks import Request
 from raymuse.pipeline import Pipeline
 
@@ -103,6 +103,28 @@ def test_urgent_pictures_are_begun_first(pipeline: Pipeline) -> None:
     order = list(finish(scheduler))
     assert set(order[:4]) == set(tickets[20:])
     assert order[4:] == tickets[:20]
+
+
+def test_many_shapes_wait_for_a_lane_and_none_overtakes(pipeline: Pipeline) -> None:
+    cell = pipeline.settings.size // 4
+    sizes = [(width * cell, height * cell) for width in (1, 2, 3) for height in (1, 2, 3)] * 2
+    asked = [pipeline.request("a star", seed, size=size) for seed, size in enumerate(sizes)]
+    alone = [pipeline.draw([request])[0] for request in asked]
+    scheduler, most = Scheduler(pipeline), 0
+    tickets = [Ticket(request) for request in asked]
+    for ticket in tickets:
+        scheduler.submit(ticket)
+    tickets[0].cancelled = True
+    tickets[5].cancelled = True  # one that has a lane, and one that waits for one
+    done: dict[Ticket, Picture | Exception] = {}
+    while scheduler.busy:
+        most = max(most, len(scheduler._lanes))
+        done.update(scheduler.advance())
+    assert most == MOST_LANES
+    assert set(tickets) - set(done) == {tickets[0], tickets[5]}
+    assert all(same(done[one], alone[place]) for place, one in enumerate(tickets) if one in done)  # type: ignore[arg-type]
+    first = {ticket: place for place, ticket in enumerate(done)}
+    assert max(first[one] for one in tickets[1:4]) < min(first[one] for one in tickets[6:9])
 
 
 def test_what_is_cancelled_is_not_drawn_and_its_row_is_another_s(pipeline: Pipeline) -> None:

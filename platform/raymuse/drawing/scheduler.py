@@ -23,6 +23,7 @@ from raymuse.drawing.tasks import UNKNOWN, Ids, Request, Stage
 from raymuse.masking import CHOICE, CONFIDENCE, HIGH_CHOICE, HIGH_CONFIDENCE
 from raymuse.models.vqgan import Vqgan
 
+MOST_LANES = 4  # shapes that are drawn at a time: each holds the tables and conditions of `batch_size` rows
 REMEMBERED = 64  # prompts whose text states are kept: the empty one comes again and again
 
 
@@ -53,18 +54,22 @@ class Ticket:
 
 
 class Scheduler:
-    """Draws what is submitted, up to `networks.batch_size` pictures of a shape at a time. It belongs to one thread."""
+    """Draws what is submitted, up to `networks.batch_size` pictures of a shape at a time. It belongs to one thread.
+
+    Of more shapes than `MOST_LANES` the rest waits, in its order, so that clients who ask for many do not fill the
+    memory; while it does, nobody is let in before it.
+    """
 
     def __init__(self, networks: Networks) -> None:
         self.networks = networks
         self._texts = _Texts(networks)
         self._lanes: OrderedDict[tuple[object, ...], _Lane] = OrderedDict()
+        self._outside = _Queue()
 
     def submit(self, ticket: Ticket) -> None:
         """Have a picture drawn by the calls of `advance` that follow."""
-        if (shape := ticket.request.shape) not in self._lanes:
-            self._lanes[shape] = _Lane(self.networks, self._texts, ticket.request)
-        self._lanes[shape].put(ticket)
+        self._outside.put(ticket)
+        self._let_in()
 
     @property
     def busy(self) -> bool:
@@ -84,12 +89,25 @@ class Scheduler:
             with attention_by(self.networks.attention):
                 done = lane.advance()
         except Exception as error:
+            self._let_in()
             return [(ticket, error) for ticket in lane.open]
         ended = {ticket for ticket, _ in done}
         lane.open = {ticket: None for ticket in lane.open if not (ticket.cancelled or ticket in ended)}
         if lane.busy:
             self._lanes[shape] = lane
+        self._let_in()
         return [*done]
+
+    def _let_in(self) -> None:
+        """Those that wait outside, in their order, until one of them has a shape that there is no lane for."""
+        while (ticket := self._outside.next()) is not None:
+            shape = ticket.request.shape
+            if shape not in self._lanes:
+                if len(self._lanes) >= MOST_LANES:
+                    return
+                self._lanes[shape] = _Lane(self.networks, self._texts, ticket.request)
+            self._outside.take(1)
+            self._lanes[shape].put(ticket)
 
 
 @dataclass(eq=False)
@@ -267,13 +285,20 @@ class _Queue:
     def put(self, ticket: Ticket) -> None:
         (self.urgent if ticket.urgent else self.other).append(ticket)
 
+    def next(self) -> Ticket | None:
+        """The first one that was not cancelled; it stays."""
+        while self:
+            if not (first := self.urgent or self.other)[0].cancelled:
+                return first[0]
+            first.popleft()
+        return None
+
     def take(self, most: int) -> list[Ticket]:
         """The next ones, without those that were cancelled."""
         taken: list[Ticket] = []
-        while self and len(taken) < most:
-            ticket = (self.urgent or self.other).popleft()
-            if not ticket.cancelled:
-                taken.append(ticket)
+        while len(taken) < most and (ticket := self.next()) is not None:
+            (self.urgent or self.other).popleft()
+            taken.append(ticket)
         return taken
 
 
