@@ -1,112 +1,19 @@
 """The scripts in jobs/ under a real `ray job submit`, on a head of our own that asks for a token."""
 
-import json
-import os
-import secrets
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-RAY = Path(sys.executable).with_name("ray")
-WORKER_PORTS = range(10002, 20000)  # Ray gives these to workers, and refuses to start where it finds one taken
-
-
-@dataclass(frozen=True)
-class Head:
-    """A cluster's address, and the environment in which clients may talk to it."""
-
-    address: str
-    token: str
-    environment: dict[str, str]
-
-    def submit(self, submission: str, *command: str) -> subprocess.CompletedProcess[str]:
-        words = ["job", "submit", "--address", self.address, "--submission-id", submission, "--working-dir", "."]
-        return subprocess.run(
-            [RAY, *words, "--", *command],
-            cwd=ROOT,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=180,
-        )
-
-    def exit_code(self, submission: str) -> int:
-        """What the job's driver ended with; `ray job submit` itself knows only 0 and 1."""
-        request = urllib.request.Request(f"{self.address}/api/jobs/{submission}")
-        request.add_header("Authorization", f"Bearer {self.token}")
-        with urllib.request.urlopen(request, timeout=20) as response:
-            return int(json.load(response)["driver_exit_code"])
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on and that are not Ray's workers'."""
-    found: list[int] = []
-    with socket.socket() as first, socket.socket() as second, socket.socket() as third, socket.socket() as fourth:
-        for probe in (first, second, third, fourth):
-            probe.bind(("127.0.0.1", 0))
-            found.append(probe.getsockname()[1])
-    assert not set(found) & set(WORKER_PORTS)
-    return found[:count]
+from heads import Head, running_head
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    with tempfile.TemporaryDirectory(prefix="rm-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        token = secrets.token_hex(32)
-        path = Path(folder) / "token"
-        path.touch(mode=0o600)
-        path.write_text(token)
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        environment = clean | {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(path),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}",  # for `python` in the jobs' command
-        }
-        gcs, dashboard, agent, client = free_ports(4)
-        words = ["--head", "--block", "--num-cpus=4", f"--temp-dir={folder}", "--object-store-memory=200000000"]
-        words += [f"--port={gcs}", f"--ray-client-server-port={client}", "--dashboard-host=127.0.0.1"]
-        words += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
-        log = Path(folder) / "head.log"
-        with log.open("w") as out:
-            process = subprocess.Popen(
-                [RAY, "start", *words], env=environment, stdout=out, stderr=out, start_new_session=True
-            )
-        try:
-            found = Head(f"http://127.0.0.1:{dashboard}", token, environment)
-            wait_until_it_takes_jobs(found, process, log)
-            yield found
-        finally:
-            process.send_signal(signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=20)
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def wait_until_it_takes_jobs(head: Head, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    request = urllib.request.Request(f"{head.address}/api/jobs/")
-    request.add_header("Authorization", f"Bearer {head.token}")
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()
-        with suppress(urllib.error.URLError, ConnectionError), urllib.request.urlopen(request, timeout=5):
-            return
-        time.sleep(0.2)
-    raise AssertionError(log.read_text())
+    with running_head() as started:
+        yield started
 
 
 def test_a_stage_runs_as_a_job(head: Head, tmp_path: Path) -> None:

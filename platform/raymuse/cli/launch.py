@@ -63,7 +63,8 @@ def local_ray() -> contextlib.AbstractContextManager[object]:
 def _tracked(config: StageConfig, mlflow: str | None) -> Iterator[Run]:
     uri = mlflow or os.environ.get("MLFLOW_TRACKING_URI")
     name = str(type(config).model_fields["stage"].default)
-    run = open_run(uri, os.environ.get("MLFLOW_EXPERIMENT_NAME", "raymuse"), name)
+    resumed = os.environ.get("MLFLOW_RUN_ID") if uri else None  # a submitted job's run, the same in every attempt
+    run = open_run(uri, os.environ.get("MLFLOW_EXPERIMENT_NAME", "raymuse"), name, resume=resumed)
     with finishing(run):
         yield run
 
