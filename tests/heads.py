@@ -11,10 +11,14 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from ray.util import get_node_ip_address
+
+Grows = Callable[[str, Path], tuple[list[str], dict[str, str]]]
 
 ROOT = Path(__file__).parents[1]
 RAY = Path(sys.executable).with_name("ray")
@@ -28,6 +32,22 @@ class Head:
     address: str
     token: str
     environment: dict[str, str]
+    folder: Path
+    metrics_port: int
+
+    def nodes(self) -> list[str]:
+        """Types of the living nodes but the head, sorted: of one that says none, ``."""
+        request = urllib.request.Request(f"{self.address}/nodes?view=summary")
+        request.add_header("Authorization", f"Bearer {self.token}")
+        with urllib.request.urlopen(request, timeout=20) as response:
+            raylets = [node["raylet"] for node in json.load(response)["data"]["summary"]]
+        living = [raylet for raylet in raylets if raylet.get("state") == "ALIVE" and not raylet.get("isHeadNode")]
+        return sorted(str(raylet.get("nodeTypeName", "")) for raylet in living)
+
+    def metrics(self) -> str:
+        """What Prometheus reads of the head's node."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=20) as response:
+            return str(response.read().decode())
 
     def submit(self, submission: str, *command: str) -> subprocess.CompletedProcess[str]:
         words = ["job", "submit", "--address", self.address, "--submission-id", submission, "--working-dir", "."]
@@ -50,38 +70,40 @@ class Head:
 
 def free_ports(count: int) -> list[int]:
     """Ports that nothing listens on and that are not Ray's workers'."""
-    found: list[int] = []
-    with socket.socket() as first, socket.socket() as second, socket.socket() as third, socket.socket() as fourth:
-        for probe in (first, second, third, fourth):
+    with ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
             probe.bind(("127.0.0.1", 0))
-            found.append(probe.getsockname()[1])
+        found = [int(probe.getsockname()[1]) for probe in probes]
     assert not set(found) & set(WORKER_PORTS)
-    return found[:count]
+    return found
 
 
 @contextmanager
-def running_head(num_cpus: int = 4) -> Iterator[Head]:
-    """A head of one node on free ports; ended with all of its processes."""
+def running_head(num_cpus: int = 4, grows: Grows | None = None) -> Iterator[Head]:
+    """A head of one node on free ports; ended with all of its processes.
+
+    Args:
+        grows: takes the address of the cluster and its folder; gives further words and environment of `ray start`.
+    """
     with tempfile.TemporaryDirectory(prefix="rm-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         token = secrets.token_hex(32)
         path = Path(folder) / "token"
         path.touch(mode=0o600)
         path.write_text(token)
+        gcs, dashboard, agent, client, metrics = free_ports(5)
+        more, variables = grows(f"{get_node_ip_address()}:{gcs}", Path(folder)) if grows else ([], {})
         clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         environment = clean | {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(path),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_metrics_report_interval_ms": "500",
             "PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}",  # for `python` in the jobs' command
+            **variables,
         }
-        gcs, dashboard, agent, client = free_ports(4)
-        words = [
-            "--head",
-            "--block",
-            f"--num-cpus={num_cpus}",
-            f"--temp-dir={folder}",
-            "--object-store-memory=200000000",
-        ]
+        words = ["--head", "--block", f"--num-cpus={num_cpus}", f"--temp-dir={folder}", *more]
+        words += ["--object-store-memory=200000000", f"--metrics-export-port={metrics}"]
         words += [f"--port={gcs}", f"--ray-client-server-port={client}", "--dashboard-host=127.0.0.1"]
         words += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
         log = Path(folder) / "head.log"
@@ -90,7 +112,7 @@ def running_head(num_cpus: int = 4) -> Iterator[Head]:
                 [RAY, "start", *words], env=environment, stdout=out, stderr=out, start_new_session=True
             )
         try:
-            found = Head(f"http://127.0.0.1:{dashboard}", token, environment)
+            found = Head(f"http://127.0.0.1:{dashboard}", token, environment, Path(folder), metrics)
             wait_until_it_takes_jobs(found, process, log)
             yield found
         finally:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from raymuse.cli import batch, cluster, config, submit, tokens
+from raymuse.cli import batch, cluster, config, doctor, submit, tokens
 from raymuse.cli.words import TRAININGS, config_for, data_config, is_data, split
 
 
@@ -257,6 +257,7 @@ def ui(
 app.command()(submit.submit)
 app.command(hidden=True)(submit.pipeline)
 app.add_typer(submit.app, name="jobs")
+app.command()(doctor.doctor)
 app.add_typer(tokens.app, name="tokens")
 app.add_typer(batch.app, name="batch")
 app.add_typer(config.app, name="config")

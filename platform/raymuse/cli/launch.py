@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from raymuse.clusters.local import session
+from raymuse.clusters.watching import watching
 from raymuse.config.base import Config, StageConfig
 from raymuse.config.drawing import DrawingConfig
 from raymuse.config.errors import UserError
@@ -30,7 +31,8 @@ def run_stage(stage: Callable[[Any, Run], str], config: StageConfig, mlflow: str
         ray: whether the stage needs Ray.
     """
     config = with_model(config, mlflow)
-    with resumable(), _tracked(config, mlflow) as run, local_ray() if ray else contextlib.nullcontext():
+    here, name = local_ray() if ray else contextlib.nullcontext(), str(type(config).model_fields["stage"].default)
+    with resumable(), _tracked(config, mlflow) as run, here, watching(name):
         address = stage(config, run)
     print(address, flush=True)
 

@@ -88,7 +88,8 @@ def connect(address: str | None) -> JobServer:
             f"{address} runs Ray {version} and this machine {ray.__version__}: the two must agree up to the second "
             f"number. Start the cluster with Ray {ray.__version__} (constraints.txt, and the image in cluster/)."
         )
-    logging.getLogger("ray.dashboard.modules").setLevel(logging.WARNING)  # it tells of each upload
+    for name in ("dashboard_sdk", "job.sdk"):  # they tell of each upload and each connection
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
     with _alone(address):
         client = JobSubmissionClient(address, headers=token.headers if token else None)
     return JobServer(address, version, token, client)

@@ -21,6 +21,7 @@ import torch
 from ray.train import Checkpoint, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from raymuse.clusters.watching import watching
 from raymuse.config.errors import UserError
 from raymuse.config.stages import STAGES
 from raymuse.config.training import CriticConfig, GeneratorConfig, MaskedConfig, SuperresConfig, TrainConfig
@@ -141,7 +142,8 @@ def _worker(payload: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(payload["config"]["cpus_per_worker"])))
     config = STAGES[payload["config"]["stage"]].model_validate(payload["config"])
     assert isinstance(config, TrainConfig)
-    with Path(payload["progress"]).open("a", buffering=1) as lines:
+    meter = watching(config.stage, config.steps, config.batch_size, pays=False)  # type: ignore[attr-defined]
+    with Path(payload["progress"]).open("a", buffering=1) as lines, meter:
         try:
             train_here(config, payload["run"], _report, partial(print, file=lines))
         except UserError as error:

@@ -213,7 +213,7 @@ def follow(server: JobServer, submission: str, say: Say, out: Callable[[str], No
             seen = _tail(server, submission, seen, out)
             details, silent = server.details(submission), None
             if JobStatus(details.status).is_terminal():
-                _tail(server, submission, seen, out)
+                _rest(server, submission, seen, out)
                 return _verdict(details, say)
         except (Unreachable, aiohttp.ClientError, ConnectionError) as error:
             silent = silent or time.monotonic()
@@ -234,17 +234,24 @@ def _told(text: str, before: str, say: Say) -> str:
 
 def _tail(server: JobServer, submission: str, seen: int, out: Callable[[str], None]) -> int:
     """Pass on a job's output from a character on, until it ends or the connection does; how far that got."""
+    place = 0
 
-    async def passing() -> int:
-        place = 0
-        with contextlib.suppress(RuntimeError):  # the connection broke: the caller asks for the job's state
-            async for text in server.client.tail_job_logs(submission):
-                if place + len(text) > seen:
-                    out(text[max(0, seen - place) :])
-                place += len(text)
-        return max(place, seen)
+    async def passing() -> None:
+        nonlocal place
+        async for text in server.client.tail_job_logs(submission):
+            if place + len(text) > seen:
+                out(text[max(0, seen - place) :])
+            place += len(text)
 
-    return asyncio.run(passing())
+    with contextlib.suppress(RuntimeError):  # the connection broke: the caller asks for the job's state
+        asyncio.run(passing())
+    return max(place, seen)
+
+
+def _rest(server: JobServer, submission: str, seen: int, out: Callable[[str], None]) -> None:
+    """Pass on what an ended job printed after a character."""
+    with server.answering():
+        out(server.client.get_job_logs(submission)[seen:])
 
 
 def _verdict(details: JobDetails, say: Say) -> int:
@@ -252,7 +259,8 @@ def _verdict(details: JobDetails, say: Say) -> int:
     code = details.driver_exit_code
     if JobStatus(details.status) == JobStatus.SUCCEEDED:
         return 0
-    say(f"job {details.submission_id}: {details.status}. {_first_line(details.message)}")
+    reason = _first_line(details.message).partition(", last available logs")[0]  # which stand above
+    say(f"job {details.submission_id}: {details.status}. {reason}")
     if JobStatus(details.status) == JobStatus.STOPPED:
         return 143
     if code is None:

@@ -224,5 +224,5 @@ def pinned() -> list[str]:
             extras = [*wanted.extras, ""]
             if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
                 waiting.append(needed)
-    own = {"raymuse", "ray"}
+    own = {"raymuse", "ray", "setuptools"}  # the last is the installer's
     return sorted({pin for pin in found.values() if pin.partition("==")[0].lower() not in own})
