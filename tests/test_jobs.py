@@ -1,118 +1,70 @@
-"""The scripts in jobs/ under a real `ray job submit`, on a head of our own that asks for a token."""
+"""The scripts in jobs/ under `ray job submit`, and `raymuse submit`, on a head of our own that asks for a token."""
 
-import json
 import os
-import secrets
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
+import sqlite3
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from ray.job_submission import JobStatus
 
-ROOT = Path(__file__).parents[1]
-RAY = Path(sys.executable).with_name("ray")
-WORKER_PORTS = range(10002, 20000)  # Ray gives these to workers, and refuses to start where it finds one taken
+from heads import Head, running_head
+from raymuse.cli.app import main
+from raymuse.clusters.jobserver import JobServer, connect
+from raymuse.submit import jobs
+from raymuse.tracking.server import Server
 
-
-@dataclass(frozen=True)
-class Head:
-    """A cluster's address, and the environment in which clients may talk to it."""
-
-    address: str
-    token: str
-    environment: dict[str, str]
-
-    def submit(self, submission: str, *command: str) -> subprocess.CompletedProcess[str]:
-        words = ["job", "submit", "--address", self.address, "--submission-id", submission, "--working-dir", "."]
-        return subprocess.run(
-            [RAY, *words, "--", *command],
-            cwd=ROOT,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=180,
-        )
-
-    def exit_code(self, submission: str) -> int:
-        """What the job's driver ended with; `ray job submit` itself knows only 0 and 1."""
-        request = urllib.request.Request(f"{self.address}/api/jobs/{submission}")
-        request.add_header("Authorization", f"Bearer {self.token}")
-        with urllib.request.urlopen(request, timeout=20) as response:
-            return int(json.load(response)["driver_exit_code"])
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on and that are not Ray's workers'."""
-    found: list[int] = []
-    with socket.socket() as first, socket.socket() as second, socket.socket() as third, socket.socket() as fourth:
-        for probe in (first, second, third, fourth):
-            probe.bind(("127.0.0.1", 0))
-            found.append(probe.getsockname()[1])
-    assert not set(found) & set(WORKER_PORTS)
-    return found[:count]
+Cli = Callable[..., str]
+SMALL = ("train=16", "test=4", "pictures_per_shard=8", "resolution=32")
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
-    with tempfile.TemporaryDirectory(prefix="rm-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        token = secrets.token_hex(32)
-        path = Path(folder) / "token"
-        path.touch(mode=0o600)
-        path.write_text(token)
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        environment = clean | {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(path),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}",  # for `python` in the jobs' command
-        }
-        gcs, dashboard, agent, client = free_ports(4)
-        words = ["--head", "--block", "--num-cpus=4", f"--temp-dir={folder}", "--object-store-memory=200000000"]
-        words += [f"--port={gcs}", f"--ray-client-server-port={client}", "--dashboard-host=127.0.0.1"]
-        words += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
-        log = Path(folder) / "head.log"
-        with log.open("w") as out:
-            process = subprocess.Popen(
-                [RAY, "start", *words], env=environment, stdout=out, stderr=out, start_new_session=True
-            )
-        try:
-            found = Head(f"http://127.0.0.1:{dashboard}", token, environment)
-            wait_until_it_takes_jobs(found, process, log)
-            yield found
-        finally:
-            process.send_signal(signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=20)
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Comes up while the head does."""
+    with Server.start(tmp_path_factory.mktemp("mlflow"), wait=False) as server:
+        yield server
 
 
-def wait_until_it_takes_jobs(head: Head, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    request = urllib.request.Request(f"{head.address}/api/jobs/")
-    request.add_header("Authorization", f"Bearer {head.token}")
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()
-        with suppress(urllib.error.URLError, ConnectionError), urllib.request.urlopen(request, timeout=5):
-            return
-        time.sleep(0.2)
-    raise AssertionError(log.read_text())
+@pytest.fixture(scope="module")
+def head(mlflow: Server) -> Iterator[Head]:
+    with running_head() as started:
+        yield started
+
+
+@pytest.fixture
+def server(head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobServer:
+    """The head as a person's shell knows it."""
+    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", head.environment["RAY_AUTH_TOKEN_PATH"])
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", head.address)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return connect(None)
+
+
+@pytest.fixture
+def said(capfd: pytest.CaptureFixture[str]) -> Cli:
+    """Runs a command line, checks its exit code, and returns all that it printed."""
+
+    def run(*words: object, code: int = 0) -> str:
+        capfd.readouterr()
+        found = main([str(word) for word in words])
+        out = capfd.readouterr()
+        assert found == code, out.out + out.err
+        return out.out + out.err
+
+    return run
 
 
 def test_a_stage_runs_as_a_job(head: Head, tmp_path: Path) -> None:
     output = tmp_path / "data"
-    words = ["demo:data", "train=16", "test=4", "pictures_per_shard=8", "resolution=32", f"output={output}"]
-    done = head.submit("right", "python", "jobs/make_data.py", *words)
+    done = head.submit("right", "python", "jobs/make_data.py", "demo:data", *SMALL, f"output={output}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert head.exit_code("right") == 0
     assert str(output) in done.stdout  # the address that the stage prints
@@ -131,3 +83,122 @@ def test_a_wrong_key_fails_the_job_with_code_2_and_says_so(head: Head, tmp_path:
 def test_without_the_token_nothing_is_submitted(head: Head) -> None:
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"{head.address}/api/jobs/", timeout=20)
+
+
+def test_a_job_takes_its_folder_along_is_stopped_and_goes_on(
+    server: JobServer, mlflow: Server, said: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, output = tmp_path / "mine", tmp_path / "data"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    (folder / "my.yaml").write_text("extends: demo:data\ntrain: 200000\npictures_per_shard: 50\nresolution: 32\n")
+    mlflow.wait()
+    words = ("submit", "data", "my.yaml", f"output={output}", "--mlflow", mlflow.uri, "--no-follow")
+    text = said(*words)
+    name = text.splitlines()[0]
+    assert name.startswith("data-my-yaml-")
+    assert "before compression; the largest:" in text
+    shards_of(output, 1, server, name)
+    assert "follow it with `raymuse jobs logs" in said(*words, code=2)
+    assert f"{name} is STOPPED; what it finished is kept" in said("jobs", "stop", name)
+    first = sorted(output.glob("train/*.tar"))[0]
+    before, count = first.stat().st_mtime_ns, len(list(output.glob("train/*.tar")))
+    monkeypatch.chdir(tmp_path)
+    said("jobs", "resume", name, "--no-follow")
+    shards_of(output, count + 1, server, name)
+    assert said("jobs", "stop", name).startswith(f"{name}-2 is STOPPED")
+    assert "had ended already" in said("jobs", "stop", name)
+    assert first.stat().st_mtime_ns == before
+    said("jobs", "logs", name, "--follow", code=143)
+    listed = said("jobs", "list")
+    assert f"{name}-2" in listed
+    assert "my.yaml" in listed
+    runs = {(job.metadata or {})["raymuse.mlflow_run"] for job in jobs.attempts(server, name)}
+    assert len(runs) == 1
+    with sqlite3.connect(mlflow.folder / "mlflow.db") as records:
+        assert records.execute("SELECT run_uuid FROM runs").fetchall() == [(run,) for run in runs]
+        tags = dict(records.execute("SELECT key, value FROM tags").fetchall())
+    assert tags["raymuse.submission"] == f"{name}-2"
+    assert "submitted from this machine" in said("jobs", "resume", "never", code=2)
+    assert "knows no job never" in said("jobs", "logs", "never", code=2)
+
+
+def shards_of(output: Path, count: int, server: JobServer, name: str) -> None:
+    """Wait until a job has written so many."""
+    deadline = time.monotonic() + 120
+    while len(list(output.glob("train/*.tar"))) < count:
+        details = jobs.last(server, name)
+        assert not JobStatus(details.status).is_terminal(), server.client.get_job_logs(str(details.submission_id))
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_a_pipeline_is_a_row_of_jobs_under_one_run(
+    server: JobServer, head: Head, mlflow: Server, said: Cli, tmp_path: Path
+) -> None:
+    changes = [f"data.{change}" for change in SMALL]
+    changes += ["vqgan.workers=1", "vqgan.steps=3", "vqgan.warm_steps=0", "vqgan.log_every=1"]
+    words = ("smoke", f"workdir={tmp_path}/flow", *changes, "--stages", "data,vqgan,export", "--name", "row")
+    text = said("submit", "--pipeline", *words, "--mlflow", mlflow.uri, code=2)
+    assert f"[data] job row.data -> {tmp_path}/flow/data" in text
+    assert "step 3/3" in text
+    assert "flow/base" in text  # it was not trained, so that it cannot be exported
+    assert "[export] ended with 2: the pipeline submitted again goes on here" in text
+    states = {name: jobs.last(server, name).status for name in ("row", "row.data", "row.vqgan", "row.export")}
+    assert [str(state) for state in states.values()] == ["FAILED", "SUCCEEDED", "SUCCEEDED", "FAILED"]
+    runs = {name: (jobs.last(server, name).metadata or {})["raymuse.mlflow_run"] for name in states}
+    with sqlite3.connect(mlflow.folder / "mlflow.db") as records:
+        parents = dict(records.execute("SELECT run_uuid, value FROM tags WHERE key = 'mlflow.parentRunId'").fetchall())
+        found = dict(records.execute("SELECT run_uuid, status FROM runs").fetchall())
+    assert parents == {run: runs["row"] for name, run in runs.items() if name != "row"}
+    assert [found[run] for run in runs.values()] == ["FAILED", "FINISHED", "FINISHED", "FAILED"]
+    assert "row.vqgan" in head.metrics()
+
+
+def test_prometheus_reads_what_the_training_did(head: Head) -> None:
+    """After the pipeline above, whose training ran in a worker of Ray Train."""
+    samples = {
+        (sample.name, sample.labels["stage"]): sample.value
+        for family in text_string_to_metric_families(head.metrics())
+        for sample in family.samples
+        if sample.name.startswith("ray_raymuse_") and sample.labels["submission"] == "row.vqgan"
+    }
+    assert samples["ray_raymuse_steps_total", "train-vqgan"] == 3
+    assert samples["ray_raymuse_images_total", "train-vqgan"] == 24
+    assert samples["ray_raymuse_queue", "train-vqgan"] == 0
+    assert samples["ray_raymuse_loss", "train-vqgan"] > 0
+
+
+def test_each_refusal_is_a_sentence(
+    server: JobServer, head: Head, mlflow: Server, said: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow.wait()
+    assert "is no Ray job server" in said("jobs", "list", "--address", mlflow.uri, code=2)
+    assert "nothing listens at http://127.0.0.1:1:" in said("jobs", "list", "--address", "127.0.0.1:1", code=2)
+    assert "is no address of a job server" in said("jobs", "list", "--address", "ray://127.0.0.1:10001", code=2)
+    other = tmp_path / "token"
+    other.touch(mode=0o600)
+    other.write_text("not the right one")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(other))
+    assert f"refuses the token from {other}" in said("jobs", "list", code=2)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert "asks for a token" in said("jobs", "list", code=2)
+    assert server.token is not None
+    assert head.token not in repr(server)
+
+
+def test_the_token_is_nowhere_to_be_read(head: Head, mlflow: Server, server: JobServer, tmp_path: Path) -> None:
+    """After all the jobs above; the files of the head's folder hold its logs and the jobs' packages."""
+    token, place = head.token.encode(), Path(head.environment["RAY_AUTH_TOKEN_PATH"])
+    assert len(server.jobs()) >= 1
+    files = [path for folder in (place.parent, mlflow.folder) for path in folder.rglob("*") if path.is_file()]
+    assert any(path.name.startswith("job-driver-") for path in files)
+    assert any(path.name == "mlflow.db" for path in files)
+    assert [path for path in files if path != place and token in path.read_bytes()] == []
+    for process in psutil.process_iter():
+        try:
+            assert head.token not in " ".join(process.cmdline()), process.pid
+        except psutil.Error:
+            continue
+    assert all(head.token not in job.model_dump_json() for job in server.jobs())
+    assert head.token not in "".join(os.environ.values())

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from raymuse.cli import batch, cluster, config, tokens
-from raymuse.cli.words import config_for, is_data, split
+from raymuse.cli import batch, cluster, config, doctor, submit, tokens
+from raymuse.cli.words import TRAININGS, config_for, data_config, is_data, split
 
 
 class InOrder(TyperGroup):
@@ -43,8 +43,6 @@ Mlflow = Annotated[
     str | None, typer.Option(metavar="URI", help="MLflow server to report to [default: $MLFLOW_TRACKING_URI, or none].")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")]
-
-_TRAININGS = ("train-vqgan", "train-clip", "train-base", "train-superres", "train-critic")
 
 
 @app.command()
@@ -85,19 +83,7 @@ def data(
     SOURCE is `shapes` (drawn here), `emoji` (of Debian's font), or captioned images: a folder, tars, Parquet or a
     Hugging Face data set; the rest is as in the recipe demo:data, or emoji:data for `emoji`.
     """
-    from raymuse.config.data import DataConfig
-    from raymuse.config.load import load
-
-    word, changes = split(words)
-    if word is None or word == "shapes":
-        loaded = load("demo:data", changes, "data")
-    elif word == "emoji":
-        loaded = load("emoji:data", changes, "data")
-    elif is_data(word):
-        loaded = load("demo:data", changes, "data").model_copy(update={"source": word})
-    else:
-        loaded = load(word, changes, "data")
-    assert isinstance(loaded, DataConfig)
+    loaded = data_config(words)
     from raymuse.cli.launch import run_stage
     from raymuse.stages.data import make_data
 
@@ -109,7 +95,7 @@ def train(words: Words = None, mlflow: Mlflow = None, dry_run: DryRun = False) -
     """Train a VQGAN, a CLIP, a base or a super-res model."""
     from raymuse.config.training import TrainConfig
 
-    loaded = config_for(TrainConfig, "train", words, _TRAININGS)
+    loaded = config_for(TrainConfig, "train", words, TRAININGS)
     from raymuse.stages import train as stage
 
     if dry_run:
@@ -268,6 +254,10 @@ def ui(
     show_tracking(workdir)
 
 
+app.command()(submit.submit)
+app.command(hidden=True)(submit.pipeline)
+app.add_typer(submit.app, name="jobs")
+app.command()(doctor.doctor)
 app.add_typer(tokens.app, name="tokens")
 app.add_typer(batch.app, name="batch")
 app.add_typer(config.app, name="config")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from raymuse.clusters.local import session
+from raymuse.clusters.watching import watching
 from raymuse.config.base import Config, StageConfig
 from raymuse.config.drawing import DrawingConfig
 from raymuse.config.errors import UserError
@@ -30,7 +31,8 @@ def run_stage(stage: Callable[[Any, Run], str], config: StageConfig, mlflow: str
         ray: whether the stage needs Ray.
     """
     config = with_model(config, mlflow)
-    with resumable(), _tracked(config, mlflow) as run, local_ray() if ray else contextlib.nullcontext():
+    here, name = local_ray() if ray else contextlib.nullcontext(), str(type(config).model_fields["stage"].default)
+    with resumable(), _tracked(config, mlflow) as run, here, watching(name):
         address = stage(config, run)
     print(address, flush=True)
 
@@ -63,7 +65,8 @@ def local_ray() -> contextlib.AbstractContextManager[object]:
 def _tracked(config: StageConfig, mlflow: str | None) -> Iterator[Run]:
     uri = mlflow or os.environ.get("MLFLOW_TRACKING_URI")
     name = str(type(config).model_fields["stage"].default)
-    run = open_run(uri, os.environ.get("MLFLOW_EXPERIMENT_NAME", "raymuse"), name)
+    resumed = os.environ.get("MLFLOW_RUN_ID") if uri else None  # a submitted job's run, the same in every attempt
+    run = open_run(uri, os.environ.get("MLFLOW_EXPERIMENT_NAME", "raymuse"), name, resume=resumed)
     with finishing(run):
         yield run
 

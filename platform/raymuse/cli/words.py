@@ -8,8 +8,11 @@ from raymuse.config.errors import UserError
 
 if TYPE_CHECKING:
     from raymuse.config.base import Config
+    from raymuse.config.data import DataConfig
 
     C = TypeVar("C", bound=Config)
+
+TRAININGS = ("train-vqgan", "train-clip", "train-base", "train-superres", "train-critic")
 
 
 def split(words: Sequence[str] | None) -> tuple[str | None, list[str]]:
@@ -45,6 +48,24 @@ def config_for(model: "type[C]", command: str, words: Sequence[str] | None, stag
     config = load(word or _no_recipe(command, stages), changes, stages)
     assert isinstance(config, model)
     return config
+
+
+def data_config(words: Sequence[str] | None) -> "DataConfig":
+    """The checked config of `raymuse data`, whose first word may be a source instead of a recipe."""
+    from raymuse.config.data import DataConfig
+    from raymuse.config.load import load
+
+    word, changes = split(words)
+    if word is None or word == "shapes":
+        loaded = load("demo:data", changes, "data")
+    elif word == "emoji":
+        loaded = load("emoji:data", changes, "data")
+    elif is_data(word):
+        loaded = load("demo:data", changes, "data").model_copy(update={"source": word})
+    else:
+        loaded = load(word, changes, "data")
+    assert isinstance(loaded, DataConfig)
+    return loaded
 
 
 def _no_recipe(command: str, stages: Collection[str]) -> str:

@@ -168,7 +168,7 @@ def _draw_pending(manifest: Manifest, pictures: int, config: GenerateConfig, fac
             drawn += record.rows
             left -= record.rows + record.rejects
             rate = drawn / (time.perf_counter() - began)
-            run.metrics({"pictures": drawn, "pictures_per_second": rate}, len(manifest.done))
+            run.metrics({"pictures": drawn, "pictures_per_second": rate, "queue": left}, len(manifest.done))
             seconds = left / max(rate, 1e-9)
             print(f"{drawn} pictures  {record.rejects} failed  {rate:.1f} pictures/s  {seconds:.0f} s left", flush=True)
 

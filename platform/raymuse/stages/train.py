@@ -25,6 +25,7 @@ from ray.train import Checkpoint, FailureConfig, LoggingConfig, RunConfig, Scali
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 
+from raymuse.clusters.watching import watching
 from raymuse.config.errors import UserError
 from raymuse.config.stages import STAGES
 from raymuse.config.training import MaskedConfig, TrainConfig
@@ -229,7 +230,8 @@ def _worker(payload: dict[str, Any]) -> bool:
     config = STAGES[payload["config"]["stage"]].model_validate(payload["config"])
     assert isinstance(config, TrainConfig)
     notes: _Notes = payload["notes"]
-    with notes.progress.open("a", buffering=1) as lines:
+    meter = watching(config.stage, config.steps, config.batch_size, pays=False)  # type: ignore[attr-defined]
+    with notes.progress.open("a", buffering=1) as lines, meter:
         try:
             say = partial(print, file=lines)
             return train_here(config, payload["run"], _report, say, partial(_asked, notes))

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
@@ -74,6 +75,7 @@ def commits(
 
     for row in encoded.iter_rows():
         part = str(row["part"])
+        progress.tokens += int(row["ids"])
         if coming.setdefault(part, MadePart()).add(row):
             made, source = coming.pop(part), pending[part].name
             joining.append(join.remote(address, part, made, source, facts, bool(config.buckets)))
@@ -100,10 +102,17 @@ class _Encode:
             "chunk": [chunk.number],
             "shape": ["x".join(map(str, chunk.shape))],
             "crops": [len(encoded.tokens)],
+            "ids": [_ids(encoded.tokens)],
             "noticed": [pickle.dumps((encoded.counts, encoded.truncated))],
             "last": [chunk.last],
             "tables": [pickle.dumps({table: getattr(encoded, table) for table in TABLES})],
         }
+
+
+def _ids(tokens: pa.Table) -> int:
+    """How many image ids a table of crops holds, those of low resolution among them."""
+    columns = [tokens.schema.field(name) for name in ("image_ids", "low_ids") if name in tokens.column_names]
+    return len(tokens) * sum(int(column.type.list_size) for column in columns)
 
 
 class Progress:
@@ -111,7 +120,7 @@ class Progress:
 
     def __init__(self, parts: int, run: Run) -> None:
         self.parts, self.run = parts, run
-        self.done = self.rows = self.rejects = 0
+        self.done = self.rows = self.rejects = self.tokens = 0
         self.began = time.perf_counter()
 
     def through(self, records: list[PartRecord]) -> Iterator[PartRecord]:
@@ -125,7 +134,8 @@ class Progress:
     def _say(self) -> None:
         seconds = time.perf_counter() - self.began
         rate, left = self.rows / seconds, seconds / self.done * (self.parts - self.done)
-        self.run.metrics({"rows": self.rows, "rejects": self.rejects, "rows_per_second": rate}, self.done)
+        counts = {"rows": self.rows, "tokens": self.tokens, "rejects": self.rejects, "queue": self.parts - self.done}
+        self.run.metrics({**counts, "rows_per_second": rate}, self.done)
         print(
             f"part {self.done}/{self.parts}  {self.rows} rows  {self.rejects} rejects  {rate:.0f} rows/s  "
             f"{left:.0f} s left",

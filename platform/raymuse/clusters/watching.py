@@ -1,0 +1,140 @@
+"""What a stage tells Prometheus, through Ray's own metrics: the numbers that it tells MLflow, and what they cost.
+
+Ray exports them on every node under `ray_raymuse_...`; cluster/grafana.json shows them.
+
+images, tokens, rejects, steps    counters of what is done
+queue                             what is left: parts, pictures or steps
+rate, loss                        images a second, and a training's loss
+dollars                           price of the cluster's machines while the stage ran
+"""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+
+import ray
+from ray.util.metrics import Counter, Gauge
+
+from raymuse.tracking.run import listening
+
+PRICE_LABEL = "raymuse-dollars-per-hour"  # of a node, in cluster YAML under `labels`: what an hour of it costs
+PRICE_SECONDS = 15.0
+JOB_VARIABLE = "RAYMUSE_JOB"
+
+COUNTED = {"images": "images", "rows": "images", "pictures": "images", "tokens": "tokens", "rejects": "rejects"}
+SHOWN = {
+    "queue": "queue",
+    "loss": "loss",
+    "rows_per_second": "rate",
+    "pictures_per_second": "rate",
+    "samples_per_second": "rate",
+}
+_MEANING = {
+    "images": "images encoded, trained on or drawn",
+    "tokens": "image ids written",
+    "rejects": "inputs refused",
+    "steps": "optimizer steps",
+    "queue": "parts, pictures or steps left",
+    "rate": "images a second",
+    "loss": "loss of a training",
+    "dollars": "price of the cluster's machines while the stage ran",
+}
+
+
+class Meter:
+    """One stage's metrics of one process.
+
+    Args:
+        stage: name of the stage.
+        steps: of a training in all; None: the stage is no training, and its steps are parts.
+        images_per_step: of a training.
+    """
+
+    def __init__(self, stage: str, steps: int | None = None, images_per_step: int = 0) -> None:
+        # Prometheus has a `job` of its own.
+        self.tags = {"stage": stage, "submission": os.environ.get(JOB_VARIABLE, "local")}
+        self.steps, self.images_per_step = steps, images_per_step
+        names = tuple(self.tags)
+        self.counters = {
+            name: Counter(f"raymuse_{name}", _MEANING[name], names)
+            for name in ("images", "tokens", "rejects", "steps", "dollars")
+        }
+        self.gauges = {name: Gauge(f"raymuse_{name}", _MEANING[name], names) for name in ("queue", "rate", "loss")}
+        self.before: dict[str, float] = {}
+
+    def numbers(self, values: Mapping[str, float], step: int) -> None:
+        """What a stage logs; counts are of this process's work so far, and never fall."""
+        for name, value in values.items():
+            if name in COUNTED:
+                self._count(COUNTED[name], float(value))
+            elif name in SHOWN:
+                self.gauges[SHOWN[name]].set(float(value), self.tags)
+        if self.steps is not None and "loss" in values:
+            self._count("steps", float(step), first=True)
+            self.gauges["queue"].set(float(self.steps - step), self.tags)
+
+    def paid(self, dollars: float) -> None:
+        """What the cluster's machines cost since the last call."""
+        if dollars > 0:
+            self.counters["dollars"].inc(dollars, self.tags)
+
+    def _count(self, name: str, value: float, first: bool = False) -> None:
+        """Pass on what was added; a training's first step may be far from 0, where it goes on from a checkpoint."""
+        added = value - self.before.get(name, value - 1 if first else 0.0)
+        self.before[name] = value
+        if added > 0:
+            self.counters[name].inc(added, self.tags)
+            if name == "steps" and self.images_per_step:
+                self.counters["images"].inc(added * self.images_per_step, self.tags)
+
+
+@contextlib.contextmanager
+def watching(stage: str, steps: int | None = None, images_per_step: int = 0, pays: bool = True) -> Iterator[None]:
+    """Inside, what the stage logs in this process goes to Prometheus as well; nothing happens without Ray.
+
+    Args:
+        pays: whether this process counts what the cluster costs: one of a stage does.
+    """
+    if not ray.is_initialized():
+        yield
+        return
+    meter = Meter(stage, steps, images_per_step)
+    ended = threading.Event()
+    payer = threading.Thread(target=_pay, args=(meter, ended), daemon=True)
+    if pays:
+        payer.start()
+    try:
+        with listening(meter.numbers):
+            yield
+    finally:
+        ended.set()
+        if pays:
+            payer.join()
+
+
+def price_per_hour() -> float:
+    """Dollars an hour of all living nodes that say in a label what they cost."""
+    labels = (node.get("Labels", {}) for node in ray.nodes() if node["Alive"])
+    return sum(_price(label[PRICE_LABEL]) for label in labels if PRICE_LABEL in label)
+
+
+def _price(text: str) -> float:
+    try:
+        return max(0.0, float(text))
+    except ValueError:
+        return 0.0
+
+
+def _pay(meter: Meter, ended: threading.Event) -> None:
+    since = time.monotonic()
+    while True:
+        last = ended.wait(PRICE_SECONDS)
+        if not ray.is_initialized():
+            return
+        now = time.monotonic()
+        meter.paid(price_per_hour() * (now - since) / 3600)
+        since = now
+        if last:
+            return

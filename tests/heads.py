@@ -1,0 +1,136 @@
+"""A Ray head of the tests' own, as `ray start` makes one, that asks for a token and takes jobs."""
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray.util import get_node_ip_address
+
+Grows = Callable[[str, Path], tuple[list[str], dict[str, str]]]
+
+ROOT = Path(__file__).parents[1]
+RAY = Path(sys.executable).with_name("ray")
+WORKER_PORTS = range(10002, 20000)  # Ray gives these to workers, and refuses to start where it finds one taken
+
+
+@dataclass(frozen=True)
+class Head:
+    """A cluster's address, and the environment in which clients may talk to it."""
+
+    address: str
+    token: str
+    environment: dict[str, str]
+    folder: Path
+    metrics_port: int
+
+    def nodes(self) -> list[str]:
+        """Types of the living nodes but the head, sorted: of one that says none, ``."""
+        request = urllib.request.Request(f"{self.address}/nodes?view=summary")
+        request.add_header("Authorization", f"Bearer {self.token}")
+        with urllib.request.urlopen(request, timeout=20) as response:
+            raylets = [node["raylet"] for node in json.load(response)["data"]["summary"]]
+        living = [raylet for raylet in raylets if raylet.get("state") == "ALIVE" and not raylet.get("isHeadNode")]
+        return sorted(str(raylet.get("nodeTypeName", "")) for raylet in living)
+
+    def metrics(self) -> str:
+        """What Prometheus reads of the head's node."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=20) as response:
+            return str(response.read().decode())
+
+    def submit(self, submission: str, *command: str) -> subprocess.CompletedProcess[str]:
+        words = ["job", "submit", "--address", self.address, "--submission-id", submission, "--working-dir", "."]
+        return subprocess.run(
+            [RAY, *words, "--", *command],
+            cwd=ROOT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
+
+    def exit_code(self, submission: str) -> int:
+        """What the job's driver ended with; `ray job submit` itself knows only 0 and 1."""
+        request = urllib.request.Request(f"{self.address}/api/jobs/{submission}")
+        request.add_header("Authorization", f"Bearer {self.token}")
+        with urllib.request.urlopen(request, timeout=20) as response:
+            return int(json.load(response)["driver_exit_code"])
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on and that are not Ray's workers'."""
+    with ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        found = [int(probe.getsockname()[1]) for probe in probes]
+    assert not set(found) & set(WORKER_PORTS)
+    return found
+
+
+@contextmanager
+def running_head(num_cpus: int = 4, grows: Grows | None = None) -> Iterator[Head]:
+    """A head of one node on free ports; ended with all of its processes.
+
+    Args:
+        grows: takes the address of the cluster and its folder; gives further words and environment of `ray start`.
+    """
+    with tempfile.TemporaryDirectory(prefix="rm-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        token = secrets.token_hex(32)
+        path = Path(folder) / "token"
+        path.touch(mode=0o600)
+        path.write_text(token)
+        gcs, dashboard, agent, client, metrics = free_ports(5)
+        more, variables = grows(f"{get_node_ip_address()}:{gcs}", Path(folder)) if grows else ([], {})
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        environment = clean | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(path),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_metrics_report_interval_ms": "500",
+            "PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}",  # for `python` in the jobs' command
+            **variables,
+        }
+        words = ["--head", "--block", f"--num-cpus={num_cpus}", f"--temp-dir={folder}", *more]
+        words += ["--object-store-memory=200000000", f"--metrics-export-port={metrics}"]
+        words += [f"--port={gcs}", f"--ray-client-server-port={client}", "--dashboard-host=127.0.0.1"]
+        words += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+        log = Path(folder) / "head.log"
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                [RAY, "start", *words], env=environment, stdout=out, stderr=out, start_new_session=True
+            )
+        try:
+            found = Head(f"http://127.0.0.1:{dashboard}", token, environment, Path(folder), metrics)
+            wait_until_it_takes_jobs(found, process, log)
+            yield found
+        finally:
+            process.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=20)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_until_it_takes_jobs(head: Head, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    request = urllib.request.Request(f"{head.address}/api/jobs/")
+    request.add_header("Authorization", f"Bearer {head.token}")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()
+        with suppress(urllib.error.URLError, ConnectionError), urllib.request.urlopen(request, timeout=5):
+            return
+        time.sleep(0.2)
+    raise AssertionError(log.read_text())
