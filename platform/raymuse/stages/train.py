@@ -21,6 +21,7 @@ import torch
 from ray.train import Checkpoint, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from raymuse.clusters.placement import place
 from raymuse.config.errors import UserError
 from raymuse.config.stages import STAGES
 from raymuse.config.training import CriticConfig, GeneratorConfig, MaskedConfig, SuperresConfig, TrainConfig
@@ -111,6 +112,7 @@ def _train_on_ray(config: TrainConfig, run: Run) -> None:
             num_workers=config.workers,
             use_gpu=config.use_gpu,
             resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": 1} if config.use_gpu else {})},
+            label_selector=place("train", gpus=1 if config.use_gpu else 0) or None,
         ),
         run_config=RunConfig(
             # A name of its own for every attempt: what a restart goes on from is our checkpoint, not Ray's state.
