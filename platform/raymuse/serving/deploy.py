@@ -5,11 +5,14 @@ import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ray import serve as ray_serve
+from ray.serve import Application
 
 from raymuse.config.errors import UserError
 from raymuse.config.generate import ServeConfig
+from raymuse.config.load import from_values
 from raymuse.pipeline import Pipeline
 from raymuse.serving.api import Api
 from raymuse.serving.generator import deployed, most_pictures
@@ -46,18 +49,37 @@ def serve(config: ServeConfig) -> None:
             leave_serve(APPLICATION)
 
 
+def application(values: dict[str, Any]) -> Application:
+    """The API as Serve builds it from a file of its own (`serve deploy`, KubeRay's RayService).
+
+    Args:
+        values: what `raymuse serve` takes as words; `host` and `port` are the file's.
+
+    Raises:
+        UserError: for values that are wrong, or without an API key: such a service listens on every interface.
+    """
+    config = from_values("serve", values)
+    assert isinstance(config, ServeConfig)
+    keys = api_keys(config)
+    if not keys:
+        raise UserError("a service of the cluster needs an API key: set RAYMUSE_API_KEY for its pods, or api_key_file.")
+    return bound_api(config, keys)
+
+
 def deploy_api(config: ServeConfig, keys: Sequence[str]) -> None:
     """Run the API and the generator behind it as one Serve application."""
+    ray_serve.run(bound_api(config, keys), name=APPLICATION, route_prefix="/")
+
+
+def bound_api(config: ServeConfig, keys: Sequence[str]) -> Application:
+    """The API with its generator, not yet deployed."""
     most, name = most_pictures(config), Path(config.model).resolve().name
     api = Api.options(  # type: ignore[attr-defined]
         max_ongoing_requests=2 * most + 64,  # so that 429 is answered at once
         graceful_shutdown_timeout_s=config.deadline + 5,
     )
-    ray_serve.run(
-        api.bind(deployed(config), name, [*config.styles], keys, most, config.deadline),
-        name=APPLICATION,
-        route_prefix="/",
-    )
+    bound: Application = api.bind(deployed(config), name, [*config.styles], keys, most, config.deadline)
+    return bound
 
 
 def api_keys(config: ServeConfig) -> list[str]:

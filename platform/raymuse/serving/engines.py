@@ -10,6 +10,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayActorError
 
+from raymuse.clusters.placement import place
 from raymuse.config.generate import GenerateConfig
 from raymuse.serving.generator import Drawing, DrawRequest, GeneratorActor, deployed, placed
 from raymuse.serving.instance import join_serve
@@ -50,7 +51,11 @@ def actor_engine(config: GenerateConfig, name: str) -> Iterator[Engine]:
     A batch goes to the actor that has least to do. `name` is not needed: they are this job's alone.
     """
     actor = ray.remote(GeneratorActor).options(
-        num_cpus=config.cpus_per_replica, num_gpus=config.gpus_per_replica, max_restarts=-1, max_task_retries=-1
+        num_cpus=config.cpus_per_replica,
+        num_gpus=config.gpus_per_replica,
+        label_selector=place("draw", config.gpus_per_replica),
+        max_restarts=-1,
+        max_task_retries=-1,
     )
     actors = [actor.remote(*placed(config)) for _ in range(config.replicas)]
     asked, lock = [0] * len(actors), threading.Lock()

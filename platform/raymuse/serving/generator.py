@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from ray import serve
 
+from raymuse.clusters.placement import place
 from raymuse.config.edit import STRENGTH, Task
 from raymuse.config.errors import UserError
 from raymuse.config.generate import GenerateConfig, ServeConfig
@@ -251,7 +252,7 @@ def deployed(config: GenerateConfig | ServeConfig) -> serve.Application:
         health_check_period_s=2,  # a lost replica is noticed in seconds, not half a minute
         graceful_shutdown_wait_loop_s=0.1,  # who stops it has all answers
         graceful_shutdown_timeout_s=config.deadline + 5 if isinstance(config, ServeConfig) else 20,
-        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus, "label_selector": place("draw", gpus)},
         **options,
     )
     return generator.bind(*placed(config))

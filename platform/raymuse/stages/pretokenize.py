@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from raymuse.clusters.placement import place
 from raymuse.clusters.quiet import quiet_data
 from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.pretokenize import PretokenizeConfig
@@ -109,9 +110,14 @@ def _check_room(manifest: Manifest, config: PretokenizeConfig, pending: Mapping[
 def _write_empty(manifest: Manifest, config: PretokenizeConfig, facts: Mapping[str, Any]) -> None:
     """The empty caption, once a data set: what dropped captions become."""
     if manifest.pending([EMPTY]):
-        table = ray.get(_encode_empty.options(num_gpus=config.gpus_per_encoder or None).remote(config))
+        table = ray.get(_encode_empty.options(**_as_encoder(config)).remote(config))
         data = parquet_bytes(table, tagged(facts))
         manifest.write_part(EMPTY, {f"captions/{EMPTY}.parquet": data}, rows=0, rejects=0, source="")
+
+
+def _as_encoder(config: PretokenizeConfig) -> dict[str, Any]:
+    gpus = config.gpus_per_encoder
+    return {"num_gpus": gpus or None, "label_selector": place("encode", gpus)}
 
 
 @ray.remote(num_cpus=1, max_calls=1)  # torch and the encoder leave the memory with the process
@@ -124,7 +130,7 @@ def _agreement(config: PretokenizeConfig, plan: Mapping[str, Shard], run: Run) -
     if config.precision == "fp32":
         return {}
     first = list(plan.values())[:TRIED_SHARDS]
-    share = ray.get(_measure.options(num_gpus=config.gpus_per_encoder or None).remote(config, first))
+    share = ray.get(_measure.options(**_as_encoder(config)).remote(config, first))
     if share is None:
         return {}
     run.metrics({"code_agreement": share}, 0)

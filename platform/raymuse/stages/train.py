@@ -25,6 +25,7 @@ from ray.train import Checkpoint, FailureConfig, LoggingConfig, RunConfig, Scali
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 
+from raymuse.clusters.placement import place
 from raymuse.clusters.watching import watching
 from raymuse.config.errors import UserError
 from raymuse.config.stages import STAGES
@@ -130,6 +131,7 @@ def _group(config: TrainConfig, run: Run, notes: _Notes) -> bool:
             use_gpu=config.use_gpu,
             resources_per_worker={"CPU": config.cpus_per_worker, **gpu, **config.resources},
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+            label_selector=place("train", gpus=1 if config.use_gpu else 0) or None,
         ),
         run_config=RunConfig(
             # A name of its own for every attempt: what a restart goes on from is our checkpoint, not Ray's state.

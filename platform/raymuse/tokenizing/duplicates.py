@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import ray.data
 from ray.data import TaskPoolStrategy
 
+from raymuse.clusters.placement import place
 from raymuse.config.pretokenize import PretokenizeConfig
 from raymuse.encoding.hashes import find_duplicates
 from raymuse.encoding.tasks import DECODE_CPUS, hash_row
@@ -71,6 +72,7 @@ def _hash_all(folder: Folder, config: PretokenizeConfig, plan: Mapping[str, Shar
         batch_size=1,
         compute=TaskPoolStrategy(size=min(config.decoders, len(rows))),
         num_cpus=DECODE_CPUS,
+        label_selector=place("decode", gpus=0),
         fn_kwargs={"config": config, "output": folder.address},
     )
     for number, _ in enumerate(hashed.iter_rows(), 1):

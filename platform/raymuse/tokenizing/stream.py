@@ -10,6 +10,7 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
+from raymuse.clusters.placement import place
 from raymuse.config.pretokenize import PretokenizeConfig
 from raymuse.encoding.chunks import Chunk
 from raymuse.encoding.encoder import ChunkEncoder
@@ -44,6 +45,7 @@ def commits(
             batch_size=1,
             compute=TaskPoolStrategy(size=min(config.decoders, len(rows))),
             num_cpus=DECODE_CPUS,
+            label_selector=place("decode", gpus=0),
             fn_kwargs={"config": config},
         )
         .map_batches(
@@ -51,6 +53,7 @@ def commits(
             batch_size=1,
             compute=ActorPoolStrategy(min_size=config.min_encoders or config.encoders, max_size=config.encoders),
             num_gpus=config.gpus_per_encoder or None,
+            label_selector=place("encode", config.gpus_per_encoder),
             fn_constructor_kwargs={"config": config},
         )
         .map_batches(

@@ -1,0 +1,47 @@
+# MLflow on a `ray up` cluster: read with `.` before Ray starts, so that all that Ray starts knows where it is.
+#
+#   . mlflow.sh serve     on the head: keeps a server running, on port 5000, and names it
+#   . mlflow.sh           on a worker: names the server of the head (RAY_HEAD_IP)
+#
+# Who may talk to it has the cluster's token: user `raymuse`, password derived from the token, as all nodes can derive
+# it. Records lie in ~/mlflow on the head (sqlite and files), or where ~/mlflow/server.env says; a line each:
+#
+#   MLFLOW_BACKEND_STORE_URI=postgresql://raymuse:PASSWORD@HOST/mlflow
+#   MLFLOW_ARTIFACTS_DESTINATION=s3://BUCKET/mlflow
+
+# derived PURPOSE: a secret of its own for a purpose, from the token, which stays where it is.
+derived() {
+  { printf '%s ' "$1"; tr -d '[:space:]' < "${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}"; } | sha256sum | cut -c 1-40
+}
+
+# serve: starts the server again whenever it ends; does nothing where one runs already.
+serve() {
+  mkdir -p -m 700 "$HOME/mlflow"
+  (
+    cd "$HOME/mlflow" || exit 1
+    exec 9> lock
+    flock -n 9 || exit 0
+    export MLFLOW_BACKEND_STORE_URI="sqlite:///$HOME/mlflow/mlflow.db" MLFLOW_ARTIFACTS_DESTINATION="$HOME/mlflow/artifacts"
+    if [ -f server.env ]; then set -a; . ./server.env; set +a; fi
+    export MLFLOW_AUTH_ADMIN_USERNAME=raymuse MLFLOW_AUTH_ADMIN_PASSWORD="$MLFLOW_TRACKING_PASSWORD"
+    MLFLOW_FLASK_SERVER_SECRET_KEY="$(derived mlflow-sessions)"; export MLFLOW_FLASK_SERVER_SECRET_KEY
+    export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
+    export MLFLOW_SERVER_ALLOWED_HOSTS="localhost:*,127.0.0.1:*,$(address):5000"   # against DNS rebinding
+    while :; do
+      rm -f basic_auth.db   # holds nothing but the one user, whose password follows the token
+      mlflow server --app-name basic-auth --host 0.0.0.0 --port 5000 --workers 1 2>&1 9>&- || true
+      sleep 5 9>&-
+    done >> server.log
+  ) < /dev/null > /dev/null 2>&1 &
+}
+
+# address: of the head as its workers see it.
+address() {
+  echo "${RAY_HEAD_IP:-$(hostname -I | cut -d ' ' -f 1)}"
+}
+
+MLFLOW_TRACKING_URI="http://$(address):5000"; export MLFLOW_TRACKING_URI
+MLFLOW_TRACKING_PASSWORD="$(derived mlflow)"; export MLFLOW_TRACKING_PASSWORD
+export MLFLOW_TRACKING_USERNAME=raymuse MLFLOW_DISABLE_TELEMETRY=true
+if [ "${1:-}" = serve ]; then serve; fi
+unset -f derived serve address

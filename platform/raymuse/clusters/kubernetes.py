@@ -1,0 +1,236 @@
+"""Kubernetes files: the operator's definitions, schemas of core kinds, and our rules."""
+
+import difflib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from raymuse.clusters.documents import Document, mapping, mappings, name_of, schema_problems
+from raymuse.clusters.pins import image_problems, version_problems
+from raymuse.clusters.placement import ROLE, ROLES
+from raymuse.clusters.schemas import RAY_KINDS, core_schemas, ray_schemas
+
+_CLUSTER = {"RayCluster": ("spec",), "RayJob": ("spec", "rayClusterSpec"), "RayService": ("spec", "rayClusterConfig")}
+_GPU = "nvidia.com/gpu"
+_SECRET = re.compile(r"TOKEN|PASSWORD|SECRET|API_?KEY", re.IGNORECASE)
+_RAY_PODS = {"ray.io/is-ray-node": "yes"}
+
+
+def problems(document: Document, path: Path) -> Iterator[str]:
+    """Everything that is wrong with one document, a sentence each."""
+    kind = document.get("kind")
+    if not isinstance(kind, str):
+        yield "a document has no kind"
+        return
+    yield from (f"{name_of(document)}: {problem}" for problem in _problems(document, kind, path))
+
+
+def is_checked(document: Document) -> bool:
+    """Whether there is a definition to hold a document against."""
+    kind = document.get("kind")
+    return kind in RAY_KINDS or kind in core_schemas() or str(document.get("apiVersion", "")).startswith("ray.io/")
+
+
+def problems_together(documents: list[Document]) -> Iterator[str]:
+    """What no document shows alone: pods of Ray that no policy guards, and disks, accounts and services that are missing."""
+    kinds = {kind: [d for d in documents if d.get("kind") == kind] for kind in ("RayCluster", "NetworkPolicy")}
+    policies = [mapping(mapping(d.get("spec")).get("podSelector")) for d in kinds["NetworkPolicy"]]
+    guarded = any(not policy or policy.get("matchLabels") == _RAY_PODS for policy in policies)
+    there = {(str(d.get("kind")), str(mapping(d.get("metadata")).get("name"))) for d in documents}
+    for document in kinds["RayCluster"]:
+        if not guarded:
+            yield f"{name_of(document)}: no NetworkPolicy selects Ray's pods (ray.io/is-ray-node: yes): any pod could reach them"
+        for wanted in sorted(_wanted(document) - there):
+            yield f"{name_of(document)}: asks for the {wanted[0]} {wanted[1]}, which is not among the resources: add it"
+
+
+def _wanted(document: Document) -> set[tuple[str, str]]:
+    found = set()
+    for _, pod in _pods(document):
+        if pod.get("serviceAccountName"):
+            found.add(("ServiceAccount", str(pod["serviceAccountName"])))
+        for volume in mappings(pod.get("volumes")):
+            if "persistentVolumeClaim" in volume:
+                claim = str(mapping(volume["persistentVolumeClaim"]).get("claimName"))
+                found.add(("PersistentVolumeClaim", claim))
+    return found
+
+
+def _problems(document: Document, kind: str, path: Path) -> Iterator[str]:
+    version = str(document.get("apiVersion", ""))
+    if kind in RAY_KINDS:
+        yield from _ray_schema(document, kind, version)
+        yield from _ray_rules(document, kind, path)
+    elif version.startswith("ray.io/"):
+        near = difflib.get_close_matches(kind, RAY_KINDS, n=1)
+        yield f"no such kind{f'; did you mean {near[0]}?' if near else ''} (known: {', '.join(RAY_KINDS)})"
+    elif kind in core_schemas():
+        yield from schema_problems(document, core_schemas()[kind])
+        yield from _core_rules(document, kind, path)
+    yield from _pod_rules(document, path)
+
+
+def _ray_schema(document: Document, kind: str, version: str) -> Iterator[str]:
+    if not mapping(document.get("metadata")).get("name"):
+        yield "metadata.name is missing"
+    schema = ray_schemas(kind).get(version.removeprefix("ray.io/")) if version.startswith("ray.io/") else None
+    if schema is None:
+        yield f"apiVersion must be ray.io/v1, was {version}"
+    else:
+        yield from schema_problems(document, schema)
+
+
+def _ray_rules(document: Document, kind: str, path: Path) -> Iterator[str]:
+    cluster = _cluster(document)
+    if kind == "RayJob" and not cluster and mapping(document.get("spec")).get("clusterSelector"):
+        return  # it runs on a cluster that another file describes
+    place = ".".join(_CLUSTER[kind])
+    if mapping(cluster.get("authOptions")).get("mode") != "token":
+        yield f"{place}.authOptions: Ray would let everyone in: mode: token"
+    if "rayVersion" in cluster:
+        yield from version_problems(f"{place}.rayVersion", "ray", cluster["rayVersion"], path)
+    else:
+        yield f"{place}.rayVersion: is missing: say the version that the images have"
+    if cluster.get("enableInTreeAutoscaling") and mapping(cluster.get("autoscalerOptions")).get("version") != "v2":
+        yield f"{place}.autoscalerOptions.version: must be v2, which knows labels"
+    head = mapping(cluster.get("headGroupSpec"))
+    if head.get("enableIngress") or head.get("serviceType", "ClusterIP") != "ClusterIP":
+        yield f"{place}.headGroupSpec: opens the head to the outside: leave enableIngress and serviceType away, and use a port-forward"
+    yield from _groups(cluster, place)
+    if kind == "RayJob" and not mapping(document.get("spec")).get("shutdownAfterJobFinishes"):
+        yield "spec.shutdownAfterJobFinishes: is not true: the machines would stay, and cost, when the job is done"
+    if kind == "RayService":
+        yield from _serve(mapping(document.get("spec")).get("serveConfigV2"))
+
+
+def _groups(cluster: Document, place: str) -> Iterator[str]:
+    groups = mappings(cluster.get("workerGroupSpecs"))
+    roles = [mapping(group.get("labels")).get(ROLE) for group in groups]
+    head = mapping(mapping(cluster.get("headGroupSpec")).get("labels")).get(ROLE)
+    if any(roles) and head != "head":
+        yield f"{place}.headGroupSpec.labels: groups have roles and the head does not say {ROLE}: head: they would not be heeded"
+    for number, (group, role) in enumerate(zip(groups, roles, strict=True)):
+        where = f"{place}.workerGroupSpecs.{number} ({group.get('groupName')})"
+        least, most = group.get("minReplicas"), group.get("maxReplicas")
+        if isinstance(least, int) and isinstance(most, int) and least > most:
+            yield f"{where}: minReplicas {least} is above maxReplicas {most}"
+        gpus = _gpus(group)
+        if role is None and head == "head":
+            yield f"{where}: has no label {ROLE}: no stage would run there"
+        elif role is not None and (role not in ROLES or role == "head"):
+            yield f"{where}: {ROLE} must be one of {', '.join(name for name in ROLES if name != 'head')}, was {role}"
+        elif role == "cpu" and gpus:
+            yield f"{where}: has the role cpu and {gpus} GPUs, which no stage would use: give it the role gpu"
+        elif role not in (None, "cpu") and not gpus:
+            yield f"{where}: has the role {role} and no limit of {_GPU}: it would get no GPU"
+
+
+def _gpus(group: Document) -> int:
+    pod = mapping(mapping(group.get("template")).get("spec"))
+    limits = [mapping(mapping(c.get("resources")).get("limits")).get(_GPU, 0) for c in mappings(pod.get("containers"))]
+    return sum(int(limit) for limit in limits if str(limit).isdigit())
+
+
+def _serve(text: Any) -> Iterator[str]:
+    """`serveConfigV2` against Serve's schema, and our application's own arguments against its config."""
+    from ray.serve.schema import ServeDeploySchema
+
+    from raymuse.config.errors import ConfigError
+    from raymuse.config.load import from_values
+
+    where = "spec.serveConfigV2"
+    try:
+        config = ServeDeploySchema.model_validate(yaml.safe_load(str(text)))
+    except yaml.YAMLError as error:
+        yield f"{where}: is not YAML: {error}"
+        return
+    except ValidationError as error:
+        for problem in error.errors():
+            yield f"{where}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+        return
+    for application in config.applications:
+        if application.import_path == "raymuse.serving.deploy:application":
+            try:
+                from_values("serve", dict(application.args))
+            except ConfigError as error:
+                yield from (f"{where}: {application.name}: {problem}" for problem in error.problems)
+
+
+def _core_rules(document: Document, kind: str, path: Path) -> Iterator[str]:
+    spec = mapping(document.get("spec"))
+    if kind == "Secret" and (document.get("data") or document.get("stringData")):
+        yield "holds its value in the file: make it with `kubectl create secret` and keep the file free of it"
+    if kind == "Service" and spec.get("type") in ("NodePort", "LoadBalancer"):
+        yield f"spec.type: {spec['type']} opens it to the outside: leave it away, and put a gateway with TLS before it"
+    if kind == "NetworkPolicy":
+        yield from _policy(spec)
+
+
+def _policy(spec: Document) -> Iterator[str]:
+    if "ingress" in spec and "Ingress" not in (spec.get("policyTypes") or ["Ingress"]):
+        yield "spec.policyTypes: does not name Ingress, so that the rules of ingress would not count"
+    if "egress" in spec and "Egress" not in (spec.get("policyTypes") or []):
+        yield "spec.policyTypes: does not name Egress, so that the rules of egress would not count"
+    for number, rule in enumerate(mappings(spec.get("ingress"))):
+        if not rule.get("from"):
+            yield f"spec.ingress.{number}: has no `from`, so that everyone may come: name the pods"
+        for peer in mappings(rule.get("from")):
+            if mapping(peer.get("ipBlock")).get("cidr") in ("0.0.0.0/0", "::/0"):
+                yield f"spec.ingress.{number}: lets the whole world in: name the addresses that may come"
+            if peer == {"namespaceSelector": {}}:
+                yield f"spec.ingress.{number}: lets every pod of every namespace in: name the pods"
+
+
+def _pod_rules(document: Document, path: Path) -> Iterator[str]:
+    for where, pod in _pods(document):
+        if pod.get("hostNetwork"):
+            yield f"{where}.hostNetwork: pods would listen on the machine's own addresses: leave it away"
+        if not mapping(pod.get("securityContext")).get("runAsNonRoot"):
+            yield f"{where}.securityContext: pods may run as root: runAsNonRoot: true"
+        for number, container in enumerate(mappings(pod.get("containers"))):
+            yield from _container(f"{where}.containers.{number}", container, path)
+
+
+def _container(where: str, container: Document, path: Path) -> Iterator[str]:
+    yield from image_problems(f"{where}.image", container.get("image"), path)
+    security, resources = mapping(container.get("securityContext")), mapping(container.get("resources"))
+    if security.get("privileged") or security.get("allowPrivilegeEscalation") is not False:
+        yield f"{where}.securityContext: a process may gain rights: allowPrivilegeEscalation: false"
+    requests, limits = mapping(resources.get("requests")), mapping(resources.get("limits"))
+    for name in ("cpu", "memory"):
+        if name not in requests or name not in limits:
+            yield f"{where}.resources: says no request and limit of {name}: Ray counts a pod's resources by them"
+    if requests.get(_GPU) != limits.get(_GPU) and _GPU in {**requests, **limits}:
+        yield f"{where}.resources: requests {requests.get(_GPU)} GPUs and limits them to {limits.get(_GPU)}: make them equal"
+    for port in mappings(container.get("ports")):
+        if port.get("hostPort"):
+            yield f"{where}.ports: {port['hostPort']} would be open on the machine: leave hostPort away"
+    for variable in mappings(container.get("env")):
+        if _SECRET.search(str(variable.get("name"))) and variable.get("value"):
+            yield f"{where}.env: {variable['name']} stands in the file: take it from a secret (valueFrom.secretKeyRef)"
+
+
+def _cluster(document: Document) -> Document:
+    found = document
+    for key in _CLUSTER.get(str(document.get("kind")), ()):
+        found = mapping(found.get(key))
+    return found
+
+
+def _pods(document: Document) -> Iterator[tuple[str, Document]]:
+    """Where a document holds pod specs, and these."""
+    kind = str(document.get("kind"))
+    if kind in ("Deployment", "StatefulSet"):
+        yield "spec.template.spec", mapping(mapping(mapping(document.get("spec")).get("template")).get("spec"))
+    if kind in _CLUSTER:
+        place, cluster = ".".join(_CLUSTER[kind]), _cluster(document)
+        groups = {f"{place}.headGroupSpec": mapping(cluster.get("headGroupSpec"))}
+        for number, group in enumerate(mappings(cluster.get("workerGroupSpecs"))):
+            groups[f"{place}.workerGroupSpecs.{number}"] = group
+        for where, group in groups.items():
+            if group:
+                yield f"{where}.template.spec", mapping(mapping(group.get("template")).get("spec"))
