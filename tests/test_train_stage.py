@@ -30,7 +30,7 @@ STEPS, EVERY = 24, 4
 def config_of(folder: Path, tokens: str) -> BaseConfig:
     """Two workers, ZeRO-2, a checkpoint every fourth step, and one lost worker allowed."""
     options = {"workers": 2, "zero": {"stage": 2}, "max_failures": 1, "log_every": EVERY, "ema_decay": 0.9}
-    kept = {"every": EVERY, "keep": STEPS // EVERY}
+    kept = {"every": EVERY, "keep": STEPS}
     return tiny.base_config(folder, tokens, steps=STEPS, checkpoint=kept, **options)
 
 
