@@ -44,10 +44,10 @@ def train_alone(config: TrainConfig, run: Run) -> str:
         run.params(config.model_dump(mode="json"))
     with listening() as stopped:
         ended = train_here(config, run, lambda metrics, folder: None, _say, stopped)
-    if not ended:
-        raise stopped.raised()
-    if manifest is not None:
+    if ended and manifest is not None:
         manifest.finish(model=model)
+    if stopped() or not ended:
+        raise stopped.raised()
     return model
 
 
