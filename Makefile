@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Where it is set, each of a hundred processes compiles the package anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: venv demo demo-full test check format soak bench bench-pretokenize bench-generate bench-serve clean
+.PHONY: venv demo demo-full test check format soak bench bench-pretokenize bench-load bench-generate bench-serve clean
 
 venv: $(STAMP)
 
@@ -38,10 +38,13 @@ test: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/pytest -m soak --timeout 7200 tests
 
-bench: bench-pretokenize bench-generate bench-serve
+bench: bench-pretokenize bench-load bench-generate bench-serve
 
 bench-pretokenize: $(STAMP)
 	$(BIN)/python tests/benchmarks/pretokenize.py
+
+bench-load: $(STAMP)
+	$(BIN)/python tests/benchmarks/load.py
 
 bench-generate: $(STAMP)
 	$(BIN)/python tests/benchmarks/generate.py

@@ -49,14 +49,14 @@ def test_recipes_say_what_they_are() -> None:
     assert all(comment for _, comment in recipes())
 
 
-TUNED = [f"{kind}-{side}" for kind in ("finetune", "lora", "styledrop") for side in (256, 512)]
+TUNED = [f"{kind}-{side}" for kind in ("finetune", "finetune-8bit", "lora", "styledrop") for side in (256, 512)]
 
 
 @pytest.mark.parametrize(
     ("stages", "shipped"),
     [
         (("pretokenize",), ["tokens-256", "tokens-512"]),
-        (("train-vqgan", "train-clip", "train-base", "train-superres", "train-critic"), ["critic", *TUNED]),
+        (("train-vqgan", "train-clip", "train-base", "train-superres", "train-critic"), ["critic", *sorted(TUNED)]),
         (("export",), ["export-256", "export-512"]),
         (("score",), []),
     ],

@@ -19,10 +19,11 @@ from ranks import run_ranks
 from raymuse.config.errors import UserError
 from raymuse.config.training import BaseConfig
 from raymuse.drawing.model_folder import load_base
-from raymuse.stages.train import train
+from raymuse.stages.train import _notice, train
 from raymuse.storage import checkpoint
 from raymuse.tracking.run import Run
 from raymuse.training.build import train_here
+from raymuse.training.stopping import listening
 
 STEPS, EVERY = 24, 4
 
@@ -30,7 +31,7 @@ STEPS, EVERY = 24, 4
 def config_of(folder: Path, tokens: str) -> BaseConfig:
     """Two workers, ZeRO-2, a checkpoint every fourth step, and one lost worker allowed."""
     options = {"workers": 2, "zero": {"stage": 2}, "max_failures": 1, "log_every": EVERY, "ema_decay": 0.9}
-    kept = {"every": EVERY, "keep": STEPS // EVERY}
+    kept = {"every": EVERY, "keep": STEPS}
     return tiny.base_config(folder, tokens, steps=STEPS, checkpoint=kept, **options)
 
 
@@ -158,3 +159,17 @@ def test_what_only_a_person_can_mend_is_told_once_and_not_tried_again(disturbed:
     with pytest.raises(UserError, match="another optimizer wrote it"):
         train(config, Run.off())
     assert (tmp_path / "muon" / "progress.log").read_text() == ""
+
+
+def test_a_training_that_does_not_stop_within_its_notice_is_ended() -> None:
+    began = time.perf_counter()
+
+    def deaf() -> None:
+        with listening() as stopped, _notice(stopped, 0.3):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+
+    with pytest.raises(SystemExit) as ended:
+        deaf()
+    assert ended.value.code == 143
+    assert 0.3 < time.perf_counter() - began < 10

@@ -49,10 +49,15 @@ def uniforms(seed: int, stream: int, positions: Sequence[int] | NDArray[np.int64
     Counter-based (Philox 4x64): position and stream are the counter's high words, the seed is the key.
     """
     rows = np.empty((len(positions), count))
-    for row, position in enumerate(positions):
-        counter = np.array([0, 0, int(position), stream], dtype=np.uint64)
-        key = np.array([seed, 0x7261796D757365], dtype=np.uint64)
-        rows[row] = np.random.Generator(np.random.Philox(counter=counter, key=key)).random(count)
+    bits = np.random.Philox(counter=0, key=np.array([seed, 0x7261796D757365], dtype=np.uint64))
+    draw = np.random.Generator(bits)
+    state = bits.state  # set anew for every row: a fifth of the time that another generator takes
+    counter = state["state"]["counter"]
+    counter[3] = stream
+    for row, position in zip(rows, positions, strict=True):
+        counter[2] = int(position)
+        bits.state = state
+        draw.random(out=row)
     return rows
 
 
@@ -115,8 +120,9 @@ def hide(
     draws = uniforms(seed, MASK, positions, 1 + length)
     ratios = np.array([max(SCHEDULES[schedule](u), min_ratio) for u in draws[:, 0]])
     counts = np.maximum(1, np.round(ratios * length)).astype(np.int64)
-    ranks = draws[:, 1:].argsort(axis=1).argsort(axis=1)
-    scattered = ranks < counts[:, None]
+    places = draws[:, 1:]
+    last = np.take_along_axis(np.sort(places, axis=1), counts[:, None] - 1, axis=1)
+    scattered = places <= last
     if rectangles is not None:
         whole = rectangles.masks(counts, seed, positions)
         scattered = np.where(whole.any(axis=1, keepdims=True), whole, scattered)

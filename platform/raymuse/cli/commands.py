@@ -91,11 +91,18 @@ def data(
 
 
 @app.command()
-def train(words: Words = None, mlflow: Mlflow = None, dry_run: DryRun = False) -> None:
+def train(
+    words: Words = None,
+    mlflow: Mlflow = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Write torch's trace of three steps to OUTPUT/profile.")
+    ] = False,
+    dry_run: DryRun = False,
+) -> None:
     """Train a VQGAN, a CLIP, a base or a super-res model."""
     from raymuse.config.training import TrainConfig
 
-    loaded = config_for(TrainConfig, "train", words, TRAININGS)
+    loaded = config_for(TrainConfig, "train", [*(words or []), *(["profile=true"] if profile else [])], TRAININGS)
     from raymuse.stages import train as stage
 
     if dry_run:

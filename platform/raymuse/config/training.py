@@ -10,13 +10,22 @@ from raymuse.config.sampling import MaskingSchedule
 Precision = Literal["fp32", "bf16"]
 
 
-class OptimizerConfig(Config):
-    """AdamW or Muon (decoupled weight decay on matrices only) with warm-up and a schedule."""
+OptimizerName = Literal["adamw", "adamw-8bit", "adafactor", "lion", "muon"]
 
-    name: Literal["adamw", "muon"] = Field(
+WHOLE = {
+    "adamw-8bit": "a block of 256 moments shares a scale, and a shard would cut the blocks",
+    "adafactor": "it keeps means over a matrix's rows and columns, and a shard is a piece of neither",
+}
+"""Optimizers that must hold every parameter whole, and why."""
+
+
+class OptimizerConfig(Config):
+    """What changes the weights, with warm-up and a schedule. Weight decay is decoupled, and on matrices only."""
+
+    name: OptimizerName = Field(
         "adamw", description="muon: Muon for the hidden matrices, AdamW for embeddings, first and last layers, vectors"
     )
-    lr: float = Field(1e-3, gt=0, description="of what AdamW trains")
+    lr: float = Field(1e-3, gt=0, description="of what is not Muon's; Adafactor's: the share of a weight's size")
     muon_lr: float = Field(0.02, gt=0, description="of what Muon trains; warm-up and schedule are the same")
     muon_momentum: float = Field(0.95, ge=0, lt=1)
     beta1: float = Field(0.9, ge=0, lt=1)
@@ -195,6 +204,16 @@ class MaskedConfig(TrainConfig):
     text_encoder: Annotated[str, AddressMark()] | None = Field(
         None, description="folder with text_encoder/; needed where the shards hold text ids, not states"
     )
+
+    @model_validator(mode="after")
+    def _whole_where_needed(self) -> "MaskedConfig":
+        name = self.optimizer.name
+        if name in WHOLE and self.workers > 0 and self.zero.stage > 0:
+            raise ValueError(
+                f"optimizer.name: {name} needs zero.stage: 0 (it is {self.zero.stage}): {WHOLE[name]}. "
+                "adamw, lion and muon take every stage"
+            )
+        return self
 
 
 class GeneratorConfig(MaskedConfig):

@@ -8,12 +8,11 @@ output/_SUCCESS         last
 import json
 import os
 import signal
-import socket
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,7 @@ from raymuse.tracking.run import Run
 from raymuse.training.alone import opened, train_alone
 from raymuse.training.build import build_task, train_here
 from raymuse.training.inputs import data_fingerprint as data_fingerprint
-from raymuse.training.stopping import Stopped, listening
+from raymuse.training.stopping import Stopped, listening, woken
 
 RESIZE_SECONDS = 30
 """How often an elastic training looks whether the cluster has room for more workers: each change is a restart."""
@@ -55,8 +54,10 @@ def train(config: TrainConfig, run: Run) -> str:
         manifest.release()
         return model
     run.params(config.model_dump(mode="json"))
-    _train_on_ray(config, run)
+    stopped = _train_on_ray(config, run)
     manifest.finish(model=model)
+    if stopped():  # too late to stop the training, but not what follows it
+        raise stopped.raised()
     return model
 
 
@@ -100,11 +101,12 @@ class _Notes:
         return cls(output / "progress.log", output / "refused.txt", output / "stop")
 
 
-def _train_on_ray(config: TrainConfig, run: Run) -> None:
+def _train_on_ray(config: TrainConfig, run: Run) -> Stopped:
     """Train to the end, in as many groups of workers as it takes.
 
     A group that is told to leave (a node drains, or a worker gets SIGTERM) commits a checkpoint and ends well, so
-    that `max_failures` is for failures; the next group goes on where Ray finds room.
+    that `max_failures` is for failures; the next group goes on where Ray finds room. After SIGTERM to this process, or
+    where somebody made the file `stop`, there is none.
     """
     notes = _Notes.of(config)
     for old in (notes.refused, notes.stop):
@@ -112,10 +114,11 @@ def _train_on_ray(config: TrainConfig, run: Run) -> None:
     with _following(notes.progress), listening(notes.stop.touch) as stopped, _notice(stopped, config.notice):
         try:
             while not _group(config, run, notes):
-                if stopped():
+                if notes.stop.exists():
                     raise stopped.raised()
         finally:
             notes.stop.unlink(missing_ok=True)
+    return stopped
 
 
 def _group(config: TrainConfig, run: Run, notes: _Notes) -> bool:
@@ -175,6 +178,7 @@ def _notice(stopped: Stopped, seconds: float) -> Iterator[None]:
 
 
 _asked_here = threading.Event()
+_kept = ExitStack()  # until the worker ends
 
 
 class _BackendWithStop(_TorchBackend):  # type: ignore[misc]
@@ -193,22 +197,9 @@ class _TorchWithStop(TorchConfig):  # type: ignore[misc]
 
 
 def _keep_sigterm() -> None:
-    """In the worker's main thread; the training runs in another, where no handler can be set.
-
-    Python would call a handler only when Ray has something for the main thread to do: the byte comes at once.
-    """
-    ours, theirs = socket.socketpair()
-    theirs.setblocking(False)
+    """In the worker's main thread; the training runs in another, where no handler can be set."""
     signal.signal(signal.SIGTERM, lambda number, frame: None)
-    signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-
-    def wait() -> None:
-        while signal.SIGTERM not in ours.recv(1):
-            pass
-        _asked_here.set()
-        assert theirs.fileno() >= 0  # keeps the other end open for as long as somebody listens
-
-    threading.Thread(target=wait, daemon=True).start()
+    _kept.enter_context(woken(lambda number: _asked_here.set() if number == signal.SIGTERM else None))
 
 
 def _asked(notes: _Notes) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -132,6 +133,16 @@ def _groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         yield empty
 
 
+READ = frozenset(
+    (
+        *("image_ids", "height", "width", "low_ids", "low_height", "low_width", "caption_ids", "caption_id"),
+        *("original_width", "original_height", "crop_top", "crop_left", "aesthetic"),
+        *("text_ids", "text_states", "pooled"),
+    )
+)
+"""Columns that a training reads; captions in words, keys and masks stay on the disk."""
+
+
 @dataclass(frozen=True)
 class TokenPart:
     """One part in memory as arrays: N crops, K captions, T text tokens, E text width, P pooled width."""
@@ -139,7 +150,8 @@ class TokenPart:
     image_ids: NDArray[np.uint16]  # (N, h, w)
     low_ids: NDArray[np.uint16] | None  # (N, h', w')
     micro: NDArray[np.float32]  # (N, 5): original width, original height, crop top, crop left, aesthetic
-    captions: list[list[int]]  # rows of the caption arrays for every crop
+    caption_rows: NDArray[np.int64]  # rows of the caption arrays, crop after crop
+    caption_starts: NDArray[np.int64]  # (N + 1,): where each crop's begin in them
     text_ids: NDArray[np.int32]  # (K, T)
     text_states: NDArray[np.float16] | None  # (K, T, E)
     pooled: NDArray[np.float16] | None  # (K, P)
@@ -243,36 +255,42 @@ class TokenStore:
         ]
 
     def _read_part(self, name: str) -> TokenPart:
-        table = pq.read_table(io.BytesIO(self.folder.read(f"tokens/{name}.parquet")))
+        file = pq.ParquetFile(io.BytesIO(self.folder.read(f"tokens/{name}.parquet")))
+        table = file.read([column for column in file.schema_arrow.names if column in READ])
         captions = self._read_captions(name)
         columns = ("original_width", "original_height", "crop_top", "crop_left", "aesthetic")
         micro = np.stack([table[column].to_numpy().astype(np.float32) for column in columns], axis=1)
-        number = {key: row for row, key in enumerate(captions.keys)}
+        ids = table["caption_ids"].combine_chunks()
+        rows = pc.index_in(ids.flatten(), value_set=captions.keys)
+        if rows.null_count:
+            raise ValueError(f"{self.folder.address}/tokens/{name}.parquet names captions that are not in its table")
         return TokenPart(
             image_ids=_grid(table, "image_ids", "height", "width"),
             low_ids=_grid(table, "low_ids", "low_height", "low_width") if "low_ids" in table.column_names else None,
             micro=micro,
-            captions=[[number[key] for key in keys] for keys in table["caption_ids"].to_pylist()],
+            caption_rows=rows.to_numpy().astype(np.int64),
+            caption_starts=np.asarray(ids.offsets, dtype=np.int64) - ids.offsets[0].as_py(),
             text_ids=captions.text_ids,
             text_states=captions.text_states,
             pooled=captions.pooled,
         )
 
     def _read_captions(self, name: str) -> "Captions":
-        table = pq.read_table(io.BytesIO(self.folder.read(f"captions/{name}.parquet")))
+        file = pq.ParquetFile(io.BytesIO(self.folder.read(f"captions/{name}.parquet")))
+        table = file.read([column for column in file.schema_arrow.names if column in READ])
         text_ids = _values(table, "text_ids")
         states = pooled = None
         if "text_states" in table.column_names:
             states = _values(table, "text_states").reshape(len(table), text_ids.shape[1], -1)
             pooled = _values(table, "pooled")
-        return Captions(table["caption_id"].to_pylist(), text_ids, states, pooled)
+        return Captions(table["caption_id"].combine_chunks(), text_ids, states, pooled)
 
 
 @dataclass(frozen=True)
 class Captions:
     """A captions table as arrays: K captions, T text tokens, E text width, P pooled width."""
 
-    keys: list[str]
+    keys: pa.Array
     text_ids: NDArray[np.int32]
     text_states: NDArray[np.float16] | None
     pooled: NDArray[np.float16] | None
@@ -288,9 +306,9 @@ def _grid(table: pa.Table, column: str, height: str, width: str) -> NDArray[np.u
 
 
 def _take(part: TokenPart, rows: NDArray[np.int64], draws: NDArray[np.float64]) -> Rows:
-    texts = np.array(
-        [part.captions[row][int(draw * len(part.captions[row]))] for row, draw in zip(rows, draws, strict=True)]
-    )
+    starts = part.caption_starts[rows]
+    counts = part.caption_starts[rows + 1] - starts
+    texts = part.caption_rows[starts + (draws * counts).astype(np.int64)]
     return Rows(
         image_ids=part.image_ids[rows].astype(np.int64),
         low_ids=None if part.low_ids is None else part.low_ids[rows].astype(np.int64),

@@ -44,10 +44,10 @@ def train_alone(config: TrainConfig, run: Run) -> str:
         run.params(config.model_dump(mode="json"))
     with listening() as stopped:
         ended = train_here(config, run, lambda metrics, folder: None, _say, stopped)
-    if not ended:
-        raise stopped.raised()
-    if manifest is not None:
+    if ended and manifest is not None:
         manifest.finish(model=model)
+    if stopped() or not ended:
+        raise stopped.raised()
     return model
 
 
@@ -67,9 +67,12 @@ def main(words: Sequence[str]) -> int:
         return 2
     world = int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        loaded = load(words[0], words[1:], {name for name in STAGES if name.startswith("train-")})
-        assert isinstance(loaded, TrainConfig)
-        config = loaded.model_copy(update={"workers": world, "min_workers": None})
+        config = load(
+            words[0],
+            [*words[1:], f"workers={world}", "min_workers=null"],
+            {name for name in STAGES if name.startswith("train-")},
+        )
+        assert isinstance(config, TrainConfig)
         _join(config)
         run = _run(config)
         with finishing(run):

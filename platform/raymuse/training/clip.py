@@ -70,7 +70,7 @@ class ClipTask(Stateless):
     """CLIP training; the tokenizer is trained from the captions when the task is built, the same on every rank."""
 
     def __init__(self, config: ClipConfig, device: str = "cpu") -> None:
-        share_size = -(-config.batch_size // max(1, config.workers))
+        share_size = -(-config.batch_size // max(1, config.min_workers or config.workers))
         if config.micro_batch_size is not None and config.micro_batch_size < share_size:
             wrong = f"micro_batch_size={config.micro_batch_size}: a pair is held against all others of its step, so"
             raise ConfigError(config.stage, [f"{wrong} leave it out, or use more workers"])

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from raymuse.config.training import OptimizerConfig
-from raymuse.training.optimizers import build_optimizer, moments
+from raymuse.training import moments
+from raymuse.training.optimizers import build_optimizer
 
 
 class Engine(Protocol):
@@ -42,7 +43,7 @@ class Engine(Protocol):
         """The names of a parameter's optimizer moments."""
 
     def read(self, name: str, state: str | None = None) -> Tensor:
-        """A full fp32 parameter, or one of its optimizer moments. Collective."""
+        """A full fp32 parameter, or one of its optimizer moments as the optimizer keeps it. Collective."""
 
     def write(self, name: str, value: Tensor, state: str | None = None) -> None:
         """Set a full fp32 parameter, or one of its optimizer moments. Collective."""
@@ -78,7 +79,7 @@ class PlainEngine:
         self.rank, self.world = rank_and_world()
         self.module = model.to(device)
         self.optimizer = build_optimizer(model, config)
-        self._moments = moments(self.optimizer)
+        self._moments = moments.moments(self.optimizer)
         self.clip_norm = config.clip_norm
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -112,7 +113,7 @@ class PlainEngine:
 
     def read(self, name: str, state: str | None = None) -> Tensor:
         parameter = self.parameters[name]
-        value: Tensor = parameter.data if state is None else self._state(parameter)[state]
+        value: Tensor = parameter.data if state is None else self.optimizer.state[self._begun(parameter)][state]
         return value
 
     def write(self, name: str, value: Tensor, state: str | None = None) -> None:
@@ -122,20 +123,18 @@ class PlainEngine:
         """Parameters are the module's own: nothing to do."""
 
     def updates(self) -> int:
-        first = self.optimizer.state.get(next(iter(self.parameters.values())), {})
-        return int(first.get("step", 0))
+        return moments.updates(self.optimizer)
 
     def set_updates(self, count: int) -> None:
         for parameter in self.parameters.values():
-            self._state(parameter)["step"].fill_(count)
+            self._begun(parameter)
+        moments.set_updates(self.optimizer, count)
 
-    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.zeros(())
-            for moment in self._moments[parameter]:
-                state[moment] = torch.zeros_like(parameter)
-        return state
+    def _begun(self, parameter: nn.Parameter) -> nn.Parameter:
+        """The parameter, with moments also before the first step."""
+        if not self.optimizer.state[parameter]:
+            moments.begin(self.optimizer, parameter, self._moments[parameter])
+        return parameter
 
     def _sum_gradients(self) -> None:
         """One all-reduce for all gradients: they are small here, and one message beats hundreds."""

@@ -215,7 +215,8 @@ class Loop:
     def _save(self, done: int, metrics: dict[str, Tensor | float]) -> None:
         """Begin a checkpoint, with the mean loss since the one before (`keep_best` goes by it). Collective."""
         total = float(global_sum(torch.tensor([self.loss_since], dtype=torch.float64)))
-        state = {"skipped": self.skipped, "loss": total / self.steps_since if self.steps_since else None}
+        mean = total / self.steps_since if self.steps_since else None
+        state = {"skipped": self.skipped, "loss": mean, "steps": self.steps_since}
         self.saver.begin(done, {"step": float(done), "loss": self._global(metrics)["loss"]}, state)
         self.loss_since, self.steps_since = 0.0, 0
         self.clock.restart()

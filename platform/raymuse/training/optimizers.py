@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 from raymuse.config.training import OptimizerConfig
-from raymuse.training.muon import Muon, is_muon
+from raymuse.training.adam8bit import build_adamw_8bit
+from raymuse.training.lion import Lion
+from raymuse.training.muon import Muon
 
 FIRST_AND_LAST = (
     *("encoder.conv_in", "decoder.conv_out"),  # VQModel
@@ -20,37 +23,32 @@ embeddings."""
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW; or Muon for the hidden matrices, and AdamW for the rest.
+    """The optimizer that the config names; weight decay on matrices and kernels only: not on biases, norms, embeddings.
 
-    Weight decay on matrices and kernels only: not on biases, norms or embeddings.
+    Raises:
+        UserError: for one that is not installed.
     """
     kept = [p for p in model.parameters() if p.requires_grad]
     plain = {id(p) for p in _undecayed(model)}
     hidden = {id(p) for p in hidden_matrices(model)} if config.name == "muon" else set()
     rest = [p for p in kept if id(p) not in hidden]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in rest if id(p) not in plain], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if id(p) in plain], "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.epsilon,
-    )
+    groups = [group for group in groups if group["params"]]
+    betas = (config.beta1, config.beta2)
+    if config.name == "adafactor":
+        return torch.optim.Adafactor(groups, lr=config.lr)
+    if config.name == "lion":
+        return Lion(groups, lr=config.lr, betas=betas)
+    if config.name == "adamw-8bit":
+        return build_adamw_8bit(groups, lr=config.lr, betas=betas, eps=config.epsilon)
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.epsilon, fused=True)
     if config.name == "adamw":
         return adamw
     matrices = [p for p in kept if id(p) in hidden]
     return Muon(matrices, adamw, lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=config.weight_decay)
-
-
-def moments(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, tuple[str, ...]]:
-    """The names of each parameter's moments in the optimizer's state; before anything shards the parameters."""
-    return {
-        parameter: ("momentum_buffer",) if is_muon(group) else ("exp_avg", "exp_avg_sq")
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
 
 
 def hidden_matrices(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -36,14 +36,17 @@ class SampleOrder:
 
     def rows(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Global rows (B,) of stream positions (B,)."""
-        return np.array([self._row(int(position)) for position in positions], dtype=np.int64)
-
-    def _row(self, position: int) -> int:
-        epoch, place = divmod(position, len(self))
-        _, ends = self._epoch(epoch)
-        number = int(np.searchsorted(ends, place, side="right"))
-        first = int(ends[number - 1]) if number else 0
-        return int(self._windows(epoch, number)[place - first])
+        rows = np.empty(len(positions), dtype=np.int64)
+        epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), len(self))
+        for epoch in np.unique(epochs).tolist():
+            _, ends = self._epoch(epoch)
+            here = np.nonzero(epochs == epoch)[0]
+            numbers = np.searchsorted(ends, places[here], side="right")
+            for number in np.unique(numbers).tolist():
+                of_window = here[numbers == number]
+                first = int(ends[number - 1]) if number else 0
+                rows[of_window] = self._windows(epoch, number)[places[of_window] - first]
+        return rows
 
     def _shuffled_parts(self, epoch: int) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
         """The epoch's windows of parts, and where in the epoch each window ends."""

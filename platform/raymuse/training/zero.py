@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from raymuse.config.training import OptimizerConfig
+from raymuse.training import moments
 from raymuse.training.engine import rank_and_world
 from raymuse.training.muon import Muon, Place, Shards
-from raymuse.training.optimizers import build_optimizer, moments
+from raymuse.training.optimizers import build_optimizer
 
 
 class DeepSpeedEngine:
@@ -27,7 +28,7 @@ class DeepSpeedEngine:
         self.zero_stage = zero_stage
         self.accumulation = accumulation
         optimizer = build_optimizer(model, config)
-        self._moments = moments(optimizer)
+        self._moments = moments.moments(optimizer)
         self.rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # ZeRO-3 takes a step while it is set up, which must not decay any weight
@@ -108,11 +109,10 @@ class DeepSpeedEngine:
             self._refresh_persistent()
 
     def updates(self) -> int:
-        return int(next(iter(self._inner().state.values()))["step"])
+        return moments.updates(self._inner())
 
     def set_updates(self, count: int) -> None:
-        for state in self._inner().state.values():
-            state["step"] = torch.tensor(float(count))
+        moments.set_updates(self._inner(), count)
 
     def _inner(self) -> Any:
         return getattr(self.optimizer, "optimizer", self.optimizer)
@@ -142,8 +142,7 @@ class DeepSpeedEngine:
         parameters = [self.parameters[name] for name in self.names]
         held = [(p, [p]) for p in parameters] if self.zero_stage == 0 else self._flat_shards()
         for tensor, whole in held:
-            zeros = {name: torch.zeros_like(tensor, dtype=torch.float32) for name in self._moments[whole[0]]}
-            self._inner().state[tensor] = {"step": torch.tensor(0.0), **zeros}
+            moments.begin(self._inner(), tensor, self._moments[whole[0]])
         if self.zero_stage in (1, 2):
             self.optimizer._lazy_init_hp_params_optimizer_state()
 

@@ -1,0 +1,126 @@
+"""An elastic training on a real cluster whose nodes die, come and drain: the losses are those of one process."""
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ray.cluster_utils import Cluster
+
+import tiny
+from processes import wait_until
+from raymuse.config.training import BaseConfig
+from raymuse.stages import train as stage
+from raymuse.storage import checkpoint
+from raymuse.tracking.run import Run
+from raymuse.training.build import build_task
+from trainings import losses_of
+
+STEPS, EVERY = 500, 5
+PATIENCE = 300.0
+SHAPE = {**tiny.UVIT, "hidden_size": 128, "num_hidden_layers": 4, "intermediate_size": 512}  # a step takes 0.1 s
+
+
+def config_of(root: Path, tokens: str, **changes: Any) -> BaseConfig:
+    """A batch of eight, which three workers do not divide; one failure allowed, that of the node that dies."""
+    values = {"ids": "image_ids", "steps": STEPS, "model": SHAPE, "optimizer": {"lr": 5e-4}, "log_every": 1}
+    elastic = {"workers": {"min": 1, "max": 3}, "resources": {"trainers": 1}, "max_failures": 1}
+    return tiny.base_config(
+        root, tokens, **{**values, **elastic, "checkpoint": {"every": EVERY, "keep": STEPS}, **changes}
+    )
+
+
+class Nodes:
+    """Nodes that workers are placed on, one each."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.nodes: list[Any] = []
+
+    def add(self) -> None:
+        self.nodes.append(self.cluster.add_node(num_cpus=1, resources={"trainers": 1}, include_log_monitor=False))
+
+    def kill(self) -> None:
+        self.cluster.remove_node(self.nodes.pop(), allow_graceful=False)
+
+    def drain(self, seconds: int) -> None:
+        """A cloud's notice that the newest node goes."""
+        ray = str(Path(sys.executable).with_name("ray"))
+        reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        where = ["--address", self.cluster.address, "--node-id", self.nodes[-1].node_id]
+        notice = ["--deadline-remaining-seconds", str(seconds)]
+        subprocess.run([ray, "drain-node", *where, *reason, *notice], check=True, timeout=60)
+
+
+@pytest.fixture
+def nodes(ray_cluster: Cluster) -> Iterator[Nodes]:
+    nodes = Nodes(ray_cluster)
+    yield nodes
+    while nodes.nodes:
+        with suppress(Exception):
+            nodes.kill()
+
+
+def worlds(output: Path) -> list[tuple[int, int]]:
+    """(step, workers that wrote it) of every checkpoint."""
+    found = []
+    for path in sorted(output.glob("step-*/checkpoint.json")):
+        record = json.loads(path.read_text())
+        found.append((record["step"], len(record["files"])))
+    return found
+
+
+def change(nodes: Nodes, output: Path, did: list[str]) -> None:
+    """Two nodes, then one, then three, then two."""
+
+    def trained_by(count: int) -> None:
+        wait_until(lambda: worlds(output) and worlds(output)[-1][1] == count, PATIENCE)
+
+    trained_by(2)
+    nodes.kill()
+    did.append("a node died")
+    trained_by(1)
+    nodes.add()
+    nodes.add()
+    did.append("two nodes came")
+    trained_by(3)
+    nodes.drain(30)
+    wait_until(lambda: "asked to stop" in (output / "progress.log").read_text(), 30)
+    did.append("a node drained")
+    nodes.kill()
+    trained_by(2)
+    did.append("two went on")
+
+
+@pytest.mark.soak
+def test_a_training_shrinks_and_grows_with_its_cluster(
+    nodes: Nodes, tokens: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"ENABLE_PREEMPTION_WATCHER": "1", "PREEMPTION_POLL_INTERVAL_S": "1"}.items():
+        monkeypatch.setenv(f"RAY_TRAIN_{name}", value)
+    monkeypatch.setattr(stage, "RESIZE_SECONDS", 5)
+    config = config_of(tmp_path / "elastic", tokens)
+    nodes.add()
+    nodes.add()
+    did: list[str] = []
+    changing = threading.Thread(target=change, args=(nodes, Path(config.output), did), daemon=True)
+    changing.start()
+    stage.train(config, Run.off())
+    changing.join(10)
+    assert did == ["a node died", "two nodes came", "a node drained", "two went on"]
+    assert {count for _, count in worlds(Path(config.output))} == {1, 2, 3}
+    torch.set_num_threads(2)
+    alone = config_of(tmp_path / "alone", tokens, workers=0, checkpoint={"every": STEPS})
+    wanted = losses_of(alone, build_task(alone))
+    for step, _ in worlds(Path(config.output)):
+        found, _ = checkpoint.read(checkpoint.folder_of(Path(config.output), step))
+        assert found is not None
+        since = found.state["steps"]
+        assert found.state["loss"] == pytest.approx(np.mean(wanted[step - since : step]), abs=1e-5), step
