@@ -110,12 +110,13 @@ def train(words: Words = None, mlflow: Mlflow = None, dry_run: DryRun = False) -
     from raymuse.config.training import TrainConfig
 
     loaded = config_for(TrainConfig, "train", words, _TRAININGS)
-    from raymuse.stages import train as stage
-
     if dry_run:
-        typer.echo(stage.plan_text(loaded))
+        from raymuse.cli.training_plan import train_plan
+
+        typer.echo(train_plan(loaded), nl=False)
         return
     from raymuse.cli.launch import run_stage
+    from raymuse.stages import train as stage
 
     run_stage(stage.train, loaded, mlflow, ray=loaded.workers > 0)
 

@@ -70,32 +70,6 @@ def data_fingerprint(config: TrainConfig) -> str:
     return " ".join(shard.name for shard in list_shards(address))
 
 
-def plan_text(config: TrainConfig) -> str:
-    """The plan as text: parameters, memory, steps (`--dry-run`)."""
-    everything = list(build_task(config).module.parameters())
-    parameters = sum(p.numel() for p in everything if p.requires_grad)
-    # The VQGAN's codes move by averages, without gradients.
-    frozen = sum(p.numel() for p in everything) - parameters if isinstance(config, MaskedConfig) else 0
-    state = 16 + (4 if config.ema_decay else 0)
-    shards = max(1, config.workers)
-    zero = config.zero.stage if isinstance(config, MaskedConfig) and config.workers > 0 else 0
-    weights, gradients, moments = 4, 4, state - 8
-    held = (
-        weights / (shards if zero == 3 else 1)
-        + gradients / (shards if zero >= 2 else 1)
-        + moments / (shards if zero >= 1 else 1)
-    )
-    what = f"{parameters:,} parameters" + (f" to train and {frozen:,} that stay" if frozen else "")
-    gib = (parameters * held + 4 * frozen / (shards if zero == 3 else 1)) / 2**30
-    return (
-        f"{config.stage}: {what}, {config.steps} steps of {config.batch_size} "  # type: ignore[attr-defined]
-        f"on {config.workers} workers\n"
-        f"weights, gradients, moments and average: {gib:.2f} GiB a worker at ZeRO {zero}\n"
-        f"checkpoints every {config.checkpoint.every} steps, {config.checkpoint.keep} kept: "
-        f"{parameters * state * config.checkpoint.keep / 2**30:.2f} GiB of disk"
-    )
-
-
 def _train_on_ray(config: TrainConfig, run: Run) -> None:
     progress, refused = Path(config.output) / "progress.log", Path(config.output) / "refused.txt"
     refused.unlink(missing_ok=True)
