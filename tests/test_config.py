@@ -50,13 +50,17 @@ def test_recipes_say_what_they_are() -> None:
 
 
 TUNED = [f"{kind}-{side}" for kind in ("finetune", "finetune-8bit", "lora", "styledrop") for side in (256, 512)]
+BASES = ["base-256", "base-512", "muse-3b", "muse-632m"]
 
 
 @pytest.mark.parametrize(
     ("stages", "shipped"),
     [
         (("pretokenize",), ["tokens-256", "tokens-512"]),
-        (("train-vqgan", "train-clip", "train-base", "train-superres", "train-critic"), ["critic", *sorted(TUNED)]),
+        (
+            ("train-vqgan", "train-clip", "train-base", "train-superres", "train-critic"),
+            sorted(["critic", *TUNED, *BASES]),
+        ),
         (("export",), ["export-256", "export-512"]),
         (("score",), []),
     ],

@@ -16,11 +16,13 @@ from raymuse.config.training import CriticConfig, TrainConfig
 from raymuse.drawing.golden import verify
 from raymuse.drawing.tasks import UNKNOWN
 from raymuse.models.maskgit import MaskGit
+from raymuse.models.text import T5Text
 from raymuse.models.uvit import UVit
 from raymuse.pipeline import Pipeline
 from raymuse.stages.export import export
 from raymuse.tracking.run import Run
 from raymuse.training.build import build_task
+from tiny_t5 import WIDTH, encoder_only, write_t5
 from trainings import fit, losses_of
 
 PROMPTS = ["a red circle", "a small blue star", "a green square", "", "a large red star", "a circle", "two stars"]
@@ -177,6 +179,42 @@ def test_what_it_cannot_do_is_refused(data: Data, pipeline: Pipeline, tmp_path: 
         Pipeline.load(small)
 
 
+# --- text from T5
+
+
+@pytest.mark.parametrize(("architecture", "text"), [("maskgit", "states"), ("uvit", "ids")])
+def test_captions_read_by_a_t5_train_and_draw(
+    architecture: str, text: str, data: Data, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """From a folder as T5's repositories lie: weights, pickles and tokenizer side by side."""
+    root = tmp_path_factory.mktemp("t5")
+    t5 = write_t5(root / "t5", encoder_only(), at_root=True)
+    Path(t5, "pytorch_model.bin").touch()
+    shards = tiny.write_shards(root / "shards")
+    tokens = tiny.write_tokens(root / "tokens", shards, data.encoders, text_encoder=t5, text_length=20, text=text)
+    shape = tiny.MASKGIT if architecture == "maskgit" else tiny.UVIT
+    changes: dict[str, Any] = {"architecture": architecture, "model": shape, "text_encoder": t5}
+    trained = config(root, Data(data.encoders, tokens, "", ""), **changes)
+    task = build_task(trained)
+    batch = task.batch(np.arange(8), np.ones(8, np.float32))
+    assert batch["states"].shape == (8, 20, WIDTH)
+    padded = (batch["states"] == 0).all(dim=-1)
+    assert 0 < float(padded.float().mean()) < 1
+    losses = losses_of(trained, task)
+    assert losses[-1] < losses[0]
+    Path(trained.output, "_SUCCESS").touch()
+    parts = {"base": trained.output, "vqgan": f"{data.encoders}/vqvae", "text_encoder": t5}
+    folder = Path(export(ExportConfig(output=str(root / "model"), **parts), Run.off()))
+    assert not [path.name for path in folder.rglob("*.bin")]
+    assert not list((folder / "tokenizer").glob("*.safetensors"))
+    assert json.loads((folder / "model_index.json").read_text()) == {"_class_name": "RaymusePipeline"}
+    assert "diffusers\nhas no such pipeline" in (folder / "README.md").read_text()
+    pipeline = Pipeline.load(str(folder), batch_size=2)
+    assert isinstance(pipeline.text, T5Text)
+    together = pipeline(PROMPTS[:3], seeds=SEEDS[:3]).ids
+    assert np.array_equal(pipeline([PROMPTS[2]], seeds=[SEEDS[2]]).ids[0], together[2])
+
+
 # --- aMUSEd's way from 256 to 512 pixels
 
 
@@ -202,6 +240,11 @@ def test_a_u_vit_grows_down_and_up_sampling_and_keeps_its_weights(data: Data, tm
 def test_growing_what_cannot_grow_is_refused(data: Data, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="downsample and upsample must be set together"):
         build_task(config(tmp_path, data, start_from=data.uvit, model={"downsample": True}))
-    grown = tiny.write_model(tmp_path / "grown", data.encoders, downsample=True, upsample=True)
+    both = {"downsample": True, "upsample": True}
+    with pytest.raises(ConfigError, match=r"model\.downsample: .* does not, and Muse's base has none"):
+        build_task(config(tmp_path, data, start_from=data.model, model=both))
+    with pytest.raises(ConfigError, match=r"model\.downsample: .* does not, and a LoRA adds no layers"):
+        build_task(config(tmp_path, data, start_from=data.uvit, model=both, lora={"rank": 2}))
+    grown = tiny.write_model(tmp_path / "grown", data.encoders, **both)
     with pytest.raises(ConfigError, match="down-samples, and that cannot be taken out"):
         build_task(config(tmp_path, data, start_from=grown, model={"downsample": False, "upsample": False}))

@@ -116,13 +116,12 @@ def write_encoders(folder: Path, shards: str) -> str:
 def write_tokens(folder: Path, shards: str, encoders: str, **changes: Any) -> str:
     """Token shards as the pretokenize stage writes them, one part a shard."""
     values: dict[str, Any] = {"resolution": SIDE, "low_resolution": LOW_SIDE, "chunk_size": 16}
-    config = PretokenizeConfig(
-        input=shards, output=str(folder), vqgan=encoders, text_encoder=encoders, **{**values, **changes}
-    )
+    values |= {"vqgan": encoders, "text_encoder": encoders, **changes}
+    config = PretokenizeConfig(input=shards, output=str(folder), **values)
     encoder = ChunkEncoder(config)
     facts = {
         "vqgan_sha256": weights_sha256(encoders, "vqvae"),
-        "text_encoder_sha256": weights_sha256(encoders, "text_encoder"),
+        "text_encoder_sha256": weights_sha256(config.text_encoder, "text_encoder"),
         "codebook_size": encoder.crops.vqgan.codes,
         "low_codebook_size": encoder.crops.low_vqgan.codes,
         "text_length": encoder.captions.text.length,

@@ -103,12 +103,13 @@ def train(
     from raymuse.config.training import TrainConfig
 
     loaded = config_for(TrainConfig, "train", [*(words or []), *(["profile=true"] if profile else [])], TRAININGS)
-    from raymuse.stages import train as stage
-
     if dry_run:
-        typer.echo(stage.plan_text(loaded))
+        from raymuse.cli.training_plan import train_plan
+
+        typer.echo(train_plan(loaded), nl=False)
         return
     from raymuse.cli.launch import run_stage
+    from raymuse.stages import train as stage
 
     run_stage(stage.train, loaded, mlflow, ray=loaded.workers > 0)
 

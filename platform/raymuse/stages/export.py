@@ -9,6 +9,7 @@ by this project alone. Its model_index.json names a pipeline that diffusers does
 
 import json
 import shutil
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from raymuse.models.base import record_of
 from raymuse.models.lora import adapter_sha256
 from raymuse.models.network_files import save_network
 from raymuse.models.vqgan import Vqgan
-from raymuse.models.weights import HUB, weights_sha256
+from raymuse.models.weights import HUB, require_safetensors, tokenizer_folder, weights_sha256
 from raymuse.pipeline import Pipeline
 from raymuse.storage.folder import Folder
 from raymuse.storage.manifest import Manifest
@@ -53,7 +54,7 @@ def export(config: ExportConfig, run: Run) -> str:
     if not manifest.finished:
         run.params({**config.model_dump(mode="json"), **sums})
         for name, source in parts.items():
-            shutil.copytree(source, folder / name, dirs_exist_ok=True)
+            shutil.copytree(source, folder / name, dirs_exist_ok=True, ignore=_not_of(name))
         settings = _settings(config, folder)
         settings.save(folder)
         write_index(folder)
@@ -71,11 +72,12 @@ def export(config: ExportConfig, run: Run) -> str:
 def _parts(config: ExportConfig) -> dict[str, Path]:
     """Where each part comes from; a training's output stands for its `model/` (or `model_raw/`)."""
     chosen = "model" if config.weights == "ema" else "model_raw"
+    root, subfolder = require_safetensors(config.text_encoder, "text_encoder")
     parts = {
         "transformer": trained_part(config.base, "transformer", chosen),
         "vqvae": _within(config.vqgan, "vqvae"),
-        "text_encoder": _within(config.text_encoder, "text_encoder"),
-        "tokenizer": _within(config.text_encoder, "tokenizer"),
+        "text_encoder": Path(root, subfolder or ""),
+        "tokenizer": tokenizer_folder(Path(root)),
     }
     if config.superres is not None:
         parts["superres"] = trained_part(config.superres, "superres", chosen)
@@ -90,7 +92,13 @@ def _parts(config: ExportConfig) -> dict[str, Path]:
 def _within(address: str, part: str) -> Path:
     """A part of a model folder (or of a Hugging Face id), or the folder of that part itself."""
     folder = local_folder(address) if address.startswith(HUB) else Path(address)
-    return folder / part if part == "tokenizer" or (folder / part).exists() else folder
+    return folder / part if (folder / part).exists() else folder
+
+
+def _not_of(part: str) -> Callable[[Any, list[str]], list[str]]:
+    """What is not copied: a T5's repository has weights, pickles and tokenizer in one folder."""
+    kept = {".json", ".txt", ".model"} if part == "tokenizer" else {".json", ".safetensors"}
+    return lambda _, names: [name for name in names if Path(name).suffix not in kept]
 
 
 def _merge(folder: Path, adapters: dict[str, float]) -> None:

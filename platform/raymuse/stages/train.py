@@ -28,10 +28,10 @@ from raymuse.clusters.placement import place
 from raymuse.clusters.watching import watching
 from raymuse.config.errors import UserError
 from raymuse.config.stages import STAGES
-from raymuse.config.training import MaskedConfig, TrainConfig
+from raymuse.config.training import TrainConfig
 from raymuse.tracking.run import Run
 from raymuse.training.alone import opened, train_alone
-from raymuse.training.build import build_task, train_here
+from raymuse.training.build import train_here
 from raymuse.training.inputs import data_fingerprint as data_fingerprint
 from raymuse.training.stopping import Stopped, listening, woken
 
@@ -59,32 +59,6 @@ def train(config: TrainConfig, run: Run) -> str:
     if stopped():  # too late to stop the training, but not what follows it
         raise stopped.raised()
     return model
-
-
-def plan_text(config: TrainConfig) -> str:
-    """The plan as text: parameters, memory, steps (`--dry-run`)."""
-    everything = list(build_task(config).module.parameters())
-    parameters = sum(p.numel() for p in everything if p.requires_grad)
-    # The VQGAN's codes move by averages, without gradients.
-    frozen = sum(p.numel() for p in everything) - parameters if isinstance(config, MaskedConfig) else 0
-    state = 16 + (4 if config.ema_decay else 0)
-    shards = max(1, config.workers)
-    zero = config.zero.stage if isinstance(config, MaskedConfig) and config.workers > 0 else 0
-    weights, gradients, moments = 4, 4, state - 8
-    held = (
-        weights / (shards if zero == 3 else 1)
-        + gradients / (shards if zero >= 2 else 1)
-        + moments / (shards if zero >= 1 else 1)
-    )
-    what = f"{parameters:,} parameters" + (f" to train and {frozen:,} that stay" if frozen else "")
-    gib = (parameters * held + 4 * frozen / (shards if zero == 3 else 1)) / 2**30
-    return (
-        f"{config.stage}: {what}, {config.steps} steps of {config.batch_size} "  # type: ignore[attr-defined]
-        f"on {config.workers} workers\n"
-        f"weights, gradients, moments and average: {gib:.2f} GiB a worker at ZeRO {zero}\n"
-        f"checkpoints every {config.checkpoint.every} steps, {config.checkpoint.keep} kept: "
-        f"{parameters * state * config.checkpoint.keep / 2**30:.2f} GiB of disk"
-    )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,13 @@
 """What a training reads, as one text: a run goes on only with the data and the frozen weights that it began with."""
 
-from raymuse.config.training import CriticConfig, GeneratorConfig, MaskedConfig, SuperresConfig, TrainConfig, VqganConfig
+from raymuse.config.training import (
+    CriticConfig,
+    GeneratorConfig,
+    MaskedConfig,
+    SuperresConfig,
+    TrainConfig,
+    VqganConfig,
+)
 from raymuse.drawing.model_folder import trained_part
 from raymuse.models.lpips import files_sha256
 from raymuse.models.weights import weights_sha256

@@ -10,7 +10,7 @@ from raymuse.drawing.model_folder import load_base, load_superres, local_folder
 from raymuse.models.base import SHAPES, Base, BaseShape, new_base
 from raymuse.models.maskgit import MaskGitConfig
 from raymuse.models.superres import SuperRes, SuperResConfig
-from raymuse.models.uvit import UVit
+from raymuse.models.uvit import UVit, UVitConfig
 from raymuse.training.tokens import TokenStream
 
 FIXED = ("codebook_size", "encoder_hidden_size", "cond_embed_dim", "low_vocab_size")
@@ -29,14 +29,21 @@ def first_network(config: BaseConfig | SuperresConfig, stream: TokenStream) -> B
     """
     if config.start_from is not None:
         return _loaded(config, config.start_from, stream)
-    network: Base | SuperRes
-    if isinstance(config, BaseConfig):
-        kind = SHAPES[config.architecture]
-        network = new_base(shape_of(kind, config, base_shape(stream, kind)))
-    else:
-        network = SuperRes(shape_of(SuperResConfig, config, superres_shape(stream)))
+    shape = fresh_shape(config, stream)
+    network: Base | SuperRes = SuperRes(shape) if isinstance(shape, SuperResConfig) else new_base(shape)
     network.initialise(config.seed)
     return network
+
+
+def fresh_shape(config: BaseConfig | SuperresConfig, stream: TokenStream | None) -> BaseShape | SuperResConfig:
+    """The shape that `model` and the token shards say; without shards, `model` and the network's defaults."""
+    made: BaseShape | SuperResConfig
+    if isinstance(config, SuperresConfig):
+        made = shape_of(SuperResConfig, config, {} if stream is None else superres_shape(stream))
+    else:
+        kind = SHAPES[config.architecture]
+        made = shape_of(kind, config, {} if stream is None else base_shape(stream, kind))
+    return made
 
 
 def _loaded(config: BaseConfig | SuperresConfig, address: str, stream: TokenStream) -> Base | SuperRes:
@@ -49,29 +56,44 @@ def _loaded(config: BaseConfig | SuperresConfig, address: str, stream: TokenStre
     else:
         network = load_base(folder / "transformer")
         require_fit(f"{folder}/transformer", network.config, base_shape(stream, type(network.config)), config.input)
-        if isinstance(network, UVit) and config.lora is None:
-            network = _resampled(network, config, stream.grid[0])
+        shape = resampled_shape(network.config, config, stream.grid[0])
+        if isinstance(network, UVit) and isinstance(shape, UVitConfig) and shape != network.config:
+            network = _resampled(network, shape, config.seed)
     return network.requires_grad_(True).train()
 
 
-def _resampled(network: UVit, config: BaseConfig, side: int) -> UVit:
-    """The same U-ViT for a grid of that side; with the down- and up-sampling that `model` asks for and it lacks.
-
-    So aMUSEd went from 256 to 512 pixels (arXiv 2401.01808, section 3): every other weight is kept.
-    """
-    asked = {name: config.model[name] for name in RESAMPLING if name in config.model}
-    try:
-        shape = replace(network.config, sample_size=side, **asked)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(config.stage, [f"model: {error}"]) from error
-    if network.config.downsample and not shape.downsample:
-        raise ConfigError(config.stage, [f"model: {config.start_from} down-samples, and that cannot be taken out"])
+def _resampled(network: UVit, shape: UVitConfig, seed: int) -> UVit:
+    """The same U-ViT with the down- and up-sampling that it lacks, which start as in a fresh one."""
     grown = UVit(shape)
-    grown.initialise(config.seed)
+    grown.initialise(seed)
     missing, unknown = grown.load_state_dict(network.state_dict(), strict=False)
     assert not unknown, unknown
     assert all(name.startswith(("down_block.downsample.", "up_block.upsample.")) for name in missing), missing
     return grown
+
+
+def resampled_shape(shape: BaseShape, config: BaseConfig, side: int) -> BaseShape:
+    """A U-ViT's shape for a grid of that side, with down- and up-sampling where `model` asks for it.
+
+    So aMUSEd went from 256 to 512 pixels (arXiv 2401.01808). Of other bases, and with a LoRA, the shape as it is.
+
+    Raises:
+        ConfigError: for the one without the other, or a model that cannot get them, or is to lose them.
+    """
+    asked = {name: config.model[name] for name in RESAMPLING if name in config.model}
+    lacks = [name for name, value in asked.items() if value and not getattr(shape, name, False)]
+    if isinstance(shape, MaskGitConfig) or config.lora is not None:
+        if lacks:
+            whose = "Muse's base has none" if isinstance(shape, MaskGitConfig) else "a LoRA adds no layers"
+            raise ConfigError(config.stage, [f"model.{lacks[0]}: {config.start_from} does not, and {whose}"])
+        return shape
+    try:
+        made = replace(shape, sample_size=side, **asked)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(config.stage, [f"model: {error}"]) from error
+    if shape.downsample and not made.downsample:
+        raise ConfigError(config.stage, [f"model: {config.start_from} down-samples, and that cannot be taken out"])
+    return made
 
 
 def base_shape(stream: TokenStream, kind: type[BaseShape]) -> dict[str, Any]:
@@ -129,6 +151,13 @@ def shape_of(kind: Callable[..., Any], config: MaskedConfig, known: dict[str, An
     unknown = [name for name in config.model if name not in allowed]
     if unknown:
         problems = [f"model.{name}: no such field; it has {', '.join(sorted(allowed))}" for name in unknown]
+        raise ConfigError(config.stage, problems)
+    wrong = [name for name in FIXED[:3] if name in known and config.model.get(name, known[name]) != known[name]]
+    side = known.get("sample_size", 0)
+    if kind is MaskGitConfig and config.model.get("sample_size", side) < side:
+        wrong.append("sample_size")
+    if wrong:
+        problems = [f"model.{name}: is {config.model[name]}, and of the token shards {known[name]}" for name in wrong]
         raise ConfigError(config.stage, problems)
     try:
         return kind(**{**known, **config.model})

@@ -1,0 +1,214 @@
+"""What a masked training would take: parameters, work, memory by ZeRO stage.
+
+Nothing is built: the network is an outline, and its step is counted on fake tensors. Where there
+are no token shards yet, the recipe's `model` says what they would.
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from raymuse.config.errors import ConfigError
+from raymuse.config.training import BaseConfig, CriticConfig, GeneratorConfig, MaskedConfig, SuperresConfig
+from raymuse.drawing.model_folder import trained_part
+from raymuse.masking import SCHEDULES
+from raymuse.models.base import BaseShape, read_shape
+from raymuse.models.superres import SuperResConfig
+from raymuse.models.uvit import UVitConfig
+from raymuse.models.weights import HUB, require_safetensors
+from raymuse.storage.folder import Folder
+from raymuse.training.loop import micro_batches
+from raymuse.training.measure import Shape, Sizes, activations, flops, outline
+from raymuse.training.optimizers import hidden_matrices
+from raymuse.training.start import base_shape, fresh_shape, require_fit, resampled_shape, shape_of, superres_shape
+from raymuse.training.tokens import TokenStream
+
+CLIP_TOKENS, T5_TOKENS, CLIP_WIDTHS = 77, 256, (768, 1024, 1280)
+BUCKET, GATHERED = 500_000_000, 1_050_000_000  # DeepSpeed's: numbers reduced at once; that ZeRO-3 holds gathered
+MOMENTS = {"adamw": 8.0, "muon": 8.0, "lion": 4.0, "adamw-8bit": 2.03, "adafactor": 0.01}
+"""Bytes a parameter; of Muon those that AdamW trains, its own having 4."""
+PUBLISHED = {
+    "amused/amused-256": UVitConfig(sample_size=16),
+    "amused/amused-512": UVitConfig(sample_size=32, downsample=True, upsample=True),
+}
+"""Shapes that need no download."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that lie on a worker from step to step, at one ZeRO stage; and what a step of the optimizer adds."""
+
+    weights: float
+    gradients: float
+    state: float  # moments, the average, and the copy of the weights that ZeRO updates
+    buffers: float  # DeepSpeed's
+    update: float
+
+    def total(self, activations: float) -> float:
+        """At the fullest moment of a step: of its passes, or of the update."""
+        return self.weights + self.gradients + self.state + self.buffers + max(activations, self.update)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers of a masked training.
+
+    Attributes:
+        rows: of the token shards; None where there are none yet.
+        judged: parameters of a critic's base.
+        text: parameters of a text encoder that reads captions in the step.
+    """
+
+    config: MaskedConfig
+    shape: Shape
+    sizes: Sizes
+    rows: int | None
+    judged: int
+    text: int
+
+    @cached_property
+    def trained(self) -> int:
+        """Parameters that are trained."""
+        return sum(p.numel() for p in self._network.parameters() if p.requires_grad)
+
+    @cached_property
+    def still(self) -> int:
+        """Parameters that compute and are not trained."""
+        return self.judged + self.text + sum(p.numel() for p in self._network.parameters() if not p.requires_grad)
+
+    @cached_property
+    def moments(self) -> float:
+        """Bytes that the optimizer keeps."""
+        name = self.config.optimizer.name
+        muon = sum(p.numel() for p in hidden_matrices(self._network)) if name == "muon" else 0
+        return MOMENTS[name] * (self.trained - muon) + 4.0 * muon
+
+    @cached_property
+    def flops(self) -> float:
+        """Of a sample's passes, as the mathematics has them: without what gradient checkpointing repeats."""
+        one = replace(self.sizes, batch=1, masked=_mean_masked(self.config))
+        work = flops(self.shape, one, self._adapter, recompute=False)
+        if isinstance(self.config, CriticConfig):
+            work += flops(self.shape, one, None, recompute=False, backward=False)  # the base, of the same shape
+        return work
+
+    def activations(self, recompute: bool) -> float:
+        """Bytes of a micro batch's passes at their fullest, were all ids masked."""
+        return activations(self.shape, self.sizes, self._adapter, recompute, self.config.precision)
+
+    def memory(self, stage: int) -> Memory:
+        """At that ZeRO stage, or with plain data parallelism (0)."""
+        count, parts = 4.0 * self.trained, max(1, self.config.workers)
+        average = count if self.config.ema_decay else 0.0
+        state = self.moments + average + (count if stage in (1, 2) else 0.0)
+        gathered = 4.0 * min(self.trained + self.still, GATHERED) if stage == 3 else 0.0
+        return Memory(
+            weights=(count + 4.0 * (self.still - self.text)) / (parts if stage == 3 else 1) + 4.0 * self.text,
+            gradients=count / (parts if stage >= 2 else 1),
+            state=state / (parts if stage >= 1 else 1),
+            buffers=(4.0 * BUCKET if stage >= 1 else 0.0) + gathered,
+            update=(2 * count / parts) if stage >= 1 else count,
+        )
+
+    @property
+    def _adapter(self) -> Any:
+        return self.config.lora if isinstance(self.config, GeneratorConfig) else None
+
+    @cached_property
+    def _network(self) -> nn.Module:
+        return outline(self.shape, self._adapter)
+
+
+def plan_of(config: MaskedConfig) -> Plan:
+    """The plan of a masked training.
+
+    Raises:
+        ConfigError, UserError: for a shape or model that there is not, or that does not fit the token shards.
+    """
+    stream = TokenStream(config, "cpu") if _exists(config.input) else None
+    shape = _shape(config, stream)
+    side = shape.high_grid if isinstance(shape, SuperResConfig) else shape.sample_size
+    low = shape.low_grid if isinstance(shape, SuperResConfig) else 1
+    rows, text = None, 0
+    if stream is None:
+        told = CLIP_TOKENS if shape.encoder_hidden_size in CLIP_WIDTHS else T5_TOKENS
+        grid, lows = (side, side), (low, low)
+    else:
+        told, grid, rows = int(stream.empty_states.shape[1]), stream.grid, len(stream.store)
+        lows = stream.store.grid("low_ids") if isinstance(shape, SuperResConfig) else (1, 1)
+        text = 0 if stream.text is None else sum(p.numel() for p in stream.text.network.parameters())
+    # The base has a head of its own, a few of its many parameters.
+    judged = sum(p.numel() for p in outline(shape, None).parameters()) if isinstance(config, CriticConfig) else 0
+    micro = micro_batches(config, max(1, config.workers))[0]
+    return Plan(config, shape, Sizes(micro, grid, told, low=lows), rows, judged, text)
+
+
+def _shape(config: MaskedConfig, stream: TokenStream | None) -> Shape:
+    if isinstance(config, CriticConfig):
+        base = read_shape(_record(trained_part(config.base, "transformer")))
+        kind = type(base)
+        if stream is not None:
+            require_fit(config.base, base, base_shape(stream, kind), config.input)
+        made: Shape = shape_of(kind, config, {**asdict(base), "codebook_size": 1})
+        return made
+    assert isinstance(config, BaseConfig | SuperresConfig)
+    if isinstance(config, SuperresConfig):
+        return fresh_shape(config, stream) if config.start_from is None else _started_superres(config, stream)
+    if config.start_from is not None:
+        return _started_base(config, config.start_from, stream)
+    if stream is None and "sample_size" not in config.model:
+        raise ConfigError(
+            config.stage,
+            [
+                f"input: there are no token shards at {config.input}; to plan without them, model.sample_size must "
+                "say the side of the grid, and model.encoder_hidden_size the width of the text"
+            ],
+        )
+    return fresh_shape(config, stream)
+
+
+def _started_superres(config: SuperresConfig, stream: TokenStream | None) -> SuperResConfig:
+    shape = SuperResConfig.from_dict(_record(_folder(str(config.start_from), "superres")))
+    if stream is not None:
+        require_fit(str(config.start_from), shape, superres_shape(stream), config.input)
+    return shape
+
+
+def _started_base(config: BaseConfig, address: str, stream: TokenStream | None) -> BaseShape:
+    """The shape of a base that a training starts from; published ones are known."""
+    name = address.removeprefix(HUB)
+    shape: BaseShape
+    if name in PUBLISHED and not Path(address).exists():
+        shape = PUBLISHED[name]
+    else:
+        shape = read_shape(_record(_folder(address, "transformer")))
+    if stream is not None:
+        require_fit(address, shape, base_shape(stream, type(shape)), config.input)
+    side = config.model.get("sample_size", shape.sample_size) if stream is None else stream.grid[0]
+    return resampled_shape(shape, config, side)
+
+
+def _folder(address: str, part: str) -> Path:
+    root, subfolder = require_safetensors(address, part)
+    return Path(root, subfolder or "")
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "config.json").read_text()))
+
+
+def _exists(address: str) -> bool:
+    return Folder(address).exists("_SUCCESS") or Folder(address).exists("_manifest") or Path(address).exists()
+
+
+def _mean_masked(config: MaskedConfig) -> float:
+    """Share of the ids that is masked, by the mean over the training's draws; all where known ids count as well."""
+    if isinstance(config, CriticConfig) or (isinstance(config, GeneratorConfig) and config.unmasked_weight > 0):
+        return 1.0
+    draws = (np.arange(1000) + 0.5) / 1000
+    return float(np.mean([max(SCHEDULES[config.masking](u), config.min_masking_ratio) for u in draws]))
