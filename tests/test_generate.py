@@ -2,14 +2,16 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,20 +21,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from PIL import Image
 from pydantic import ValidationError
 from ray import serve
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import tiny
 from processes import children_named, wait_until
 from raymuse.cli import batch
+from raymuse.cli.app import main
 from raymuse.config.edit import RepeatConfig
 from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.generate import GenerateConfig
 from raymuse.pipeline import Pipeline, image_seed
+from raymuse.serving.checker import open_checker
 from raymuse.serving.engines import actor_engine, ask
 from raymuse.serving.generator import Drawing, DrawRequest
+from raymuse.serving.limit import Limit, measure
+from raymuse.serving.progress import Done, Progress
 from raymuse.stages.edit import repeat
 from raymuse.stages.generate import generate, plan_parts, survey
 from raymuse.storage.batch_check import batch_state, check_batch
@@ -309,6 +317,123 @@ def test_rows_draw_other_sizes_and_edit_pictures(drawn: GenerateConfig, model: s
     Path(repeated.picture).write_bytes(files(config.output)["000000001-0.png"])
     with pytest.raises(UserError, match="drawn from another picture"):
         repeat(repeated)
+
+
+def test_pictures_that_the_checker_refuses_are_counted_and_the_others_stay(
+    drawn: GenerateConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, keys = pixels(drawn.output), [row["key"] for row in rows(drawn.output)]
+    pictures = {key: np.frombuffer(before[f"{key}.png"], np.uint8).reshape(64, 64, 3) for key in keys}
+    checking = tiny.write_checker(tmp_path / "checker", list(pictures.values()))  # some it refuses, and some not
+    config = changed(drawn, tmp_path / "checked", **checking, max_reject_fraction=1, engine="actors")
+    check = open_checker(config)
+    assert check is not None
+    said = {key: check(picture) for key, picture in pictures.items()}
+    kept = [key for key in keys if said[key] is None]
+    assert 0 < len(kept) < len(keys)
+    generate(config, Run.off())
+    assert "not looked at" not in capsys.readouterr().out
+    assert [row["key"] for row in rows(config.output)] == kept
+    assert pixels(config.output) == {name: data for name, data in before.items() if name.partition(".")[0] in kept}
+    rejects = pq.read_table(f"{config.output}/rejects").to_pylist()
+    told = {row["key"]: row["detail"] for row in rejects if row["reason"] == "refused_picture"}
+    assert told == {key: reason for key, reason in said.items() if reason is not None}
+    assert check_batch(config.output).problems == []
+    assert f"refused_picture: {len(told)}" in batch_state(config.output).summary
+    with pytest.raises(UserError, match="checker was"):
+        generate(config.model_copy(update={"checker_threshold": 0.99}), Run.off())
+
+
+# --- a full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own of 256 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("this machine lets the tests mount no file system")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_stops_a_job_with_a_sentence_and_it_goes_on_when_there_is_room(
+    drawn: GenerateConfig, small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    values = changed(drawn, small_disk / "images", engine="actors").model_dump(mode="json", exclude_defaults=True)
+    recipe.write_text(yaml.safe_dump({"stage": "generate", **values}))
+    assert main(["generate", str(recipe)]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert re.fullmatch(
+        r"Error: there is no room left for .* \(No space left on device\)\. Make room there .*", said[-1]
+    )
+    assert not [line for line in said if "Traceback" in line]
+    state = batch_state(str(small_disk / "images"))
+    assert (state.finished, state.problems) == (False, [])
+    assert 0 < state.parts < 3
+    assert not list(small_disk.rglob("*.partial"))
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    kept = {path: path.stat().st_mtime_ns for path in small_disk.rglob("_manifest/part-*.json")}
+    assert main(["generate", str(recipe)]) == 0
+    assert files(small_disk / "images") == files(drawn.output)
+    assert check_batch(str(small_disk / "images")).problems == []
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+# --- how it gets on
+
+
+def test_progress_is_told_to_the_terminal_and_to_mlflow(capsys: pytest.CaptureFixture[str]) -> None:
+    told: list[tuple[dict[str, float], int]] = []
+
+    class Noted(Run):
+        def metrics(self, values: Mapping[str, float], step: int) -> None:
+            told.append((dict(values), step))
+
+    limit = Limit(first=2e9, further=1e9, peak=1e15)
+    progress = Progress(20, 2, limit, Noted(None, Path()))
+    time.sleep(0.05)
+    progress.add(Done(pictures=8, failed=2, passes=48), 1)
+    progress.add(Done(pictures=10, failed=0, passes=60), 2)
+    first, last = (numbers for numbers, _ in told)
+    assert [step for _, step in told] == [1, 2]
+    assert (first["pictures"], first["failed"], last["pictures"]) == (8, 2, 18)
+    seconds = first["pictures"] / first["pictures_per_second"]
+    assert first["seconds_left"] == pytest.approx(seconds)  # as long as it took so far: half is done
+    assert first["share_of_limit"] == pytest.approx((8 * 2e9 + 40 * 1e9) / seconds / 2e15)
+    assert last["seconds_left"] == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        r"8 pictures  2 failed  [\d.]+ pictures/s  [\d.]+% of the hardware's limit  10 left, 0:00:0\d", lines[0]
+    )
+
+
+def test_a_job_is_held_against_its_hardwares_limit(
+    drawn: GenerateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("raymuse.stages.generate.MEASURED_FROM", 1)
+    (tmp_path / "p.txt").write_text("a\n" * 6)
+    generate(changed(drawn, tmp_path / "images", prompts=str(tmp_path / "p.txt"), engine="actors"), Run.off())
+    said = capsys.readouterr().out
+    assert re.search(r"a replica can do [\d.]+ TFLOP/s \(measured with a product of fp32 matrices\)", said)
+    shares = [float(share) for share in re.findall(r"([\d.]+)% of the hardware's limit", said)]
+    assert len(shares) == 2
+    assert all(0 < share < 100 for share in shares)
+
+
+def test_the_cost_of_a_picture_is_that_of_its_network_calls(drawn: GenerateConfig) -> None:
+    pipeline = Pipeline.load(drawn.model, batch_size=1)
+    limit = measure(pipeline, 1, peak=1e12)
+    for steps, guidance, passes in ((1, 1.0, 1), (5, 1.0, 5), (3, 2.0, 6)):
+        with FlopCounterMode(display=False) as counter:
+            pipeline.draw([pipeline.request("a", 0, steps=steps, guidance=guidance)])
+        # the negative prompt is read once more than a picture without guidance needs it
+        assert limit.picture(passes) == pytest.approx(counter.get_total_flops(), rel=0.15)
+    assert limit.peak == 1e12
+    assert 1e9 < measure(pipeline, 1).peak < 1e13
 
 
 # --- a part of a job, and what was done

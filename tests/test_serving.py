@@ -1,5 +1,6 @@
 """The HTTP API as an OpenAI client sees it, beside batch jobs on the same Serve."""
 
+import asyncio
 import base64
 import io
 import shutil
@@ -15,21 +16,30 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from fastapi import Request
+from mlflow import MlflowClient
 from numpy.typing import NDArray
 from PIL import Image
 from ray import serve
 
 import tiny
 from browser import Browser
+from processes import wait_until
+from raymuse.config.describe import describe
 from raymuse.config.errors import UserError
 from raymuse.config.generate import GenerateConfig, ServeConfig
+from raymuse.config.load import from_values, load
 from raymuse.pipeline import Pipeline, image_seed
-from raymuse.serving.deploy import APPLICATION, api_keys, deploy_api, require_free_port
+from raymuse.serving.bodies import bounded
+from raymuse.serving.checker import open_checker
+from raymuse.serving.deploy import APPLICATION, api_keys, deploy_api, models_of, require_free_port
 from raymuse.serving.deploy import serve as serve_forever
 from raymuse.serving.instance import join_serve, serves_http
+from raymuse.serving.protocol import Refused
 from raymuse.stages.generate import generate
 from raymuse.storage.pictures import png_facts
 from raymuse.tracking.run import Run
+from raymuse.tracking.server import Server
 
 KEY, OTHER_KEY = "a key that no log may show", "another one"
 PROMPT = "a large green star on a white background"
@@ -42,10 +52,16 @@ def ink(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def address(model: str, ink: str, http_port: int) -> Iterator[str]:
-    """The API with keys and a style, on loopback."""
+def address(model: str, base_model: str, ink: str, http_port: int) -> Iterator[str]:
+    """The API with keys, a style and a second model, on loopback."""
     config = ServeConfig(
-        model=model, port=http_port, batch_size=4, max_queue=16, styles={"ink": ink, "gone": "/nowhere"}, most_styles=1
+        model=model,
+        models={"small": {"model": base_model, "batch_size": 2, "max_queue": 2, "max_replicas": 2}},
+        port=http_port,
+        batch_size=4,
+        max_queue=16,
+        styles={"ink": ink, "gone": "/nowhere"},
+        most_styles=1,
     )
     deploy_api(config, [OTHER_KEY, KEY])
     yield f"http://127.0.0.1:{http_port}"
@@ -78,7 +94,7 @@ def post(address: str, key: str | None = KEY, **body: object) -> httpx.Response:
 def test_the_openai_client_draws(client: openai.OpenAI) -> None:
     (picture,) = draw(client, size="64x64", response_format="b64_json")
     assert picture.shape == (64, 64, 3)
-    assert [one.id for one in client.models.list()] == ["model", "model:ink", "model:gone"]
+    assert [one.id for one in client.models.list()] == ["model", "model:ink", "model:gone", "small"]
 
 
 def test_a_seed_repeats_the_picture_that_the_pipeline_draws(client: openai.OpenAI, model: str) -> None:
@@ -115,6 +131,20 @@ def test_a_style_is_a_model_of_its_own(client: openai.OpenAI, model: str, ink: s
         plain = Pipeline.load(model, batch_size=4)([PROMPT], seeds=[11])
         np.testing.assert_array_equal(draw(client, extra_body={"seed": 11})[0], plain.pixels[0])
         assert not np.array_equal(alone.ids, plain.ids)
+
+
+def test_another_model_has_its_own_replicas_and_queue(address: str, client: openai.OpenAI, base_model: str) -> None:
+    alone = Pipeline.load(base_model, batch_size=2)([PROMPT], seeds=[11])
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(post, address, seed=1, n=16, num_inference_steps=64)
+        second = pool.submit(post, address, seed=2, n=4, num_inference_steps=64)  # the first model takes no more
+        answer = client.images.generate(model="small", prompt=PROMPT, extra_body={"seed": 11})
+        too_many = post(address, model="small", n=7)
+    np.testing.assert_array_equal(pixels(answer.data[0].b64_json), alone.pixels[0])
+    assert too_many.status_code == 400
+    assert "draws 6 pictures at a time" in too_many.json()["error"]["message"]
+    assert [one.result().status_code for one in (first, second)] == [200, 200]
+    assert set(serve.status().applications[APPLICATION].deployments) == {"Api", "Generator", "Generator-small"}
 
 
 def test_pictures_of_other_sizes(client: openai.OpenAI, model: str) -> None:
@@ -210,6 +240,22 @@ def test_without_the_right_key_nothing_is_drawn_or_told(address: str, key: str |
     assert KEY not in "".join(answer.text for answer in answers)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"content": b"{", "headers": {"content-type": "application/json"}},
+        {"content": b"x" * 2**20, "headers": {"content-type": "application/json"}},
+        {"content": iter([b"no length"])},
+        {"data": {"n": "no number"}, "files": {"image": b"no picture"}},
+    ],
+    ids=["no JSON", "too long", "no length", "form"],
+)
+def test_a_key_is_asked_for_before_the_body_is_read(address: str, body: dict[str, Any]) -> None:
+    for path in ("generations", "edits"):
+        answer = httpx.post(f"{address}/v1/images/{path}", **body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+
+
 def test_every_key_of_several_fits(address: str) -> None:
     assert {post(address, key, size="1x1").status_code for key in (KEY, OTHER_KEY)} == {400}
 
@@ -217,7 +263,7 @@ def test_every_key_of_several_fits(address: str) -> None:
 @pytest.mark.parametrize(
     ("body", "code", "said"),
     [
-        ({"model": "dall-e-3"}, 404, "'dall-e-3' is not served here; 'model', 'model:ink', 'model:gone' is"),
+        ({"model": "dall-e-3"}, 404, "'dall-e-3' is not served here; 'model', 'model:ink', 'model:gone', 'small' is"),
         ({"model": "model:gone"}, 400, "/nowhere"),
         ({"size": "1024x1024"}, 400, "the super-resolution draws at most 64"),
         ({"size": "63x64"}, 400, "63 x 64 pixels: this model draws in cells of 8"),
@@ -228,6 +274,7 @@ def test_every_key_of_several_fits(address: str) -> None:
         ({"response_format": "jpeg"}, 400, "b64_json"),
         ({"stream": True, "n": 2}, 400, "a stream shows one picture, not 2"),
         ({"prompt": "x" * 2**25}, 413, "are the limit"),
+        ({"prompt": "x" * 2**18}, 413, "262144 are the limit"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -271,6 +318,46 @@ def test_a_bad_edit_is_told_what_is_wrong(
     answer = httpx.post(f"{address}/v1/images/edits", data=form, files=sent or None, headers=headers)
     assert answer.status_code == 400, answer.text
     assert said in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "sent", "code", "said"),
+    [
+        ("generations", {"content": b'{"prompt": '}, 400, "Invalid JSON"),
+        ("generations", {"content": b"\xff\xfe"}, 400, "Invalid JSON"),
+        ("generations", {"data": {"prompt": PROMPT}}, 400, "the body must be JSON"),
+        ("generations", {"content": iter([b"{", b"}"])}, 411, "no Content-Length"),
+        ("edits", {"files": {"image": b"x" * (2**25 + 1)}}, 413, "33554432 are the limit"),
+        ("edits", {"content": b"--x\r\nno part"}, 400, "the form cannot be read"),
+        ("edits", {"files": [("image", b"x")] * 9}, 400, "the form cannot be read: Too many files"),
+        (
+            "edits",
+            {"files": [("image", b"x"), ("image[]", b"y")], "data": {"prompt": "a"}},
+            400,
+            "image: send one file",
+        ),
+    ],
+    ids=str,
+)
+def test_a_body_that_is_none_is_refused(address: str, path: str, sent: dict[str, Any], code: int, said: str) -> None:
+    kinds = {"generations": "application/json", "edits": "multipart/form-data; boundary=x"}
+    headers = {"Authorization": f"Bearer {KEY}", **({"Content-Type": kinds[path]} if "content" in sent else {})}
+    answer = httpx.post(f"{address}/v1/images/{path}", headers=headers, **sent)
+    assert answer.status_code == code, answer.text
+    assert said in answer.json()["error"]["message"]
+
+
+def test_a_body_is_bounded_while_it_is_read() -> None:
+    """A front end other than Serve's might let a body through that is longer than it says."""
+    chunks = [{"type": "http.request", "body": b"x" * 60, "more_body": True}] * 3
+
+    async def receive() -> Any:
+        return chunks.pop()
+
+    request = Request({"type": "http", "method": "POST", "headers": [(b"content-length", b"60")]}, receive)
+    with pytest.raises(Refused, match="a body of 120 bytes: 100 are the limit") as refused:
+        asyncio.run(bounded(request, 100).body())
+    assert (refused.value.status, len(chunks)) == (413, 1)
 
 
 def test_more_pictures_than_may_wait_are_sent_away_and_the_others_drawn(address: str) -> None:
@@ -321,7 +408,7 @@ def test_nobody_draws_for_a_client_that_has_gone(address: str) -> None:
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{address}/v1/images/generations", json=body, headers=headers, timeout=0.5)
     until = time.monotonic() + 20
-    while (left := httpx.get(f"{address}/ready").json()["load"]) and time.monotonic() < until:
+    while (left := httpx.get(f"{address}/ready").json()["models"]["model"]["load"]) and time.monotonic() < until:
         time.sleep(0.1)
     assert left == 0
     assert drawn() == before
@@ -330,7 +417,8 @@ def test_nobody_draws_for_a_client_that_has_gone(address: str) -> None:
 
 def test_health_and_documentation_need_no_key(address: str) -> None:
     assert httpx.get(f"{address}/health").json() == {"status": "ok"}
-    assert httpx.get(f"{address}/ready").json() == {"status": "ready", "size": 64, "base_size": 32, "load": 0}
+    models = {"model": {"size": 64, "base_size": 32, "load": 0}, "small": {"size": 32, "base_size": 32, "load": 0}}
+    assert httpx.get(f"{address}/ready").json() == {"status": "ready", "models": models}
     assert httpx.get(f"{address}/nothing").json()["error"]["message"].startswith("GET /nothing: Not Found")
     assert "raymuse" in httpx.get(f"{address}/docs").text
     assert "/v1/images/generations" in httpx.get(f"{address}/openapi.json").json()["paths"]
@@ -346,7 +434,7 @@ def test_the_page_draws_and_inpaints(address: str, model: str, tmp_path: Path) -
         page.open(f"{address}/")
         page.wait_for("document.readyState === 'complete'")
         fill(page, key=KEY, prompt=PROMPT, seed=str(2**62 + 1))
-        page.wait_for("document.querySelectorAll('#model option').length === 3")
+        page.wait_for("document.querySelectorAll('#model option').length === 4")
         page.evaluate("document.getElementById('draw').click()")
         page.wait_for("document.body.dataset.done === '1'")
         fill(page, task="inpaint", prompt=other)
@@ -414,6 +502,44 @@ def test_another_port_than_the_clusters_serve_has_is_refused(address: str, http_
 # --- before anything is deployed
 
 
+def test_models_are_named_in_words_and_in_a_file(tmp_path: Path) -> None:
+    words = [
+        "models.b=runs/b/model",
+        "models.c.model=/c",
+        "models.c.replicas=2",
+        "models.c.max_replicas=4",
+        "batch_size=4",
+    ]
+    config = from_values("serve", {"model": "runs/a/model", "name": "a"}, words)
+    assert isinstance(config, ServeConfig)
+    models = models_of(config)
+    assert [(name, one.model, one.replicas, one.batch_size) for name, one in models.items()] == [
+        ("a", "runs/a/model", 1, 4),
+        ("b", "runs/b/model", 1, 16),
+        ("c", "/c", 2, 16),
+    ]
+    (tmp_path / "serve.yaml").write_text(describe(config))
+    assert load(str(tmp_path / "serve.yaml"), stage="serve") == config
+    assert config.within("/root").models["b"].model == "/root/runs/b/model"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["models.model=runs/b/model"], "two models are called 'model'"),
+        (["name=b", "models.b=runs/b/model"], "name=b is also in models"),
+        (["models.a b=runs/b/model"], "a name is made of letters"),
+        (["models.b.model=x", "models.b.replica=2"], "models.b.replica: no such key"),
+        (["models.b.replicas=3", "models.b.model=x", "models.b.max_replicas=2"], "max_replicas=2 is below replicas=3"),
+        (["model=runs/a b"], "'a b' is no name that clients can ask for"),
+    ],
+    ids=str,
+)
+def test_models_that_cannot_be_told_apart_are_refused(words: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        models_of(from_values("serve", {"model": "runs/a/model"}, words))  # type: ignore[arg-type]
+
+
 def test_a_port_that_is_taken_is_one_sentence() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -474,3 +600,64 @@ def test_an_update_fails_no_request_and_a_deadline_holds(address: str, model: st
     answer = post(address, n=16, num_inference_steps=256)
     assert answer.status_code == 504
     assert "not done in time" in answer.json()["error"]["message"]
+
+
+def test_refused_pictures_are_not_answered_and_every_request_has_a_trace(
+    address: str, client: openai.OpenAI, base_model: str, http_port: int, tmp_path: Path
+) -> None:
+    (tmp_path / "deny.txt").write_text("bad star\n")
+    drawn = Pipeline.load(base_model, batch_size=4)([PROMPT] * 8, seeds=range(8)).pixels
+    checking = tiny.write_checker(tmp_path / "checker", list(drawn))
+    check = open_checker(ServeConfig(model=base_model, **checking))
+    assert check is not None
+    refused = [check(picture) is not None for picture in drawn]
+    safe, unsafe = refused.index(False), refused.index(True)
+    with Server.start(tmp_path / "mlflow") as mlflow:
+        config = ServeConfig(
+            model=base_model, name="model", port=http_port, batch_size=4, traces=mlflow.uri, **checking
+        )
+        deploy_api(config.model_copy(update={"deny": str(tmp_path / "deny.txt")}), [KEY])
+        np.testing.assert_array_equal(draw(client, extra_body={"seed": safe})[0], drawn[safe])
+        for body in ({"seed": unsafe}, {"seed": unsafe, "stream": True}, {"prompt": "a Bad, bad STAR!"}):
+            answer = post(address, **body)
+            assert answer.status_code == 400
+            error = answer.json()["error"]
+            assert (error["type"], error["code"]) == ("image_generation_user_error", "moderation_blocked")
+        asked: dict[str, Any] = {"extra_body": {"seed": safe}}
+        events = list(client.images.generate(model="model", prompt=PROMPT, stream=True, partial_images=2, **asked))
+        assert [one.type for one in events] == ["image_generation.completed"]  # no part that nobody looked at
+        assert "raymuse_pictures_refused_total 2.0" in httpx.get(f"{address}/metrics").text
+        headers = {"Authorization": f"Bearer {KEY}", "X-Request-Id": "mine-2"}
+        body = {"prompt": PROMPT, "seed": safe}
+        assert httpx.post(f"{address}/v1/images/generations", json=body, headers=headers).status_code == 200
+        wait_until(lambda: "mine-2" in traces(mlflow.uri), 60)
+        said = traces(mlflow.uri)
+    assert said["mine-2"] == ("OK", ["POST /v1/images/generations", "draw", "encode"], PROMPT)
+    assert sorted(state for state, *_ in said.values()) == ["ERROR"] * 3 + ["OK"] * 3
+
+
+def traces(uri: str) -> dict[str, tuple[str, list[str], str]]:
+    """State, names of the spans, and prompt of every trace that an MLflow server has, by its request's id."""
+    client = MlflowClient(uri)
+    if (experiment := client.get_experiment_by_name("raymuse-serving")) is None:
+        return {}
+    found = client.search_traces(locations=[experiment.experiment_id])
+    return {
+        one.info.tags["request_id"]: (
+            one.info.state.value,
+            [span.name for span in one.data.spans],
+            one.data.spans[0].inputs["prompt"],
+        )
+        for one in found
+        if "request_id" in one.info.tags  # else it is just being written
+    }
+
+
+def test_what_is_begun_is_finished_when_the_application_ends(address: str) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(post, address, num_inference_steps=200, n=4, seed=seed) for seed in range(4)]
+        wait_until(lambda: httpx.get(f"{address}/ready").json()["models"]["model"]["load"] == 16, 20)
+        serve.delete(APPLICATION)
+        answers = [one.result() for one in asked]
+    said = [one.status_code if one.status_code == 200 else one.json()["error"]["code"] for one in answers]
+    assert set(said) <= {200, "moderation_blocked"}  # which comes after the last picture is drawn

@@ -1,11 +1,13 @@
 """Tiny data and models for tests, made without Ray in seconds: shards, encoders, token shards, a model folder."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from raymuse.config.pretokenize import PretokenizeConfig
 from raymuse.config.sampling import SamplingConfig
@@ -21,6 +23,7 @@ from raymuse.models.network_files import save_network
 from raymuse.models.superres import SuperRes, SuperResConfig
 from raymuse.models.uvit import UVitConfig
 from raymuse.models.weights import weights_sha256
+from raymuse.serving.checker import Classifier
 from raymuse.stages.export import write_index
 from raymuse.storage.images import list_shards
 from raymuse.storage.manifest import Manifest
@@ -181,6 +184,27 @@ def write_adapter(folder: Path, model: str, seed: int = 0) -> str:
     weights = {name: torch.randn(value.shape, generator=draw) for name, value in trained.items()}
     lora.save({"transformer": weights}, 4.0, folder)
     return str(folder)
+
+
+def write_checker(folder: Path, pictures: Sequence[NDArray[np.uint8]]) -> dict[str, Any]:
+    """An image classifier as transformers saves it, of random weights, and settings that refuse about half of some."""
+    from transformers import ViTConfig, ViTForImageClassification
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    torch.manual_seed(0)
+    network = ViTForImageClassification(
+        ViTConfig(image_size=32, patch_size=8, id2label={0: "safe", 1: "unsafe"}, **sizes)  # type: ignore[arg-type]
+    )
+    with torch.no_grad():
+        network.classifier.weight.normal_(0, 3)
+    network.save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    scores = sorted(Classifier(str(folder), ("unsafe",), 0.5, "cpu").scores(picture)["unsafe"] for picture in pictures)
+    middle = len(scores) // 2
+    threshold = (scores[middle - 1] + scores[middle]) / 2
+    assert scores[0] < threshold < scores[-1], "pictures that are all the same to it"
+    return {"checker": str(folder), "checker_refuses": ("unsafe",), "checker_threshold": threshold}
 
 
 def _random_weights(network: Base | SuperRes) -> dict[str, torch.Tensor]:

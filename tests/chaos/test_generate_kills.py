@@ -1,18 +1,23 @@
-"""`make soak`: a batch of pictures killed 20 times (driver, replicas, writers) loses, doubles and changes nothing."""
+"""`make soak`: a batch whose driver, replicas, writers and nodes are killed loses, doubles and changes nothing."""
 
 import hashlib
+import json
 import random
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from ray.cluster_utils import Cluster
 
 import tiny
 from processes import Job, storm
 from raymuse.config.generate import GenerateConfig
+from raymuse.stages.generate import generate
 from raymuse.storage.batch_check import check_batch
+from raymuse.tracking.run import Run
 
 KILLS, SEED, PROMPTS = 20, 5, 1500
 WORK = ("ServeReplica:raymuse-generate", "GeneratorActor", "_write_part")  # who draws and writes, by their titles
@@ -63,6 +68,53 @@ def test_20_kills_lose_double_and_change_nothing(tmp_path: Path) -> None:
         assert {"driver", "worker"} <= set(killed)
     finally:
         shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("engine", ["serve", "actors"])
+def test_nodes_that_die_lose_double_and_change_nothing(
+    engine: str, ray_cluster: Cluster, model: str, http_port: int, tmp_path: Path
+) -> None:
+    """A replica on each of three nodes; the third is killed as soon as it works, and another one comes."""
+    (tmp_path / "prompts.txt").write_text("".join(f"a star number {number}\n" for number in range(600)))
+    config = GenerateConfig(
+        output=str(tmp_path / "calm"),
+        model=model,
+        prompts=str(tmp_path / "prompts.txt"),
+        pictures_per_part=16,
+        batch_size=8,
+        steps=24,
+        engine=engine,
+    )
+    generate(config, Run.off())
+    stop, killed = threading.Event(), 0
+    output = tmp_path / "stormy"
+
+    def kill() -> None:
+        nonlocal killed
+        while not stop.is_set():
+            node = ray_cluster.add_node(num_cpus=3, include_log_monitor=False)
+            before = written(output)
+            while not stop.wait(0.2) and written(output) == before:
+                pass
+            stop.wait(4)  # so that a replica may begin there
+            ray_cluster.remove_node(node, allow_graceful=False)
+            killed += 1
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        wide = {"output": str(output), "replicas": 3, "cpus_per_replica": 2, "in_flight": 3}
+        generate(config.model_copy(update=wide), Run.off())
+    finally:
+        stop.set()
+        killer.join()
+    print(f"{killed} nodes killed")
+    assert killed >= 2
+    assert sums(output) == sums(tmp_path / "calm")
+    assert check_batch(str(output)).problems == []
+    assert json.loads((output / "_SUCCESS").read_text())["rejects"] == 0
 
 
 def written(output: Path) -> object:

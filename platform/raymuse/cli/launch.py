@@ -12,6 +12,7 @@ from raymuse.clusters.watching import watching
 from raymuse.config.base import Config, StageConfig
 from raymuse.config.drawing import DrawingConfig
 from raymuse.config.errors import UserError
+from raymuse.config.generate import ServeConfig
 from raymuse.tracking.registry import is_registered, registered_folder
 from raymuse.tracking.run import Run, finishing, open_run
 from raymuse.tracking.server import Server, pages
@@ -38,7 +39,11 @@ def run_stage(stage: Callable[[Any, Run], str], config: StageConfig, mlflow: str
 
 
 def with_model(config: C, mlflow: str | None) -> C:
-    """The config with a model of the registry as its folder on this machine."""
+    """The config with models of the registry as their folders on this machine."""
+    if isinstance(config, ServeConfig):
+        config = config.model_copy(
+            update={"models": {name: with_model(model, mlflow) for name, model in config.models.items()}}
+        )
     if not isinstance(config, DrawingConfig) or not is_registered(config.model):
         return config
     folder = registered_folder(config.model, mlflow or os.environ.get("MLFLOW_TRACKING_URI"))

@@ -50,6 +50,10 @@ class Config(BaseModel):
             value = getattr(self, name)
             if isinstance(value, Config):
                 updates[name] = value._map_addresses(change)
+            elif isinstance(value, dict):
+                updates[name] = {
+                    key: one._map_addresses(change) if isinstance(one, Config) else one for key, one in value.items()
+                }
             elif isinstance(value, str) and is_address(field):
                 updates[name] = change(value)
             elif isinstance(value, tuple) and is_address(field):

@@ -46,6 +46,8 @@ def plain_yaml(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Config):
+        value = value.model_dump(exclude_defaults=True)
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -2,31 +2,26 @@
 
 import asyncio
 import base64
-import contextlib
 import hmac
 import itertools
-import math
 import secrets
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import FastAPI, Header, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from numpy.typing import NDArray
-from pydantic import ValidationError
 from ray import serve
-from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
-from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
-from raymuse.config.errors import UserError
 from raymuse.drawing.inputs import read_picture
+from raymuse.serving.bodies import read_form, read_json
 from raymuse.serving.generator import Drawing, DrawRequest, Editing
 from raymuse.serving.instance import QUIET
 from raymuse.serving.protocol import (
@@ -36,26 +31,27 @@ from raymuse.serving.protocol import (
     Refused,
     answer,
     area_of,
+    body_of,
     event,
     read_upload,
 )
-from raymuse.serving.watch import Watched, metrics
+from raymuse.serving.served import Served, blocked, told
+from raymuse.serving.watch import Watched, metrics, request_id
 from raymuse.storage.pictures import png_bytes
+from raymuse.storage.prompts import DenyList
+from raymuse.tracking.traces import Trace, Traces
 
 GENERATIONS, EDITS, MODELS = "/v1/images/generations", "/v1/images/edits", "/v1/models"
 PLAYGROUND = Path(__file__).with_name("playground.html")
 POLICY = "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
 PATHS = frozenset({"/", GENERATIONS, EDITS, MODELS, "/health", "/ready", "/metrics"})
-MOST_BYTES = 32 * 2**20  # of a request's body
 KEPT = 256  # pictures that can be fetched by their URL
 READY_SECONDS = 5.0
-AGAIN_SECONDS, TRIES = 0.2, 7
 
-T = TypeVar("T", bound=ImagesRequest)
 Authorization = Annotated[str | None, Header()]
 
 app = FastAPI(title="raymuse", description="Text to pictures with a MUSE/aMUSEd masked-image model.")
-app.add_middleware(Watched, paths=PATHS, most=MOST_BYTES)
+app.add_middleware(Watched, paths=PATHS)
 
 
 # What stands above the class is needed by the application when Serve copies it, as it decorates.
@@ -65,65 +61,21 @@ async def _refused(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse(error.body, error.status, error.headers)
 
 
-@app.exception_handler(RequestValidationError)
-async def _invalid(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
-    return JSONResponse((told := _wrong(error.errors())).body, told.status)
-
-
 @app.exception_handler(HTTPException)
 async def _no_such(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    told = Refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}; /docs lists what there is")
-    return JSONResponse(told.body, told.status)
+    said = Refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}; /docs lists what there is")
+    return JSONResponse(said.body, said.status)
 
 
 @app.exception_handler(Exception)
 async def _failed(_: Request, error: Exception) -> JSONResponse:
-    told = Refused(500, "the server failed at this; its log says why, under the id in X-Request-Id", "server_error")
-    return JSONResponse(told.body, told.status)
-
-
-def _wrong(errors: Sequence[Any]) -> Refused:
-    """Every field that is wrong, in one sentence."""
-    fields = [".".join(str(part) for part in error["loc"] if part != "body") for error in errors]
-    said = "; ".join(f"{field}: {error['msg']}" for field, error in zip(fields, errors, strict=True))
-    return Refused(400, said, param=fields[0] or None)
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """What goes wrong with the drawing as what a client is told of it."""
-    try:
-        yield
-    except UserError as error:
-        raise Refused(400, str(getattr(error, "cause", error))) from error
-    except TimeoutError as error:
-        raise Refused(504, "the pictures were not done in time: ask for fewer, or later", "server_error") from error
+    said = Refused(500, "the server failed at this; its log says why, under the id in X-Request-Id", "server_error")
+    return JSONResponse(said.body, said.status)
 
 
 def _facts(wanted: DrawRequest) -> dict[str, Any]:
     return {"seed": wanted.seed, "prompt": wanted.prompt, "negative_prompt": wanted.negative}
-
-
-def _read_form(form: FormData, kind: type[T]) -> T:
-    """The fields of a form that are no files."""
-    given = {name: value for name, value in form.items() if name not in ("image", "image[]", "mask")}
-    try:
-        return kind.model_validate(given)
-    except ValidationError as error:
-        raise _wrong(error.errors()) from None
-
-
-async def _upload(form: FormData, name: str) -> bytes | None:
-    """The one file of a form's field."""
-    given = [*form.getlist(name), *form.getlist(f"{name}[]")]
-    if not given:
-        return None
-    if len(given) > 1 or not isinstance(given[0], UploadFile):
-        raise Refused(400, f"{name}: send one file", param=name)
-    content: bytes = await given[0].read()
-    return content
 
 
 def _read_pictures(image: bytes, mask: bytes | None) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
@@ -131,6 +83,19 @@ def _read_pictures(image: bytes, mask: bytes | None) -> tuple[NDArray[np.uint8],
     picture = read_upload(image, "image")
     area = area_of(picture, None if mask is None else read_upload(mask, "mask"))
     return read_picture(picture), area
+
+
+def _encoded(wanted: Sequence[DrawRequest], drawn: Sequence[Drawing]) -> list[bytes]:
+    """PNG, a picture each."""
+    return [png_bytes(drawing.pixels, _facts(one)) for one, drawing in zip(wanted, drawn, strict=True)]
+
+
+def _inline(pngs: Sequence[bytes], seeds: Sequence[int], size: str) -> Response:
+    """The answer with the pictures in it."""
+    pictures = [
+        {"b64_json": base64.b64encode(png).decode(), "seed": seed} for png, seed in zip(pngs, seeds, strict=True)
+    ]
+    return JSONResponse(answer(pictures, size))
 
 
 async def _and_then(first: bytes, events: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:
@@ -151,6 +116,19 @@ def _error_event(refused: Refused) -> bytes:
     return b"event: error\ndata: " + bytes(JSONResponse(refused.body).body) + b"\n\n"
 
 
+@dataclass(frozen=True)
+class ServedAs:
+    """What an API is told of one of its models.
+
+    Attributes:
+        most: pictures of it that may be on their way at a time.
+        styles: names of LoRAs; the model in one of them is `NAME:STYLE`.
+    """
+
+    most: int
+    styles: tuple[str, ...] = ()
+
+
 @serve.deployment(
     ray_actor_options={"num_cpus": 0.1},
     graceful_shutdown_wait_loop_s=0.1,
@@ -158,32 +136,36 @@ def _error_event(refused: Refused) -> bytes:
 )
 @serve.ingress(app)
 class Api:
-    """The ingress: keys, checks, bounds, seeds, PNG; the generator behind it only draws.
+    """The ingress: keys, checks, bounds, seeds, PNG; the generators behind it only draw.
 
     Args:
-        model: the name it is served by.
-        styles: names of LoRAs; the model in one of them is `MODEL:STYLE`.
+        models: by the name that clients call them by; the first is drawn with where a request names none.
+        generators: of the same models, in their order.
         keys: of which a client must bring one; none: everyone may come.
-        most: pictures that may be on their way at a time; more are answered 429.
         deadline: seconds until a request is answered 504.
+        denied: phrases that no prompt may have.
+        traces: MLflow server that is told of every request for pictures; None: none is.
     """
 
     def __init__(
         self,
-        generator: DeploymentHandle,
-        model: str,
-        styles: Sequence[str],
+        models: Mapping[str, ServedAs],
         keys: Sequence[str],
-        most: int,
         deadline: float,
+        denied: DenyList,
+        traces: str | None,
+        *generators: DeploymentHandle,
     ) -> None:
-        self.generator, self.most, self.deadline = generator, most, deadline
-        self.models: dict[str | None, str | None] = {None: None, model: None}
-        self.models |= {**{f"{model}:{style}": style for style in styles}}
+        self.served = {
+            name: Served(generator, model.most, deadline)
+            for (name, model), generator in zip(models.items(), generators, strict=True)
+        }
+        self.names: dict[str, tuple[str, str | None]] = {}
+        for name, model in models.items():
+            self.names |= {name: (name, None)} | {f"{name}:{style}": (name, style) for style in model.styles}
         self.keys = [key.encode() for key in keys]
-        self.on_their_way = 0
-        self.took = 1.0
-        """Seconds that the last requests took, on a moving average."""
+        self.denied = denied
+        self.traces = None if traces is None else Traces(traces)
         self.files: OrderedDict[str, bytes] = OrderedDict()
 
     # --- what is asked
@@ -200,12 +182,13 @@ class Api:
 
     @app.get("/ready")
     async def ready(self) -> dict[str, Any]:
-        """Whether a picture could be drawn now."""
+        """Whether a picture of every model could be drawn now."""
         try:
             async with asyncio.timeout(READY_SECONDS):
-                return {"status": "ready", **await self.generator.describe.remote()}
+                said = await asyncio.gather(*(model.describe() for model in self.served.values()))
         except Exception as error:
-            raise Refused(503, "the generator does not answer", "server_error", retry_after=5) from error
+            raise Refused(503, "a generator does not answer", "server_error", retry_after=5) from error
+        return {"status": "ready", "models": dict(zip(self.served, said, strict=True))}
 
     @app.get("/metrics")
     async def measured(self) -> Response:
@@ -213,32 +196,27 @@ class Api:
         return Response(metrics().text(), media_type="text/plain; version=0.0.4")
 
     @app.get(MODELS)
-    async def served(self, authorization: Authorization = None) -> dict[str, Any]:
-        """The model that is served, plain and in its styles."""
+    async def listed(self, authorization: Authorization = None) -> dict[str, Any]:
+        """The models that are served, plain and in their styles."""
         self._authorise(authorization)
-        names = [name for name in self.models if name is not None]
-        data = [{"id": name, "object": "model", "created": 0, "owned_by": "raymuse"} for name in names]
+        data = [{"id": name, "object": "model", "created": 0, "owned_by": "raymuse"} for name in self.names]
         return {"object": "list", "data": data}
 
-    @app.post(GENERATIONS)
-    async def generate(
-        self, body: GenerationRequest, request: Request, authorization: Authorization = None
-    ) -> Response:
+    @app.post(GENERATIONS, openapi_extra=body_of(GenerationRequest, "application/json"))
+    async def generate(self, request: Request, authorization: Authorization = None) -> Response:
         """Pictures from a prompt."""
-        self._authorise(authorization)
-        return await self._answer(body, None, request)
+        self._authorise(authorization)  # before a byte of the body is read
+        return await self._answer(await read_json(request, GenerationRequest), None, request)
 
-    @app.post(EDITS)
+    @app.post(EDITS, openapi_extra=body_of(EditRequest, "multipart/form-data"))
     async def edit(self, request: Request, authorization: Authorization = None) -> Response:
         """Pictures from a prompt and a picture: a form of `image`, `mask` if there is one, and EditRequest's fields."""
         self._authorise(authorization)
-        async with request.form() as form:
-            body = _read_form(form, EditRequest)
-            image, mask = await _upload(form, "image"), await _upload(form, "mask")
+        body, image, mask = await read_form(request, EditRequest)
         if image is None:
             raise Refused(400, "image: the picture to edit is missing", param="image")
-        self._require_room(body.n)
-        with _told():
+        self._model(body)[0].room.require(body.n)  # before the pictures are decoded
+        with told():
             pixels, area = await asyncio.to_thread(_read_pictures, image, mask)
         task = body.task or ("image-to-image" if area is None else "inpaint")
         if task != "inpaint":
@@ -257,7 +235,8 @@ class Api:
     # --- how it is answered
 
     async def _answer(self, body: ImagesRequest, editing: Editing | None, request: Request) -> Response:
-        await self._check(body)
+        model, style = self._model(body)
+        self._check(body)
         seed = body.seed if body.seed is not None else secrets.randbits(62)
         wanted = [
             DrawRequest(
@@ -268,120 +247,72 @@ class Api:
                 body.guidance_scale,
                 size=body.pixels,
                 editing=editing,
-                style=self.models[body.model],
+                style=style,
                 style_scale=round(body.lora_scale, 2),
             )
             for own in body.seeds(seed)
         ]
-        if body.stream:
-            events = self._stream(
-                wanted[0], body.partial_images, "image_generation" if editing is None else "image_edit"
-            )
-            told = _and_then(await anext(events), events)  # what is refused is refused by its status
-            return StreamingResponse(told, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        with self._admitted(len(wanted)):
-            drawn = await self._draw(wanted)
-        pictures = []
-        for one, drawing in zip(wanted, drawn, strict=True):
-            png = png_bytes(drawing.pixels, _facts(one))
-            if body.response_format == "url":
-                where = {"url": f"{str(request.base_url).rstrip('/')}/v1/images/files/{self._keep(png)}.png"}
-            else:
-                where = {"b64_json": base64.b64encode(png).decode()}
-            pictures.append({**where, "seed": one.seed})
-        height, width = drawn[0].pixels.shape[:2]
-        return JSONResponse(answer(pictures, f"{width}x{height}"))
-
-    async def _draw(self, wanted: Sequence[DrawRequest]) -> list[Drawing]:
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        with _told():
-            async with asyncio.timeout(self.deadline):
-                tasks = [asyncio.ensure_future(self._drawn(one)) for one in wanted]
-                try:
-                    drawn = await asyncio.gather(*tasks)
-                finally:
-                    for task in tasks:
-                        task.cancel()  # those that are done do not mind
-        self.took += 0.2 * (loop.time() - began - self.took)
-        metrics().pictures.inc(len(drawn))
-        return drawn
-
-    async def _drawn(self, wanted: DrawRequest) -> Drawing:
-        """One picture; asked for again where its replica died."""
-        for attempt in range(TRIES):
-            response = self.generator.draw.remote(wanted)
-            try:
-                drawing: Drawing = await response
-                return drawing
-            except RayActorError:
-                await asyncio.sleep(AGAIN_SECONDS * 2**attempt)
-            except BaseException:
-                response.cancel()  # nobody waits for it any more
-                raise
-        raise Refused(500, "one replica after the other died of this request", "server_error")
-
-    async def _stream(self, wanted: DrawRequest, partials: int, kind: str) -> AsyncGenerator[bytes]:
-        """Server-sent events: partial pictures, then the whole one."""
-        until = asyncio.get_running_loop().time() + self.deadline
-        with self._admitted(1), _told():
-            async with aclosing(self._drawn_in_steps(wanted, partials)) as stream:
-                for number in itertools.count():
-                    async with asyncio.timeout_at(until):
-                        drawn = await anext(stream)
-                    if isinstance(drawn, Drawing):
-                        metrics().pictures.inc()
-                        yield event(f"{kind}.completed", drawn.pixels, _facts(wanted), seed=wanted.seed)
-                        return
-                    yield event(f"{kind}.partial_image", drawn, {}, partial_image_index=number)
-
-    async def _drawn_in_steps(self, wanted: DrawRequest, partials: int) -> AsyncGenerator[NDArray[np.uint8] | Drawing]:
-        """Partial pictures and the whole one; where the replica dies another one goes on."""
-        shown = 0
-        for attempt in range(TRIES):
-            stream = self.generator.options(stream=True).draw_stream.remote(wanted, partials)
-            number = 0
-            try:
-                async for drawn in stream:
-                    if number >= shown:
-                        yield drawn
-                        shown += 1
-                    number += 1
-                return
-            except RayActorError:
-                await asyncio.sleep(AGAIN_SECONDS * 2**attempt)
-            except BaseException:
-                stream.cancel()
-                raise
-        raise Refused(500, "one replica after the other died of this request", "server_error")
-
-    @contextlib.contextmanager
-    def _admitted(self, pictures: int) -> Iterator[None]:
-        """Inside, so many pictures more are on their way.
-
-        Raises:
-            Refused: where that is more than may be.
-        """
-        self._require_room(pictures)
-        self.on_their_way += pictures
-        metrics().in_flight.set(self.on_their_way)
+        trace = Trace(request_id(), f"POST {request.url.path}", body.model_dump(exclude_none=True))
         try:
-            yield
-        finally:
-            self.on_their_way -= pictures
-            metrics().in_flight.set(self.on_their_way)
+            if body.stream:
+                kind = "image_generation" if editing is None else "image_edit"
+                events = self._stream(model, wanted[0], body.partial_images, kind, trace)
+                rest = _and_then(await anext(events), events)  # what is refused is refused by its status
+                return StreamingResponse(rest, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+            with trace.span("draw"):
+                drawn = await model.draw(wanted)
+            with trace.span("encode"):
+                told = await self._told(wanted, drawn, body, request)
+            self._send(trace, seeds=[one.seed for one in wanted])
+            return told
+        except BaseException as error:
+            self._send(trace, error=repr(error))
+            raise
 
-    def _require_room(self, pictures: int) -> None:
-        if pictures > self.most:
-            raise Refused(400, f"n: this server draws {self.most} pictures at a time, not {pictures}", param="n")
-        if self.on_their_way + pictures > self.most:
-            raise Refused(
-                429,
-                f"{self.on_their_way} pictures are on their way and {self.most} may be: try again",
-                "rate_limit_error",
-                code="rate_limit_exceeded",
-                retry_after=max(1, math.ceil(self.took)),
-            )
+    async def _told(
+        self, wanted: Sequence[DrawRequest], drawn: Sequence[Drawing], body: ImagesRequest, request: Request
+    ) -> Response:
+        """The answer; PNG and base64 are made beside the event loop, which goes on answering others."""
+        pngs = await asyncio.to_thread(_encoded, wanted, drawn)
+        height, width = drawn[0].pixels.shape[:2]
+        seeds, size = [one.seed for one in wanted], f"{width}x{height}"
+        if body.response_format != "url":
+            return await asyncio.to_thread(_inline, pngs, seeds, size)
+        root = str(request.base_url).rstrip("/")
+        places = [f"{root}/v1/images/files/{self._keep(png)}.png" for png in pngs]
+        pictures = [{"url": place, "seed": seed} for place, seed in zip(places, seeds, strict=True)]
+        return JSONResponse(answer(pictures, size))
+
+    async def _stream(
+        self, model: Served, wanted: DrawRequest, partials: int, kind: str, trace: Trace
+    ) -> AsyncGenerator[bytes]:
+        """Server-sent events: partial pictures, then the whole one."""
+        try:
+            async with aclosing(model.stream(wanted, partials)) as pictures:
+                for number in itertools.count():
+                    with trace.span("draw"):
+                        drawn = await anext(pictures)
+                    with trace.span("encode"):
+                        one = await asyncio.to_thread(self._event, drawn, kind, wanted, number)
+                    yield one
+                    if isinstance(drawn, Drawing):
+                        break
+            self._send(trace, seeds=[wanted.seed])
+        except BaseException as error:
+            self._send(trace, error=repr(error))
+            raise
+
+    def _event(self, drawn: NDArray[np.uint8] | Drawing, kind: str, wanted: DrawRequest, number: int) -> bytes:
+        if isinstance(drawn, Drawing):
+            return event(f"{kind}.completed", drawn.pixels, _facts(wanted), seed=wanted.seed)
+        return event(f"{kind}.partial_image", drawn, {}, partial_image_index=number)
+
+    def _send(self, trace: Trace, **outputs: Any) -> None:
+        """Hand the trace over, once; another thread sends it."""
+        if self.traces is None or trace.end:
+            return
+        if not self.traces.send(trace.ended(outputs)):
+            metrics().traces_lost.inc()
 
     def _authorise(self, authorization: str | None) -> None:
         given = (authorization or "").removeprefix("Bearer ").strip().encode()
@@ -394,16 +325,20 @@ class Api:
                 code="invalid_api_key",
             )
 
-    async def _check(self, body: ImagesRequest) -> None:
-        if body.model not in self.models:
-            raise Refused(
-                404,
-                f"model {body.model!r} is not served here; {', '.join(repr(name) for name in self.models if name)} is",
-                param="model",
-                code="model_not_found",
-            )
+    def _model(self, body: ImagesRequest) -> tuple[Served, str | None]:
+        """The model that a request names, and in which style."""
+        name = next(iter(self.served)) if body.model is None else body.model
+        if name not in self.names:
+            known = ", ".join(repr(name) for name in self.names)
+            raise Refused(404, f"model {name!r} is not served here; {known} is", param="model", code="model_not_found")
+        model, style = self.names[name]
+        return self.served[model], style
+
+    def _check(self, body: ImagesRequest) -> None:
         if body.stream and body.n != 1:
             raise Refused(400, f"n: a stream shows one picture, not {body.n}", param="n")
+        if self.denied.found(body.prompt) is not None:
+            raise blocked("the prompt has a word or phrase that this server refuses")
 
     def _keep(self, png: bytes) -> str:
         name = secrets.token_urlsafe(24)

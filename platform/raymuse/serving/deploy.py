@@ -1,6 +1,7 @@
 """`raymuse serve`: the model behind HTTP, in the foreground, until Ctrl-C."""
 
 import os
+import re
 import socket
 import time
 from collections.abc import Sequence
@@ -11,12 +12,14 @@ from ray import serve as ray_serve
 from ray.serve import Application
 
 from raymuse.config.errors import UserError
-from raymuse.config.generate import ServeConfig
+from raymuse.config.generate import ServeConfig, ServedModel
 from raymuse.config.load import from_values
 from raymuse.pipeline import Pipeline
-from raymuse.serving.api import Api
-from raymuse.serving.generator import deployed, most_pictures
+from raymuse.serving.api import Api, ServedAs
+from raymuse.serving.checker import open_checker
 from raymuse.serving.instance import leave_serve, serves_http, start_http
+from raymuse.serving.replicas import most_pictures, served
+from raymuse.storage.prompts import DenyList
 
 APPLICATION = "raymuse"
 
@@ -31,22 +34,50 @@ def serve(config: ServeConfig) -> None:
     keys = api_keys(config)
     if not keys and config.host not in ("127.0.0.1", "localhost", "::1"):
         raise UserError(f"listening on {config.host} needs an API key: set api_key_file or RAYMUSE_API_KEY.")
-    Pipeline.load(
-        config.model, lora={**config.adapters, **dict.fromkeys(config.styles.values(), 1.0)}
-    )  # a broken folder shows here, with its sentence, before anything is deployed
+    require_models(config)
     if not serves_http(config.host, port):
         require_free_port(config.host, port)
         start_http(config.host, port)
     deploy_api(config, keys)
     since = ray_serve.status().applications[APPLICATION].last_deployed_time_s
     try:
-        print(f"serving {config.model}\n  http://{config.host}:{port}/docs", flush=True)
+        if config.checker is None:
+            print("pictures are not looked at before they are answered: checker=... has them checked", flush=True)
+        for name, model in models_of(config).items():
+            print(f"serving {name}: {model.model}", flush=True)
+        print(f"  http://{config.host}:{port}/docs", flush=True)
         while True:
             time.sleep(1)
     finally:
         now = ray_serve.status().applications.get(APPLICATION)
         if now is not None and now.last_deployed_time_s == since:  # else another `raymuse serve` has taken it over
             leave_serve(APPLICATION)
+
+
+def models_of(config: ServeConfig) -> dict[str, ServedModel]:
+    """The models by their names, the first being the one that requests get who name none.
+
+    Raises:
+        UserError: a folder's name is no name for a model, or another's.
+    """
+    name = config.name or Path(config.model).resolve().name
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise UserError(f"{config.model}: {name!r} is no name that clients can ask for: give one with name=...")
+    if name in config.models:
+        raise UserError(f"two models are called {name!r}: give the first another name with name=...")
+    return {name: config, **config.models}
+
+
+def require_models(config: ServeConfig) -> None:
+    """Open all that is to be served once, so that what is wrong shows here, before anything is deployed.
+
+    Raises:
+        UserError: for what cannot be opened.
+    """
+    for model in models_of(config).values():
+        Pipeline.load(model.model, lora={**model.adapters, **dict.fromkeys(model.styles.values(), 1.0)})
+    open_checker(config)
+    DenyList.read(config.deny)
 
 
 def application(values: dict[str, Any]) -> Application:
@@ -73,12 +104,18 @@ def deploy_api(config: ServeConfig, keys: Sequence[str]) -> None:
 
 def bound_api(config: ServeConfig, keys: Sequence[str]) -> Application:
     """The API with its generator, not yet deployed."""
-    most, name = most_pictures(config), Path(config.model).resolve().name
+    models = models_of(config)
+    most = {name: most_pictures(model) for name, model in models.items()}
+    told = {name: ServedAs(most[name], tuple(model.styles)) for name, model in models.items()}
+    first, *others = models
+    # The first keeps its deployment's name, whatever it is called: an update then takes its place without a gap.
+    names = {first: "Generator", **{name: f"Generator-{name}" for name in others}}
     api = Api.options(  # type: ignore[attr-defined]
-        max_ongoing_requests=2 * most + 64,  # so that 429 is answered at once
+        max_ongoing_requests=2 * sum(most.values()) + 64,  # so that 429 is answered at once
         graceful_shutdown_timeout_s=config.deadline + 5,
     )
-    bound: Application = api.bind(deployed(config), name, [*config.styles], keys, most, config.deadline)
+    generators = [served(config, model, names[name]) for name, model in models.items()]
+    bound: Application = api.bind(told, keys, config.deadline, DenyList.read(config.deny), config.traces, *generators)
     return bound
 
 

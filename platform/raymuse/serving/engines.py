@@ -5,21 +5,38 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError
 
 from raymuse.clusters.placement import place
 from raymuse.config.generate import GenerateConfig
-from raymuse.serving.generator import Drawing, DrawRequest, GeneratorActor, deployed, placed
+from raymuse.serving.generator import Drawing, DrawRequest, GeneratorActor
 from raymuse.serving.instance import join_serve
+from raymuse.serving.limit import Limit
+from raymuse.serving.replicas import deployed, placed
 
-Engine = Callable[[list[DrawRequest]], list[Drawing | Exception]]
-"""Draws some pictures together and waits for them; many threads may ask at once. One that the model cannot draw comes
-back as the reason."""
+
+@dataclass(frozen=True)
+class Engine:
+    """Who draws.
+
+    Attributes:
+        draw: some pictures together, and waits for them; many threads may ask at once. One that the model cannot draw
+            comes back as the reason.
+        limit: what a picture costs and a replica can do, given its operations a second, or None to measure them.
+    """
+
+    draw: Callable[[list[DrawRequest]], list[Drawing | Exception]]
+    limit: Callable[[float | None], Limit]
+
 
 TRIES = 5
+LOST = (RayActorError, ObjectLostError, NodeDiedError)
+"""What a replica's end looks like to whoever waits for it: itself gone, or its answer, which lay on its node."""
 
 
 @contextmanager
@@ -29,8 +46,8 @@ def engine(config: GenerateConfig, name: str) -> Iterator[Engine]:
     Args:
         name: of the Serve application, which no other job may have.
     """
-    with (serve_engine if config.engine == "serve" else actor_engine)(config, name) as draw:
-        yield draw
+    with (serve_engine if config.engine == "serve" else actor_engine)(config, name) as drawing:
+        yield drawing
 
 
 @contextmanager
@@ -39,7 +56,10 @@ def serve_engine(config: GenerateConfig, name: str) -> Iterator[Engine]:
     join_serve()
     handle = serve.run(deployed(config), name=name, route_prefix=None)
     try:
-        yield lambda requests: list(handle.draw_batch.remote(requests).result())
+        yield Engine(
+            lambda requests: list(handle.draw_batch.remote(requests).result()),
+            lambda peak: cast(Limit, handle.limit.remote(peak).result()),
+        )
     finally:
         serve.delete(name)
 
@@ -57,7 +77,7 @@ def actor_engine(config: GenerateConfig, name: str) -> Iterator[Engine]:
         max_restarts=-1,
         max_task_retries=-1,
     )
-    actors = [actor.remote(*placed(config)) for _ in range(config.replicas)]
+    actors = [actor.remote(*placed(config, config)) for _ in range(config.replicas)]
     asked, lock = [0] * len(actors), threading.Lock()
 
     def draw(requests: list[DrawRequest]) -> list[Drawing | Exception]:
@@ -72,20 +92,20 @@ def actor_engine(config: GenerateConfig, name: str) -> Iterator[Engine]:
 
     try:
         ray.get([one.describe.remote() for one in actors])  # one that cannot begin fails the job, not its pictures
-        yield draw
+        yield Engine(draw, lambda peak: cast(Limit, ray.get(actors[0].limit.remote(peak))))
     finally:
         for one in actors:
             with contextlib.suppress(RayActorError):
                 ray.kill(one)
 
 
-def ask(draw: Engine, requests: list[DrawRequest]) -> Sequence[Drawing | Exception]:
+def ask(engine: Engine, requests: list[DrawRequest]) -> Sequence[Drawing | Exception]:
     """Have a batch drawn, again where it met a dying replica; one that goes on failing is asked for one by one."""
     failure: Exception
     for attempt in range(TRIES):
         try:
-            return draw(requests)
-        except RayActorError as error:
+            return engine.draw(requests)
+        except LOST as error:
             failure = error
             time.sleep(0.5 * 2**attempt)
         except Exception as error:
@@ -93,4 +113,4 @@ def ask(draw: Engine, requests: list[DrawRequest]) -> Sequence[Drawing | Excepti
             break
     if len(requests) == 1:
         return [failure]
-    return [answer for request in requests for answer in ask(draw, [request])]
+    return [answer for request in requests for answer in ask(engine, [request])]

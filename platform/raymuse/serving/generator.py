@@ -4,23 +4,22 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from ray import serve
 
-from raymuse.clusters.placement import place
 from raymuse.config.edit import STRENGTH, Task
 from raymuse.config.errors import UserError
-from raymuse.config.generate import GenerateConfig, ServeConfig
+from raymuse.config.generate import CheckingConfig
 from raymuse.config.sampling import Options
 from raymuse.drawing.drawer import Drawer
 from raymuse.drawing.scheduler import Picture, Ticket
 from raymuse.drawing.tasks import Ids, Request
 from raymuse.pipeline import Pipeline
-from raymuse.serving.instance import QUIET
+from raymuse.serving.checker import open_checker
+from raymuse.serving.limit import Limit, measure
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,15 @@ class DrawRequest:
 
 @dataclass(frozen=True)
 class Drawing:
-    """One drawn picture, uint8 (H, W, 3), and the base's own."""
+    """One drawn picture, uint8 (H, W, 3), and the base's own.
+
+    Attributes:
+        refused: why the checker says that nobody may get it.
+    """
 
     pixels: NDArray[np.uint8]
     base_pixels: NDArray[np.uint8]
+    refused: str | None = None
 
 
 class GeneratorActor:
@@ -96,6 +100,7 @@ class GeneratorActor:
         device: "cpu" or "cuda".
         styles: LoRAs by name, of which requests may name one.
         most_styles: how many of them, with their scales, are held at a time.
+        checking: who looks at what is drawn.
     """
 
     def __init__(
@@ -107,8 +112,10 @@ class GeneratorActor:
         device: str,
         styles: dict[str, str],
         most_styles: int,
+        checking: CheckingConfig,
     ) -> None:
         self.pipeline = Pipeline.load(model, device=device, batch_size=batch_size, lora=lora)
+        self._check = open_checker(checking, device)
         self.styles, self.most_styles = styles, most_styles
         self._plain = Studio(self.pipeline, drawers)
         self._styled: OrderedDict[tuple[str, float], Studio] = OrderedDict()
@@ -118,7 +125,7 @@ class GeneratorActor:
         """Draw one picture for someone who waits: it is begun before those that are not urgent."""
         async with self._studio(request) as studio:
             asked = await asyncio.to_thread(request.of, studio.pipeline)
-            return (await studio.draw([Ticket(asked, urgent=True)]))[0]
+            return (await self._checked(await studio.draw([Ticket(asked, urgent=True)])))[0]
 
     async def draw_batch(self, requests: list[DrawRequest]) -> list[Drawing | Exception]:
         """Draw the pictures of a batch job, without styles; `batch_size` of them cost what one does.
@@ -126,11 +133,16 @@ class GeneratorActor:
         What the model cannot draw comes back as its UserError, in its place.
         """
         asked = await asyncio.to_thread(_asked, self.pipeline, requests)
-        drawn = iter(await self._plain.draw([Ticket(one) for one in asked if not isinstance(one, UserError)]))
+        tickets = [Ticket(one) for one in asked if not isinstance(one, UserError)]
+        drawn = iter(await self._checked(await self._plain.draw(tickets)))
         return [one if isinstance(one, UserError) else next(drawn) for one in asked]
 
     async def draw_stream(self, request: DrawRequest, partials: int) -> AsyncIterator[NDArray[np.uint8] | Drawing]:
-        """The picture after so many of its steps, evenly spread, grey where nothing is known; then the whole one."""
+        """The picture after so many of its steps, evenly spread, grey where nothing is known; then the whole one.
+
+        With a checker there is the whole one alone: half a picture cannot be judged.
+        """
+        partials = 0 if self._check is not None else partials
         async with self._studio(request) as studio:
             asked = await asyncio.to_thread(request.of, studio.pipeline)
             loop, shown = asyncio.get_running_loop(), asyncio.Queue[Ids | None]()
@@ -148,7 +160,7 @@ class GeneratorActor:
             try:
                 while (ids := await shown.get()) is not None:
                     yield await asyncio.to_thread(studio.pipeline.preview, ids)
-                yield (await drawing)[0]
+                yield (await self._checked(await drawing))[0]
             finally:
                 drawing.cancel()
 
@@ -156,6 +168,16 @@ class GeneratorActor:
         """Sides of the pictures, pixels, and how many pictures are asked for and not done."""
         settings, load = self.pipeline.settings, sum(studio.load for studio in (self._plain, *self._styled.values()))
         return {"size": settings.size, "base_size": settings.base_size, "load": load}
+
+    async def limit(self, peak: float | None) -> Limit:
+        """What a picture costs, and what this replica's hardware can do: `peak`, or as measured."""
+        return await asyncio.to_thread(measure, self.pipeline, len(self._plain.drawers), peak)
+
+    async def _checked(self, drawn: list[Drawing]) -> list[Drawing]:
+        """The same, those that the checker refuses with its reason."""
+        if (check := self._check) is None:
+            return drawn
+        return await asyncio.to_thread(lambda: [replace(one, refused=check(one.pixels)) for one in drawn])
 
     @asynccontextmanager
     async def _studio(self, request: DrawRequest) -> AsyncIterator["Studio"]:
@@ -227,53 +249,3 @@ def _asked(pipeline: Pipeline, requests: list[DrawRequest]) -> list[Request | Us
         except UserError as error:
             asked.append(error)
     return asked
-
-
-Generator = serve.deployment(GeneratorActor, name="Generator", logging_config=QUIET)
-
-
-def deployed(config: GenerateConfig | ServeConfig) -> serve.Application:
-    """The generator as a Serve application. It lets in whatever comes: who asks bounds how much that is."""
-    cpus, gpus = config.cpus_per_replica, config.gpus_per_replica
-    drawers = batches_at_a_time(cpus, gpus)
-    options: dict[str, Any] = {"num_replicas": config.replicas}
-    if isinstance(config, ServeConfig) and config.max_replicas is not None:
-        rows = config.batch_size * drawers
-        options = {
-            "autoscaling_config": {
-                "min_replicas": config.replicas,
-                "max_replicas": config.max_replicas,
-                "target_ongoing_requests": rows,
-            }
-        }
-    generator = Generator.options(
-        # Requests wait at the replica, where they meet to a batch: Serve's router lets them in a few a second.
-        max_ongoing_requests=most_pictures(config) + 1,
-        health_check_period_s=2,  # a lost replica is noticed in seconds, not half a minute
-        graceful_shutdown_wait_loop_s=0.1,  # who stops it has all answers
-        graceful_shutdown_timeout_s=config.deadline + 5 if isinstance(config, ServeConfig) else 20,
-        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus, "label_selector": place("draw", gpus)},
-        **options,
-    )
-    return generator.bind(*placed(config))
-
-
-def placed(config: GenerateConfig | ServeConfig) -> tuple[Any, ...]:
-    """The arguments of a `GeneratorActor`."""
-    cpus, gpus = config.cpus_per_replica, config.gpus_per_replica
-    styles, most = (config.styles, config.most_styles) if isinstance(config, ServeConfig) else ({}, 1)
-    drawers, device = batches_at_a_time(cpus, gpus), "cuda" if gpus else "cpu"
-    return config.model, config.adapters, config.batch_size, drawers, device, styles, most
-
-
-def most_pictures(config: GenerateConfig | ServeConfig) -> int:
-    """Pictures, or batches of them, that are on their way at a time: two batches a drawer, or those that may wait."""
-    rows = config.batch_size * batches_at_a_time(config.cpus_per_replica, config.gpus_per_replica)
-    if isinstance(config, GenerateConfig):
-        return 2 * rows
-    return rows * (config.max_replicas or config.replicas) + config.max_queue
-
-
-def batches_at_a_time(cpus: float, gpus: float) -> int:
-    """Batches that a replica draws at a time: one a core, or one on its GPU."""
-    return 1 if gpus else max(1, int(cpus))

@@ -96,6 +96,15 @@ class EditRequest(ImagesRequest):
     sides: str = Field("0,0,0,0", pattern=r"^\d{1,4}(,\d{1,4}){3}$", description="outpaint: left,top,right,bottom")
 
 
+def body_of(kind: type[ImagesRequest], content_type: str) -> dict[str, Any]:
+    """What the OpenAPI page says of a request's body, which is read by hand: a key is asked for before."""
+    schema = kind.model_json_schema()
+    if content_type == "multipart/form-data":
+        files = {name: {"type": "string", "format": "binary"} for name in ("image", "mask")}
+        schema |= {"properties": {**files, **schema["properties"]}, "required": ["image", *schema["required"]]}
+    return {"requestBody": {"required": True, "content": {content_type: {"schema": schema}}}}
+
+
 def read_upload(content: bytes, name: str) -> Image.Image:
     """An uploaded picture, which came in the field `name`.
 

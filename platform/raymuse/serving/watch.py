@@ -6,11 +6,9 @@ import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from ray.serve.context import _get_serve_request_context
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from raymuse.serving.protocol import Refused
-
+LONGEST_ID = 200  # characters of a client's own that are told on
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -24,6 +22,8 @@ class Metrics:
             "raymuse_request_seconds", "to the end of the answer", ["path"], buckets=SECONDS, registry=self.registry
         )
         self.pictures = Counter("raymuse_pictures", "pictures drawn", registry=self.registry)
+        self.refused = Counter("raymuse_pictures_refused", "pictures that the checker refused", registry=self.registry)
+        self.traces_lost = Counter("raymuse_traces_lost", "traces that MLflow never got", registry=self.registry)
         self.in_flight = Gauge("raymuse_pictures_in_flight", "pictures asked for, not done", registry=self.registry)
 
     def text(self) -> bytes:
@@ -32,18 +32,14 @@ class Metrics:
 
 
 class Watched:
-    """Bounds every request's body, counts it and prints a line of it: never its key, nor its prompt.
-
-    The line has the id that Serve gives a request, the client's own `X-Request-Id` where it sends one, and that the
-    answer repeats.
+    """Counts every request and prints a line of it: never its key, nor its prompt.
 
     Args:
         paths: those that are counted each; the others are counted together.
-        most: bytes of a body.
     """
 
-    def __init__(self, app: ASGIApp, paths: frozenset[str], most: int) -> None:
-        self.app, self.metrics, self.paths, self.most = app, metrics(), paths, most
+    def __init__(self, app: ASGIApp, paths: frozenset[str]) -> None:
+        self.app, self.metrics, self.paths = app, metrics(), paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -59,10 +55,7 @@ class Watched:
             await send(message)
 
         try:
-            answer: ASGIApp = self.app
-            if (refused := self._too_long(dict(scope["headers"]))) is not None:
-                answer = JSONResponse(refused.body, refused.status)
-            await answer(scope, receive, sending)
+            await self.app(scope, receive, sending)
         except Exception:
             status = 500
             raise
@@ -70,21 +63,13 @@ class Watched:
             seconds = time.perf_counter() - began
             self.metrics.requests.labels(path, status).inc()
             self.metrics.seconds.labels(path).observe(seconds)
-            line = {
-                "request_id": _get_serve_request_context().request_id,
-                "method": scope["method"],
-                "path": path,
-                "status": status,
-            }
+            line = {"request_id": request_id(), "method": scope["method"], "path": path, "status": status}
             print(json.dumps({**line, "seconds": round(seconds, 4)}), flush=True)
 
-    def _too_long(self, headers: dict[bytes, bytes]) -> Refused | None:
-        length = headers.get(b"content-length", b"")
-        if b"transfer-encoding" in headers:
-            return Refused(411, "the body has no Content-Length: send it in one piece")
-        if length.isdigit() and int(length) > self.most:
-            return Refused(413, f"a body of {int(length)} bytes: {self.most} are the limit")
-        return None
+
+def request_id() -> str:
+    """The id that Serve gives a request, or the client's own `X-Request-Id`; the answer repeats it."""
+    return str(_get_serve_request_context().request_id)[:LONGEST_ID]
 
 
 @functools.cache

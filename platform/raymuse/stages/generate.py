@@ -9,7 +9,6 @@ import hashlib
 import io
 import itertools
 import json
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,12 +24,18 @@ from PIL import Image
 from raymuse.config.edit import STRENGTH
 from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.generate import GenerateConfig
+from raymuse.config.sampling import SamplingConfig
 from raymuse.drawing.inputs import read_mask
 from raymuse.drawing.model_folder import model_sha256
 from raymuse.encoding.pictures import decode
+from raymuse.masking import guidance_scales
 from raymuse.pipeline import Pipeline, image_seed
+from raymuse.serving.checker import checker_facts, open_checker
 from raymuse.serving.engines import Engine, ask, engine
-from raymuse.serving.generator import Drawing, DrawRequest, Editing, batches_at_a_time
+from raymuse.serving.generator import Drawing, DrawRequest, Editing
+from raymuse.serving.limit import Limit
+from raymuse.serving.progress import Done, Progress
+from raymuse.serving.replicas import batches_at_a_time
 from raymuse.storage.batch_check import PLAN
 from raymuse.storage.contact_sheet import Entry, sheet_html, sheet_png
 from raymuse.storage.folder import Folder
@@ -44,6 +49,7 @@ from raymuse.storage.webdataset_writer import write_tar
 from raymuse.tracking.run import Run
 
 SHEET_PICTURES = 36
+MEASURED_FROM = 200  # pictures of a job that is held against its hardware's limit
 
 
 @dataclass(frozen=True)
@@ -84,18 +90,22 @@ def generate(config: GenerateConfig, run: Run) -> str:
     facts = {"model_sha256": model_sha256(config.model, config.adapters), "prompts": asked.sha256}
     if config.deny is not None:
         facts["denied"] = hashlib.sha256(repr(DenyList.read(config.deny)).encode()).hexdigest()
+    open_checker(config)  # what is wrong with it shows here, before anything is drawn
+    facts |= checker_facts(config)
     manifest = Manifest.open(config.output, {**config.identity(), **facts})
     if not manifest.finished:
         manifest.folder.write(PLAN, json.dumps({"pictures": asked.pictures}).encode())
         run.params({**config.model_dump(mode="json"), **facts})
         sampling = Pipeline.load(config.model, lora=config.adapters).settings.base
+        if config.checker is None:
+            print("pictures are not looked at before they are written: checker=... has them checked", flush=True)
         rest: dict[str, Any] = {
             "steps": sampling.steps,
             "guidance": sampling.guidance,
             "temperature": sampling.temperature,
         }
         rest |= {"model": facts["model_sha256"][:16], "batch_size": config.batch_size}
-        _draw_pending(manifest, asked.pictures, config, rest, run)
+        _draw_pending(manifest, asked.pictures, config, rest, sampling, run)
         _write_table(manifest)
         _write_sheets(manifest, run)
         manifest.finish(**facts)
@@ -153,7 +163,9 @@ def _seed(prompt: Prompt, sample: int, config: GenerateConfig) -> int:
     return own if sample == 0 else image_seed(own, 0, sample)
 
 
-def _draw_pending(manifest: Manifest, pictures: int, config: GenerateConfig, facts: dict[str, Any], run: Run) -> None:
+def _draw_pending(
+    manifest: Manifest, pictures: int, config: GenerateConfig, facts: dict[str, Any], sampling: SamplingConfig, run: Run
+) -> None:
     """Draw the missing parts, a few on their way at a time, recording each as it is written."""
     left = pictures - sum(part.rows + part.rejects for part in manifest.done.values())
     if left == 0:
@@ -161,16 +173,26 @@ def _draw_pending(manifest: Manifest, pictures: int, config: GenerateConfig, fac
     plan = plan_parts(read_prompts(config.prompts), config)
     missing = ((part, wanted) for part, wanted in plan if part not in manifest.done)
     name = f"raymuse-generate-{hashlib.sha256(manifest.folder.address.encode()).hexdigest()[:8]}"
-    with engine(config, name) as draw:
-        began, drawn = time.perf_counter(), 0
-        for record in _Job(draw, config, facts).records(missing):
+    with engine(config, name) as drawing:
+        progress = Progress(left, config.replicas, _limit(drawing, config, left, run), run)
+        for record, passes in _Job(drawing, config, facts, sampling).records(missing):
             manifest.record(record)
-            drawn += record.rows
-            left -= record.rows + record.rejects
-            rate = drawn / (time.perf_counter() - began)
-            run.metrics({"pictures": drawn, "pictures_per_second": rate, "queue": left}, len(manifest.done))
-            seconds = left / max(rate, 1e-9)
-            print(f"{drawn} pictures  {record.rejects} failed  {rate:.1f} pictures/s  {seconds:.0f} s left", flush=True)
+            progress.add(Done(record.rows, record.rejects, passes), len(manifest.done))
+
+
+def _limit(drawing: Engine, config: GenerateConfig, left: int, run: Run) -> Limit | None:
+    """What the hardware could do; None for a job that ends sooner than it is measured."""
+    if left < MEASURED_FROM:
+        return None
+    limit = drawing.limit(None if config.peak_tflops is None else config.peak_tflops * 1e12)
+    how = "measured with a product of fp32 matrices" if config.peak_tflops is None else "as given"
+    print(
+        f"a replica can do {limit.peak / 1e12:.3g} TFLOP/s ({how}), a picture takes {limit.first / 1e9:.3g} GFLOP and "
+        f"{limit.further / 1e9:.3g} more a pass of the base",
+        flush=True,
+    )
+    run.params({"limit.peak_flops": limit.peak, "limit.first_flops": limit.first, "limit.pass_flops": limit.further})
+    return limit
 
 
 class _Job:
@@ -178,18 +200,24 @@ class _Job:
 
     Args:
         facts: what all rows have in common.
+        sampling: the model's own.
     """
 
-    def __init__(self, draw: Engine, config: GenerateConfig, facts: dict[str, Any]) -> None:
-        self.draw, self.config, self.facts = draw, config, facts
+    def __init__(
+        self, drawing: Engine, config: GenerateConfig, facts: dict[str, Any], sampling: SamplingConfig
+    ) -> None:
+        self.drawing, self.config, self.facts, self.sampling = drawing, config, facts, sampling
         self.denied = DenyList.read(config.deny)
         # Two with the replicas for each that they draw at a time: the next is at hand, and Serve's router never has to
         # make one wait. Where it has to, it tries again after half a second, and replicas draw a few pictures a batch.
         batches = batches_at_a_time(config.cpus_per_replica, config.gpus_per_replica)
         self.pool = ThreadPoolExecutor(2 * config.replicas * batches)
 
-    def records(self, missing: Iterable[tuple[str, list[Wanted]]]) -> Iterator[PartRecord]:
-        """In the order of the parts; while one is written the next are drawn, `in_flight` in all."""
+    def records(self, missing: Iterable[tuple[str, list[Wanted]]]) -> Iterator[tuple[PartRecord, int]]:
+        """In the order of the parts; while one is written the next are drawn, `in_flight` in all.
+
+        With each how often its pictures asked the base's network.
+        """
         begun: deque[_Begun] = deque()
         try:
             for part, wanted in missing:
@@ -216,7 +244,7 @@ class _Job:
             except (Unreadable, UserError) as fault:
                 requests.append(fault)
         good = [request for request in requests if isinstance(request, DrawRequest)]
-        answers = iter(ask(self.draw, good) if good else [])
+        answers = iter(ask(self.drawing, good) if good else [])
         return [request if isinstance(request, Exception) else next(answers) for request in requests]
 
     def _request(self, one: Wanted) -> DrawRequest:
@@ -246,19 +274,27 @@ class _Job:
         asked, names = prompt.asked, ("negative", "steps", "guidance", "temperature")
         return {name: getattr(self.config, name) if (own := getattr(asked, name)) is None else own for name in names}
 
-    def _finish(self, begun: _Begun) -> PartRecord:
+    def _passes(self, prompt: Prompt) -> int:
+        """How often a picture asks the base's network: once a step, twice with guidance."""
+        said = {name: value for name, value in self._options(prompt).items() if value is not None}
+        steps, guidance = (said.get(name, getattr(self.sampling, name)) for name in ("steps", "guidance"))
+        scales = guidance_scales(guidance, steps, self.sampling.guidance_schedule, self.sampling.guidance_span)
+        return sum(1 if scale == 1 else 2 for scale in scales)
+
+    def _finish(self, begun: _Begun) -> tuple[PartRecord, int]:
         """Wait for a part's pictures and have them written."""
-        answers = [answer for batch in begun.batches for answer in batch.result()]
-        rows, drawings, rejects = [], [], []
+        answers = [_judged(answer) for batch in begun.batches for answer in batch.result()]
+        rows, drawings, rejects, passes = [], [], [], 0
         for one, answer in zip(begun.wanted, answers, strict=True):
             if isinstance(answer, Exception):
                 rejects.append(Reject(self.config.prompts, one.key, *_fault(answer)))
                 continue
+            passes += self._passes(one.prompt)
             rows.append(self._row(one, answer, begun.part))
             drawings.append(answer)
         address, keep_base = self.config.output, self.config.keep_base
         record: PartRecord = ray.get(_write_part.remote(address, begun.part, rows, drawings, rejects, keep_base))
-        return record
+        return record, passes
 
     def _row(self, one: Wanted, drawing: Drawing, part: str) -> PictureRow:
         height, width = drawing.pixels.shape[:2]
@@ -276,6 +312,13 @@ class _Job:
             task=one.prompt.asked.what or "",
             **{**self.facts, **options},
         )
+
+
+def _judged(answer: Drawing | Exception) -> Drawing | Exception:
+    """The drawing, or why nobody may have it."""
+    if isinstance(answer, Drawing) and answer.refused is not None:
+        return Unreadable(Reason.REFUSED_PICTURE, answer.refused)
+    return answer
 
 
 def _fault(error: Exception) -> tuple[Reason, str]:

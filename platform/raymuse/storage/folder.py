@@ -1,6 +1,7 @@
 """A folder, local or behind fsspec, whose files appear whole or not at all."""
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -12,6 +13,8 @@ from typing import Any, BinaryIO, cast
 import fsspec
 
 from raymuse.config.errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,11 @@ class Folder:
             self._filesystem().put_file(str(Path(scratch, "file")), self._path(name))
 
     def write_local(self, name: str, fill: Callable[[Path], object], *, durable: bool = True) -> Path:
-        """Let `fill` write a temporary file on the local disk, then move it into place."""
+        """Let `fill` write a temporary file on the local disk, then move it into place.
+
+        Raises:
+            UserError: the disk is full, or the user's share of it. Nothing of the file stays behind.
+        """
         if self.local is None:
             raise UserError(f"{self.address} is not on this machine's disk, which this stage needs.")
         final = self.local / name
@@ -127,6 +134,13 @@ class Folder:
             if durable:
                 _sync(partial)
             partial.rename(final)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise UserError(
+                f"there is no room left for {final} ({os.strerror(error.errno)}). Make room there and run the same "
+                "command again: what is finished is kept."
+            ) from error
         finally:
             partial.unlink(missing_ok=True)
         if durable:

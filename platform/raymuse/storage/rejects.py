@@ -29,6 +29,7 @@ class Reason(StrEnum):
     EMPTY_PROMPT = "empty_prompt"
     BAD_PARAMETER = "bad_parameter"  # a prompt's row asks for what cannot be, such as 0 steps
     DENIED = "denied"  # the prompt has a phrase of the job's deny list
+    REFUSED_PICTURE = "refused_picture"  # the job's checker refuses what was drawn
     GENERATION_FAILED = "generation_failed"  # the model failed on it; a full queue or a lost replica is tried again
     NOT_FINITE = "not_finite"  # an encoder says infinity or not-a-number of it, or more than float16 can hold
 
