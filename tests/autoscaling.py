@@ -13,6 +13,7 @@ import yaml
 from heads import ROOT, Grows
 
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+HEAD = "ray.head.default"  # what the provider says that its head is
 HEAD_ID = "f" * 51 + "00000"
 IDLE_SECONDS = 8
 # What the machines are taken to have: work that asks for more than 2 CPUs fits on a trainer alone.
@@ -48,9 +49,10 @@ def _config(address: str, version: int) -> dict[str, Any]:
         "upscaling_speed": ours["upscaling_speed"],
         "idle_timeout_minutes": IDLE_SECONDS / 60,
         "provider": provider,
-        "head_node_type": ours["head_node_type"],
+        "head_node_type": HEAD,
         "available_node_types": {
-            name: _node_type(name, kind, ours["head_node_type"]) for name, kind in ours["available_node_types"].items()
+            HEAD if name == ours["head_node_type"] else name: _node_type(name, kind)
+            for name, kind in ours["available_node_types"].items()
         },
         "auth": {},
         "docker": {},
@@ -60,9 +62,9 @@ def _config(address: str, version: int) -> dict[str, Any]:
     }
 
 
-def _node_type(name: str, kind: dict[str, Any], head: str) -> dict[str, Any]:
+def _node_type(name: str, kind: dict[str, Any]) -> dict[str, Any]:
     """A node type of ours without its machine; at most two nodes of it fit on this one."""
-    if name == head:
+    if name not in RESOURCES:
         return {"resources": kind["resources"], "node_config": {}, "max_workers": 0}
     resources = RESOURCES[name] | {"object_store_memory": 100 * 2**20}
     limits = {"min_workers": kind["min_workers"], "max_workers": min(2, kind["max_workers"])}

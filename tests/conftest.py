@@ -14,7 +14,7 @@ os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray spells it so
 # Files go to the processes one by one, these first: none that takes long must be the last one running.
 LONGEST = ("test_flow", "test_pretokenize", "test_train_stage", "test_generate", "test_tracking", "test_remote")
 LONGEST += ("test_training", "test_optimizers", "test_serving", "test_score", "test_judge", "test_jobs", "test_engine")
-LONGEST += ("test_clusters", "test_cli", "test_data_stage")
+LONGEST += ("test_autoscaling", "test_clusters", "test_cli", "test_data_stage")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -10,7 +10,9 @@ from processes import wait_until
 from raymuse.cli.app import main
 
 
-def test_a_job_makes_a_node_appear_and_idle_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_makes_a_node_appear_and_idle_it_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "data"
     with running_head(num_cpus=0, grows=grows_like_aws(version=2)) as head:
         for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
@@ -21,4 +23,5 @@ def test_a_job_makes_a_node_appear_and_idle_it_goes(tmp_path: Path, monkeypatch:
         assert main([*words, "--address", head.address]) == 0
         assert (output / "_SUCCESS").exists()
         assert set(head.nodes()) == {"decoders"}
+        assert "Adding 1 node(s) of type decoders." in capfd.readouterr().out
         wait_until(lambda: head.nodes() == [], 60)

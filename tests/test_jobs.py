@@ -187,6 +187,14 @@ def test_each_refusal_is_a_sentence(
     assert head.token not in repr(server)
 
 
+def test_the_doctor_looks_at_the_cluster(head: Head, server: JobServer, mlflow: Server, said: Cli) -> None:
+    text = said("doctor", "--address", head.address, "--mlflow", mlflow.uri)
+    assert f"ok       cluster       Ray {server.ray_version} at {head.address}, 1 nodes with 4 CPUs" in text
+    assert f"ok       mlflow        {mlflow.uri} runs" in text
+    assert "within 1 s of the cluster's" in text
+    assert "has 0.2 GiB: stages pass pictures through it" in text
+
+
 def test_the_token_is_nowhere_to_be_read(head: Head, mlflow: Server, server: JobServer, tmp_path: Path) -> None:
     """After all the jobs above; the files of the head's folder hold its logs and the jobs' packages."""
     token, place = head.token.encode(), Path(head.environment["RAY_AUTH_TOKEN_PATH"])

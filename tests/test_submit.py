@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.job_submission import JobDetails
 
 from raymuse.cli.app import main
 from raymuse.cli.submit import job_config
@@ -18,6 +19,7 @@ from raymuse.clusters.token import find_token
 from raymuse.config.errors import UserError
 from raymuse.config.load import load
 from raymuse.submit import package as packaging
+from raymuse.submit.jobs import _verdict
 from raymuse.submit.order import Order, check, entry_resources, keep, kept, pinned, runtime_env
 from raymuse.submit.package import gather
 from raymuse.submit.pipeline import check_stages, section_changes
@@ -164,6 +166,26 @@ def test_a_pipelines_changes_go_to_their_stages() -> None:
         check_stages(["bsae"])
     with pytest.raises(UserError, match="name each key"):
         section_changes(["base={steps: 3}"], "base", "/w")
+
+
+@pytest.mark.parametrize(
+    ("status", "driver", "code", "told"),
+    [
+        ("SUCCEEDED", 0, 0, ""),
+        ("FAILED", 3, 3, "job it: FAILED. exit code 3"),
+        ("FAILED", -9, 137, "job it: FAILED. exit code 3"),
+        ("FAILED", None, 1, "job it: FAILED. exit code 3, last available logs:\nmore"),
+        ("STOPPED", None, 143, "job it: STOPPED. exit code 3, last available logs:\nmore"),
+    ],
+)
+def test_a_jobs_end_becomes_an_exit_code(status: str, driver: int | None, code: int, told: str) -> None:
+    message = "exit code 3, last available logs:\nmore"
+    details = JobDetails(
+        type="SUBMISSION", entrypoint="x", status=status, submission_id="it", driver_exit_code=driver, message=message
+    )
+    said: list[str] = []
+    assert _verdict(details, said.append) == code
+    assert "".join(said) == told
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from raymuse.clusters.jobserver import JobServer, Unreachable
 from raymuse.config.base import Config
 from raymuse.config.errors import UserError
 from raymuse.config.flow import FlowConfig
-from raymuse.submit.order import Order, check, entry_resources, keep, runtime_env
+from raymuse.submit.order import Order, check, entry_resources, keep, runtime_env, storage
 from raymuse.submit.package import Package, commit, digest, gather, mib
 from raymuse.tracking.run import PENDING, Run, open_run
 
@@ -129,16 +129,16 @@ def experiment(config: Config) -> str:
     return config.name if isinstance(config, FlowConfig) else "raymuse"
 
 
-def run_key(name: str, part: str = "") -> str:
-    """Under which a job's run is found again, whoever submits it, also while MLflow is away."""
-    return f"{PENDING}{name}{f'.{part}' if part else ''}-{digest(name + part)}"
+def run_key(name: str, config: Config) -> str:
+    """Under which a job's run is found again: by whoever submits the same name for the same storage, to any cluster."""
+    return f"{PENDING}{name}-{digest(storage(config))}"
 
 
 @contextlib.contextmanager
 def _opened(order: Order, config: Config, name: str) -> Any:
     """The job's MLflow run, new or gone on with; failed, where the job cannot be sent."""
     title = "flow" if isinstance(config, FlowConfig) else str(type(config).model_fields["stage"].default)
-    run = open_run(order.mlflow, experiment(config), title, resume=run_key(name) if order.mlflow else None)
+    run = open_run(order.mlflow, experiment(config), title, resume=run_key(name, config) if order.mlflow else None)
     try:
         yield run
     except BaseException:
@@ -249,8 +249,8 @@ def _tail(server: JobServer, submission: str, seen: int, out: Callable[[str], No
 
 
 def _rest(server: JobServer, submission: str, seen: int, out: Callable[[str], None]) -> None:
-    """Pass on what an ended job printed after a character."""
-    with server.answering():
+    """Pass on what an ended job printed after a character; nothing, where it never began to."""
+    with server.answering(), contextlib.suppress(RuntimeError):
         out(server.client.get_job_logs(submission)[seen:])
 
 
@@ -259,7 +259,8 @@ def _verdict(details: JobDetails, say: Say) -> int:
     code = details.driver_exit_code
     if JobStatus(details.status) == JobStatus.SUCCEEDED:
         return 0
-    reason = _first_line(details.message).partition(", last available logs")[0]  # which stand above
+    message = (details.message or "").strip()
+    reason = message if code is None else _first_line(message).partition(", last available logs")[0]  # shown already
     say(f"job {details.submission_id}: {details.status}. {reason}")
     if JobStatus(details.status) == JobStatus.STOPPED:
         return 143

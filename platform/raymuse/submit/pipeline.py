@@ -95,7 +95,7 @@ class _Row:
         name = f"{self.name}.{section}"
         known = jobs.attempts(self.server, name)
         running = [job for job in known if not JobStatus(job.status).is_terminal()]
-        run = self._opened(section)
+        run = self._opened(section, name, config)
         if running:
             submission = str(running[-1].submission_id)
         else:
@@ -113,8 +113,8 @@ class _Row:
             run.finish("FAILED")
         return code
 
-    def _opened(self, section: str) -> Run:
-        key = jobs.run_key(self.name, section) if self.uri else None
+    def _opened(self, section: str, name: str, config: StageConfig) -> Run:
+        key = jobs.run_key(name, config) if self.uri else None
         return open_run(self.uri, self.config.name, section, parent=self.run_of_all, resume=key)
 
     def _send(self, order: Order, config: StageConfig, name: str, submission: str, run: Run) -> None:

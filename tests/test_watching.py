@@ -1,0 +1,81 @@
+"""Metrics of stages, in the process that reports them; scraped from a cluster: test_jobs.py."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from raymuse.clusters import watching
+from raymuse.clusters.watching import PRICE_LABEL, Meter, price_per_hour
+from raymuse.serving.watch import Metrics
+from raymuse.tracking.run import Run, listening
+
+
+def test_numbers_go_to_who_listens_also_while_tracking_is_off() -> None:
+    heard: list[tuple[dict[str, float], int]] = []
+    with listening(lambda values, step: heard.append((dict(values), step))):
+        Run.off().metrics({"loss": 1}, 3)
+    Run.off().metrics({"loss": 2}, 4)
+    assert heard == [({"loss": 1.0}, 3)]
+
+
+class Noted(Meter):
+    """What would be exported, kept."""
+
+    def __init__(self, stage: str, steps: int | None = None, images_per_step: int = 0) -> None:
+        super().__init__(stage, steps, images_per_step)
+        self.sums: dict[str, float] = {}
+        for name, counter in self.counters.items():
+            counter.inc = lambda value, _tags, name=name: self.sums.update({name: self.sums.get(name, 0.0) + value})
+        for name, gauge in self.gauges.items():
+            gauge.set = lambda value, _tags, name=name: self.sums.update({name: value})
+
+
+def test_counts_add_up_and_never_fall() -> None:
+    meter = Noted("pretokenize")
+    meter.numbers({"rows": 10, "tokens": 640, "rejects": 1, "queue": 3, "rows_per_second": 5.0}, 1)
+    meter.numbers({"rows": 25, "tokens": 1600, "rejects": 1, "queue": 2, "rows_per_second": 4.0}, 2)
+    meter.paid(0.5)
+    meter.paid(0.25)
+    assert meter.sums == {"images": 25, "tokens": 1600, "rejects": 1, "queue": 2, "rate": 4.0, "dollars": 0.75}
+
+
+def test_a_training_counts_the_steps_of_this_attempt() -> None:
+    meter = Noted("train-base", steps=100, images_per_step=8)
+    for step in (61, 65):  # it went on from a checkpoint at step 60
+        meter.numbers({"loss": 2.0}, step)
+    assert (meter.sums["steps"], meter.sums["images"], meter.sums["queue"]) == (5, 40, 35)
+
+
+def test_nodes_say_what_they_cost(ray_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert price_per_hour() == 0.0
+    nodes = [{"Alive": True, "Labels": {PRICE_LABEL: "1.25"}}, {"Alive": True, "Labels": {PRICE_LABEL: "a lot"}}]
+    nodes += [{"Alive": False, "Labels": {PRICE_LABEL: "9"}}, {"Alive": True, "Labels": {PRICE_LABEL: "0.25"}}]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert price_per_hour() == 1.5
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
+    dashboard = json.loads((Path(__file__).parents[1] / "cluster" / "grafana.json").read_text())
+    asked = {
+        name
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"\b(?:ray_)?raymuse_\w+", target["expr"])
+    }
+    served = {sample.name for family in Metrics().registry.collect() for sample in family.samples} | {
+        "raymuse_requests_total",
+        "raymuse_request_seconds_bucket",
+    }  # these have samples once there was a request
+    counters = {f"ray_raymuse_{name}_total" for name in ("images", "tokens", "rejects", "steps", "dollars")}
+    gauges = {f"ray_raymuse_{name}" for name in ("queue", "rate", "loss")}
+    assert asked <= served | counters | gauges
+    assert counters <= asked
+    assert {name.removeprefix("ray_raymuse_").removesuffix("_total") for name in counters | gauges} - {"rate"} == (
+        set(watching._MEANING) - {"rate"}
+    )
+    places = [tuple(panel["gridPos"].values()) for panel in dashboard["panels"]]
+    assert len(set(places)) == len(places)
