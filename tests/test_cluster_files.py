@@ -84,8 +84,8 @@ LAUNCHER_RULES = [
     (
         AWS,
         "{raymuse/role: cpu}",
-        "{raymuse/role: gpu}",
-        "no group has the role cpu (raymuse/role): decoding would wait",
+        "{raymuse/role: trainer}",
+        "no group has the role cpu or all (raymuse/role): decoding would wait",
     ),
     (GCP, "resources: {CPU: 16, GPU: 1}", "resources: {CPU: 16}", "has the role generator and no GPU in `resources`"),
     (
@@ -137,7 +137,7 @@ KUBERNETES_RULES = [
     ),
     (CLUSTER, "raymuse:0.1.0-gpu", "registry:5000/raymuse", "has no tag, which means latest"),
     (CLUSTER, "{raymuse/role: head}", "{raymuse/role: cpu}", "which count only where the head says raymuse/role: head"),
-    (CLUSTER, "{raymuse/role: trainer}", "{raymuse/role: training}", "must be one of cpu, trainer, generator, gpu"),
+    (CLUSTER, "{raymuse/role: trainer}", "{raymuse/role: training}", "must be one of cpu, trainer, generator, all"),
     (CLUSTER, "{raymuse/role: trainer}", "{a: b}", "has no label raymuse/role: no stage would run there"),
     (CLUSTER, ', nvidia.com/gpu: "4"', "", "has the role trainer and no limit of nvidia.com/gpu"),
     (

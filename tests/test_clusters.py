@@ -129,3 +129,52 @@ def test_a_ray_address_that_cannot_be_joined(address: str, said: str, monkeypatc
     monkeypatch.setattr("ray.is_initialized", lambda: False)  # a test before may have left the shared cluster joined
     with pytest.raises(UserError, match=said), session():
         pass
+
+
+PLACED = """
+import json, sys
+import ray
+from ray.cluster_utils import Cluster
+from raymuse.clusters.placement import ROLE, place
+
+roles = sys.argv[1:]
+nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "labels": {ROLE: "head"} if roles else {}})
+for role in roles:
+    nodes.add_node(num_cpus=1, num_gpus=0 if role == "cpu" else 1, labels={ROLE: role})
+nodes.wait_for_nodes()
+ray.init(address=nodes.address, log_to_driver=False)
+
+@ray.remote
+def where():
+    return ray.get_runtime_context().get_node_id()
+
+names = {node["NodeID"]: node["Labels"].get(ROLE) for node in ray.nodes()}
+works = {"decode": 0, "encode": 1, "train": 1, "draw": 1, "encode ": 0} if roles else {"decode": 0}
+found = {}
+for work, gpus in works.items():
+    found[work] = names[ray.get(where.options(num_gpus=gpus, label_selector=place(work.strip(), gpus)).remote())]
+print(json.dumps(found))
+ray.shutdown()
+nodes.shutdown()
+"""
+
+
+@pytest.mark.parametrize(
+    ("roles", "expected"),
+    [
+        (
+            ("trainer", "generator", "cpu"),
+            {"decode": "cpu", "encode": "trainer", "train": "trainer", "draw": "generator", "encode ": "cpu"},
+        ),
+        ((), {"decode": None}),  # a cluster of other people, without roles, is used as it is
+    ],
+    ids=["by role", "without roles"],
+)
+def test_work_runs_on_machines_of_its_role(roles: tuple[str, ...], expected: dict[str, str | None]) -> None:
+    """On a real cluster of several nodes, in a process of its own."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run(
+        [sys.executable, "-c", PLACED, *roles], capture_output=True, text=True, timeout=180, env=clean
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == expected
