@@ -16,6 +16,7 @@ import yaml
 from raymuse.cli.app import main
 from raymuse.clusters.check import check
 from raymuse.clusters.kustomize import build
+from raymuse.clusters.pins import image_problems, install_problems
 from raymuse.clusters.placement import ROLE
 from raymuse.clusters.schemas import RAY_KINDS
 from raymuse.config.errors import UserError
@@ -382,3 +383,22 @@ def test_check_takes_several_files_and_tells_all(tmp_path: Path) -> None:
     assert f"{other}: Odd is not checked" in out
     assert "3 files: 3 problems" in out
     assert out.count(str(bad)) == 3
+
+
+# --- the image
+
+
+def test_the_image_is_pinned_and_not_root() -> None:
+    lines = [line for line in (ROOT / "cluster" / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
+    text = "\n".join(lines)
+    (base,) = (line.partition("=")[2] for line in lines if line.startswith("ARG BASE="))
+    assert list(image_problems("base", base, ROOT / "cluster" / "Dockerfile")) == []
+    assert list(install_problems("image", text.replace("\\\n", " "))) == []
+    users = [line.partition(" ")[2] for line in lines if line.startswith("USER")]
+    assert users
+    assert not {"0", "root"} & set(users)
+    assert not any(word in text for word in ("sudo", "curl", "wget", "ADD ", "latest", "--trusted-host"))
+    copied = {word for line in lines if line.startswith("COPY") for word in line.split()[2:-1]}
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert ignored[0] == "*"  # nothing but what is named: no token and no .git reaches the image
+    assert copied == {line[1:] for line in ignored if line.startswith("!")}
