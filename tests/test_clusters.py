@@ -1,4 +1,4 @@
-"""Cluster files against Ray's and KubeRay's own schemas, and the local Ray that a command runs on."""
+"""The local Ray that a command runs on, and stages by role on machines with labels."""
 
 import json
 import os
@@ -9,84 +9,12 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-import yaml
 
 from processes import wait_until
-from raymuse.clusters.check import check
 from raymuse.config.errors import UserError
-
-ROOT = Path(__file__).parents[1]
-AWS = ROOT / "cluster" / "aws.yaml"
-KUBERAY = ROOT / "cluster" / "kuberay" / "raycluster.yaml"
-
-
-def changed(source: Path, folder: Path, *replacements: tuple[str, str]) -> Path:
-    text = source.read_text()
-    for old, new in replacements:
-        assert old in text
-        text = text.replace(old, new)
-    path = folder / "changed.yaml"
-    path.write_text(text)
-    return path
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "cluster").rglob("*.yaml")), ids=lambda path: path.name)
-def test_our_cluster_files_are_right(path: Path) -> None:
-    assert check(path) == []
-
-
-def test_a_launcher_file_is_told_all_its_errors(tmp_path: Path) -> None:
-    path = changed(AWS, tmp_path, ("max_workers: 16", "max_worker: 16"), ("ssh_user: ubuntu", "ssh_user: 3"))
-    assert check(path) == [
-        "auth.ssh_user: 3 is not of type 'string'",
-        "available_node_types.decoders.max_worker: no such key; did you mean max_workers?",
-    ]
-
-
-def test_rays_own_rules_are_asked_too(tmp_path: Path) -> None:
-    (problem,) = check(changed(AWS, tmp_path, ("head_node_type: head", "head_node_type: hed")))
-    assert "must be one of `available_node_types`" in problem
-    (problem,) = check(changed(AWS, tmp_path, ("min_workers: 0\n    max_workers: 16", "min_workers: 99")))
-    assert "smaller than the sum of `min_workers`" in problem
-
-
-def test_a_kuberay_file_is_told_all_its_errors(tmp_path: Path) -> None:
-    path = changed(KUBERAY, tmp_path, ("mode: token", "mode: tokn"), ("maxReplicas: 8", "maxReplica: 8"))
-    found = check(path)
-    assert "RayCluster raymuse: spec.authOptions.mode: 'tokn' is not one of ['disabled', 'token']" in found
-    assert "RayCluster raymuse: spec.workerGroupSpecs.1.maxReplica: no such key; did you mean maxReplicas?" in found
-
-
-@pytest.mark.parametrize("kind", ["RayJob", "RayService"])
-def test_every_kind_that_holds_a_cluster_is_known(kind: str, tmp_path: Path) -> None:
-    spec = yaml.safe_load(KUBERAY.read_text())["spec"]
-    key = "rayClusterSpec" if kind == "RayJob" else "rayClusterConfig"
-    document: dict[str, Any] = {"apiVersion": "ray.io/v1", "kind": kind, "metadata": {"name": "x"}, "spec": {key: spec}}
-    path = tmp_path / "it.yaml"
-    other = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "not ours to check"}}
-    path.write_text(yaml.safe_dump_all([other, document]))
-    assert check(path) == []
-    document["spec"]["entrypont"] = "python x.py"
-    path.write_text(yaml.safe_dump_all([other, document]))
-    assert check(path)[0].startswith(f"{kind} x: spec.entrypont: no such key")
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [("a: 1", "is no cluster file"), ("a: [", "is not YAML"), ("", "is no cluster file"), ("- 1", "is no cluster")],
-)
-def test_what_is_no_cluster_file(text: str, said: str, tmp_path: Path) -> None:
-    path = tmp_path / "it.yaml"
-    path.write_text(text)
-    with pytest.raises(UserError, match=said):
-        check(path)
-    with pytest.raises(UserError, match="cannot read"):
-        check(tmp_path / "none.yaml")
-
 
 WORK = """
 import json, os, sys, time
@@ -201,3 +129,52 @@ def test_a_ray_address_that_cannot_be_joined(address: str, said: str, monkeypatc
     monkeypatch.setattr("ray.is_initialized", lambda: False)  # a test before may have left the shared cluster joined
     with pytest.raises(UserError, match=said), session():
         pass
+
+
+PLACED = """
+import json, sys
+import ray
+from ray.cluster_utils import Cluster
+from raymuse.clusters.placement import ROLE, place
+
+roles = sys.argv[1:]
+nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "labels": {ROLE: "head"} if roles else {}})
+for role in roles:
+    nodes.add_node(num_cpus=1, num_gpus=0 if role == "cpu" else 1, labels={ROLE: role})
+nodes.wait_for_nodes()
+ray.init(address=nodes.address, log_to_driver=False)
+
+@ray.remote
+def where():
+    return ray.get_runtime_context().get_node_id()
+
+names = {node["NodeID"]: node["Labels"].get(ROLE) for node in ray.nodes()}
+works = {"decode": 0, "encode": 1, "train": 1, "draw": 1, "encode ": 0} if roles else {"decode": 0}
+found = {}
+for work, gpus in works.items():
+    found[work] = names[ray.get(where.options(num_gpus=gpus, label_selector=place(work.strip(), gpus)).remote())]
+print(json.dumps(found))
+ray.shutdown()
+nodes.shutdown()
+"""
+
+
+@pytest.mark.parametrize(
+    ("roles", "expected"),
+    [
+        (
+            ("trainer", "generator", "cpu"),
+            {"decode": "cpu", "encode": "trainer", "train": "trainer", "draw": "generator", "encode ": "cpu"},
+        ),
+        ((), {"decode": None}),  # a cluster of other people, without roles, is used as it is
+    ],
+    ids=["by role", "without roles"],
+)
+def test_work_runs_on_machines_of_its_role(roles: tuple[str, ...], expected: dict[str, str | None]) -> None:
+    """On a real cluster of several nodes, in a process of its own."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run(
+        [sys.executable, "-c", PLACED, *roles], capture_output=True, text=True, timeout=180, env=clean
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == expected

@@ -36,14 +36,14 @@ def is_checked(document: Document) -> bool:
 
 
 def problems_together(documents: list[Document]) -> Iterator[str]:
-    """What no document shows alone: pods of Ray that no policy guards, and disks, accounts and services that are missing."""
+    """What no document shows alone: pods of Ray that no policy guards, and disks and accounts that are missing."""
     kinds = {kind: [d for d in documents if d.get("kind") == kind] for kind in ("RayCluster", "NetworkPolicy")}
     policies = [mapping(mapping(d.get("spec")).get("podSelector")) for d in kinds["NetworkPolicy"]]
     guarded = any(not policy or policy.get("matchLabels") == _RAY_PODS for policy in policies)
     there = {(str(d.get("kind")), str(mapping(d.get("metadata")).get("name"))) for d in documents}
     for document in kinds["RayCluster"]:
         if not guarded:
-            yield f"{name_of(document)}: no NetworkPolicy selects Ray's pods (ray.io/is-ray-node: yes): any pod could reach them"
+            yield f"{name_of(document)}: no NetworkPolicy selects pods of Ray (ray.io/is-ray-node): add one"
         for wanted in sorted(_wanted(document) - there):
             yield f"{name_of(document)}: asks for the {wanted[0]} {wanted[1]}, which is not among the resources: add it"
 
@@ -99,7 +99,7 @@ def _ray_rules(document: Document, kind: str, path: Path) -> Iterator[str]:
         yield f"{place}.autoscalerOptions.version: must be v2, which knows labels"
     head = mapping(cluster.get("headGroupSpec"))
     if head.get("enableIngress") or head.get("serviceType", "ClusterIP") != "ClusterIP":
-        yield f"{place}.headGroupSpec: opens the head to the outside: leave enableIngress and serviceType away, and use a port-forward"
+        yield f"{place}.headGroupSpec: opens the head to the outside: leave enableIngress and serviceType away"
     yield from _groups(cluster, place)
     if kind == "RayJob" and not mapping(document.get("spec")).get("shutdownAfterJobFinishes"):
         yield "spec.shutdownAfterJobFinishes: is not true: the machines would stay, and cost, when the job is done"
@@ -112,7 +112,7 @@ def _groups(cluster: Document, place: str) -> Iterator[str]:
     roles = [mapping(group.get("labels")).get(ROLE) for group in groups]
     head = mapping(mapping(cluster.get("headGroupSpec")).get("labels")).get(ROLE)
     if any(roles) and head != "head":
-        yield f"{place}.headGroupSpec.labels: groups have roles and the head does not say {ROLE}: head: they would not be heeded"
+        yield f"{place}.headGroupSpec.labels: groups have roles, which count only where the head says {ROLE}: head"
     for number, (group, role) in enumerate(zip(groups, roles, strict=True)):
         where = f"{place}.workerGroupSpecs.{number} ({group.get('groupName')})"
         least, most = group.get("minReplicas"), group.get("maxReplicas")
@@ -124,7 +124,7 @@ def _groups(cluster: Document, place: str) -> Iterator[str]:
         elif role is not None and (role not in ROLES or role == "head"):
             yield f"{where}: {ROLE} must be one of {', '.join(name for name in ROLES if name != 'head')}, was {role}"
         elif role == "cpu" and gpus:
-            yield f"{where}: has the role cpu and {gpus} GPUs, which no stage would use: give it the role gpu"
+            yield f"{where}: has the role cpu and {gpus} GPUs, which no stage would use: give it the role all"
         elif role not in (None, "cpu") and not gpus:
             yield f"{where}: has the role {role} and no limit of {_GPU}: it would get no GPU"
 
@@ -205,7 +205,7 @@ def _container(where: str, container: Document, path: Path) -> Iterator[str]:
         if name not in requests or name not in limits:
             yield f"{where}.resources: says no request and limit of {name}: Ray counts a pod's resources by them"
     if requests.get(_GPU) != limits.get(_GPU) and _GPU in {**requests, **limits}:
-        yield f"{where}.resources: requests {requests.get(_GPU)} GPUs and limits them to {limits.get(_GPU)}: make them equal"
+        yield f"{where}.resources: requests {requests.get(_GPU)} GPUs and limits {limits.get(_GPU)}: make them equal"
     for port in mappings(container.get("ports")):
         if port.get("hostPort"):
             yield f"{where}.ports: {port['hostPort']} would be open on the machine: leave hostPort away"

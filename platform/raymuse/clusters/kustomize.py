@@ -124,7 +124,7 @@ def _apply(document: Document, operation: Document) -> None:
     elif what == "add":
         parent[last] = operation["value"]
     elif last not in parent:
-        raise KeyError(f"there is no {operation['path']}")
+        raise ValueError(f"there is no {operation['path']}")
     elif what == "replace":
         parent[last] = operation["value"]
     elif what == "remove":

@@ -66,8 +66,9 @@ def _rules(config: Document, path: Path) -> Iterator[str]:
 
 def _counts(config: Document) -> Iterator[str]:
     workers = {name: group for name, group in _node_types(config).items() if name != config.get("head_node_type")}
-    total, most = config.get("max_workers"), [group.get("max_workers") for group in workers.values()]
-    if workers and isinstance(total, int) and all(isinstance(count, int) for count in most) and total != sum(most):
+    total, said = config.get("max_workers"), [group.get("max_workers") for group in workers.values()]
+    most = [count for count in said if isinstance(count, int)]
+    if workers and isinstance(total, int) and len(most) == len(said) and total != sum(most):
         yield (
             f"max_workers: is {total}, and the groups' add up to {sum(most)} "
             f"({' + '.join(f'{name} {count}' for name, count in zip(workers, most, strict=True))}): make them equal"
@@ -94,12 +95,12 @@ def _roles(config: Document) -> Iterator[str]:
             yield f"{where}.labels: the role {role} does not fit: the head, and it alone, has the role head"
         gpus = mapping(types[name].get("resources")).get("GPU")
         if role == "cpu" and gpus:
-            yield f"{where}: has the role cpu and {gpus} GPUs, which no stage would use: give it the role gpu"
+            yield f"{where}: has the role cpu and {gpus} GPUs, which no stage would use: give it the role all"
         detected = mapping(config.get("provider")).get("type") == "aws"  # the launcher asks AWS what a machine has
         if role not in ("cpu", "head") and not gpus and not detected:
             yield f"{where}: has the role {role} and no GPU in `resources`: no work that asks for one would start it"
-    if "cpu" not in roles.values():
-        yield f"available_node_types: no group has the role cpu ({ROLE}): decoding would wait for ever"
+    if not {"cpu", "all"} & set(roles.values()):
+        yield f"available_node_types: no group has the role cpu or all ({ROLE}): decoding would wait for ever"
     starts = " ".join(_lines(config, "head_start_ray_commands"))
     if "RAY_enable_autoscaler_v2=1" not in starts:
         yield "head_start_ray_commands: labels need Ray's second autoscaler: export RAY_enable_autoscaler_v2=1"
@@ -131,7 +132,7 @@ def _authentication(config: Document) -> Iterator[str]:
             if not re.search(r"\bRAY_AUTH_MODE=token\b", line.partition("ray start")[0]):
                 yield f"{key}: Ray would let everyone in: export RAY_AUTH_MODE=token in the command with `ray start`"
             if re.search(r"\bRAY_AUTH_TOKEN=", line):
-                yield f"{key}: RAY_AUTH_TOKEN stands in a command line, where every user of the machine can read it: use a file"
+                yield f"{key}: RAY_AUTH_TOKEN stands in a command line, which all users can read: use a file"
     if not any(str(remote).endswith("/.ray/auth_token") for remote in mapping(config.get("file_mounts"))):
         yield "file_mounts: the token must reach every machine: ~/.ray/auth_token: ~/.ray/auth_token"
 
@@ -140,12 +141,13 @@ def _open_doors(config: Document) -> Iterator[str]:
     for key in _STARTS:
         for host in re.findall(r"--dashboard-host[= ](\S+)", " ".join(_lines(config, key))):
             if host.strip("'\"") not in _LOOPBACK:
-                yield f"{key}: the dashboard would listen on {host}: --dashboard-host=127.0.0.1, and reach it by `ray dashboard`"
+                yield f"{key}: the dashboard would listen on {host}: say --dashboard-host=127.0.0.1"
     group = mapping(mapping(config.get("provider")).get("security_group"))
     for rule in mappings(group.get("IpPermissions")):
         for world in [*mappings(rule.get("IpRanges")), *mappings(rule.get("Ipv6Ranges"))]:
             if (world.get("CidrIp") or world.get("CidrIpv6")) in ("0.0.0.0/0", "::/0") and rule.get("FromPort") != 22:
-                yield f"provider.security_group: opens port {rule.get('FromPort')} to the world: name the addresses that may come"
+                port = rule.get("FromPort")
+                yield f"provider.security_group: opens port {port} to the world: name the addresses that may come"
     options: list[Any] = []
     for docker in (config.get("docker"), *(group.get("docker") for group in _node_types(config).values())):
         for key in ("run_options", "head_run_options", "worker_run_options"):

@@ -43,7 +43,7 @@ def image_problems(where: str, image: object, near: Path) -> Iterator[str]:
     if match[1] != version:
         yield f"{where}: {image} has Ray {match[1]}, and {source} pins {version}: client and cluster must be equal"
     if match[2] not in _PYTHONS:
-        yield f"{where}: {image}: say the Python too, such as rayproject/ray:{version}-py311: raymuse runs on 3.11 and 3.12"
+        yield f"{where}: {image}: say the Python too, such as {version}-py311"
 
 
 def version_problems(where: str, package: str, said: object, near: Path) -> Iterator[str]:
@@ -60,4 +60,5 @@ def install_problems(where: str, command: str) -> Iterator[str]:
     """Whether what a command installs is held to constraints.txt."""
     for match in _INSTALL.finditer(command):
         if not re.search(r"(?:-c|--constraint)[ =]\S*constraints\.txt", match["words"]):
-            yield f"{where}: `pip install{match['words'].rstrip()}` is not held to constraints.txt: add `-c .../constraints.txt`"
+            words = match["words"].strip()
+            yield f"{where}: `pip install {words}` is not held to constraints.txt: add `-c .../constraints.txt`"

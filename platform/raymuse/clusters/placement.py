@@ -6,7 +6,7 @@ A machine's part is its node label `raymuse/role`, which the files in cluster/ g
     cpu         decode, resize, PNG, and everything else without a GPU
     trainer     encoders and training
     generator   batches of prompts and the HTTP API
-    gpu         all that trainers and generators do
+    all         everything, on clusters whose machines with GPUs are not told apart
 
 A cluster whose head has no role (a laptop's, one of other people) is used as it is: Ray then places by CPU and GPU
 alone, and keeps work without a GPU away from machines with one where it can.
@@ -25,9 +25,9 @@ ROLES: dict[str, frozenset[Work]] = {
     "cpu": frozenset({"decode"}),
     "trainer": frozenset({"encode", "train"}),
     "generator": frozenset({"draw"}),
-    "gpu": frozenset({"encode", "train", "draw"}),
+    "all": frozenset({"decode", "encode", "train", "draw"}),
 }
-"""Role -> the work that runs there. Work that asks for no GPU runs on `cpu`, whatever it is."""
+"""Role -> the work that runs there. Work that asks for no GPU runs where decoding does, whatever it is."""
 
 _HEAD = "node:__internal_head__"  # a resource that Ray gives the head alone
 

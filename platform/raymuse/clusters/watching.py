@@ -23,7 +23,11 @@ PRICE_LABEL = "raymuse-dollars-per-hour"  # of a node, in cluster YAML under `la
 PRICE_SECONDS = 15.0
 JOB_VARIABLE = "RAYMUSE_JOB"
 
-COUNTED = {"images": "images", "rows": "images", "pictures": "images", "tokens": "tokens", "rejects": "rejects"}
+COUNTED = {
+    **dict.fromkeys(("images", "rows", "pictures"), "images"),
+    **dict.fromkeys(("rejects", "failed"), "rejects"),
+    "tokens": "tokens",
+}
 SHOWN = {
     "queue": "queue",
     "loss": "loss",

@@ -56,6 +56,7 @@ class Progress:
             "pictures": self.drawn,
             "failed": self.failed,
             "pictures_per_second": self.drawn / seconds,
+            "queue": self.left,
             "seconds_left": self.left / max(rate, 1e-9),
         }
         if self.limit is not None:
