@@ -131,6 +131,17 @@ def test_prune_keeps_the_newest_and_clears_leftovers_before_them(tmp_path: Path)
     assert steps(tmp_path) == [40]
 
 
+def test_prune_keeps_the_best_too_where_asked(tmp_path: Path) -> None:
+    for step, loss in {10: 0.5, 20: 0.3, 30: 0.4, 40: None, 50: 0.6}.items():
+        folder = write(tmp_path, step)
+        commit(folder, step, [write_share(folder, 0, {"a": torch.zeros(1)})], {"loss": loss})
+    rewrite(folder_of(tmp_path, 10), "{")  # damaged: it is not the best, whatever it was
+    prune(tmp_path, 1, 50, keep_best=True)
+    assert steps(tmp_path) == [20, 50]
+    prune(tmp_path, 1, 50)
+    assert steps(tmp_path) == [50]
+
+
 def test_prune_never_gives_up_a_whole_checkpoint_for_a_damaged_later_one(tmp_path: Path) -> None:
     """Two newest are damaged, the run goes on from 10 and commits 20 again, keeping one."""
     write(tmp_path, 10)
