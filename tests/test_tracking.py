@@ -439,3 +439,23 @@ def test_stop_ends_all_and_a_killed_guards_child_is_cleared(tmp_path: Path) -> N
 def test_importing_is_cheap() -> None:
     code = "import sys, raymuse.tracking.run, raymuse.tracking.server; print({'mlflow', 'PIL'} & set(sys.modules))"
     assert run_python(code).communicate(timeout=30)[0] == "set()\n"
+
+
+TRACE_TO_NOBODY = """
+import sys, time
+from raymuse.tracking.traces import MOST_WAITING, Trace, Traces
+traces = Traces(sys.argv[1])
+began = time.perf_counter()
+taken = [traces.send(Trace(str(number), "POST /", {}).ended({})) for number in range(MOST_WAITING + 10)]
+seconds = time.perf_counter() - began
+print(taken.count(True) - MOST_WAITING, taken.count(False), seconds)
+"""
+
+
+def test_traces_of_requests_wait_for_no_server_and_do_not_pile_up() -> None:
+    given = [sys.executable, "-c", TRACE_TO_NOBODY, "http://127.0.0.1:9"]
+    done = subprocess.run(given, capture_output=True, text=True, check=True, timeout=60)
+    more, dropped, seconds = map(float, done.stdout.split())
+    assert 0 <= more <= 1  # one is in the hands of the thread that sends
+    assert dropped >= 9
+    assert seconds < 1

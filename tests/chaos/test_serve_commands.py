@@ -79,7 +79,7 @@ def test_sigterm_ends_raymuse_serve_when_its_requests_are_done(folder: str, tmp_
     )
     with command(tmp_path / "log", sys.executable, "-m", "raymuse.cli", *words) as process:
         began = time.monotonic()
-        wait_until(lambda: process.poll() is not None or answers(f"{address}/ready"), 120)
+        wait_until(lambda: process.poll() is not None or answers(f"{address}/ready"), 240)
         print(f"ready after {time.monotonic() - began:.1f} s")
         assert process.poll() is None, (tmp_path / "log").read_text()
         ours = children_named("ray::")

@@ -78,6 +78,24 @@ def _facts(wanted: DrawRequest) -> dict[str, Any]:
     return {"seed": wanted.seed, "prompt": wanted.prompt, "negative_prompt": wanted.negative}
 
 
+def _wanted(body: ImagesRequest, editing: Editing | None, style: str | None) -> list[DrawRequest]:
+    """What the generator is asked for, a picture each."""
+    return [
+        DrawRequest(
+            body.prompt,
+            seed,
+            body.negative_prompt,
+            body.num_inference_steps,
+            body.guidance_scale,
+            size=body.pixels,
+            editing=editing,
+            style=style,
+            style_scale=round(body.lora_scale, 2),
+        )
+        for seed in body.seeds(secrets.randbits(62) if body.seed is None else body.seed)
+    ]
+
+
 def _read_pictures(image: bytes, mask: bytes | None) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
     """The pixels of the picture to edit, and where to draw."""
     picture = read_upload(image, "image")
@@ -235,25 +253,11 @@ class Api:
     # --- how it is answered
 
     async def _answer(self, body: ImagesRequest, editing: Editing | None, request: Request) -> Response:
-        model, style = self._model(body)
-        self._check(body)
-        seed = body.seed if body.seed is not None else secrets.randbits(62)
-        wanted = [
-            DrawRequest(
-                body.prompt,
-                own,
-                body.negative_prompt,
-                body.num_inference_steps,
-                body.guidance_scale,
-                size=body.pixels,
-                editing=editing,
-                style=style,
-                style_scale=round(body.lora_scale, 2),
-            )
-            for own in body.seeds(seed)
-        ]
         trace = Trace(request_id(), f"POST {request.url.path}", body.model_dump(exclude_none=True))
         try:
+            model, style = self._model(body)
+            self._check(body)
+            wanted = _wanted(body, editing, style)
             if body.stream:
                 kind = "image_generation" if editing is None else "image_edit"
                 events = self._stream(model, wanted[0], body.partial_images, kind, trace)
@@ -262,9 +266,9 @@ class Api:
             with trace.span("draw"):
                 drawn = await model.draw(wanted)
             with trace.span("encode"):
-                told = await self._told(wanted, drawn, body, request)
+                answered = await self._told(wanted, drawn, body, request)
             self._send(trace, seeds=[one.seed for one in wanted])
-            return told
+            return answered
         except BaseException as error:
             self._send(trace, error=repr(error))
             raise
