@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from heads import ROOT, Grows
+from heads import ROOT, Grows, Head
 
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 HEAD = "ray.head.default"  # what the provider says that its head is
@@ -20,6 +20,11 @@ IDLE_SECONDS = 8
 RESOURCES = {"decoders": {"CPU": 2}, "gpus": {"CPU": 4, "GPU": 1}}
 EMPTY = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands")
 EMPTY += ("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude")
+
+
+def types(head: Head, state: str) -> list[str]:
+    """Node types of the nodes that are ALIVE, or that were and are DEAD."""
+    return sorted(name for node in head.nodes(state) for name in RESOURCES if name in node)
 
 
 def grows_like_aws(version: int) -> Grows:
@@ -66,6 +71,6 @@ def _node_type(name: str, kind: dict[str, Any]) -> dict[str, Any]:
     """A node type of ours without its machine; at most two nodes of it fit on this one."""
     if name not in RESOURCES:
         return {"resources": kind["resources"], "node_config": {}, "max_workers": 0}
-    resources = RESOURCES[name] | {"object_store_memory": 100 * 2**20}
+    resources = RESOURCES[name] | {"object_store_memory": 100 * 2**20, name: 1}  # by the last, nodes are known
     limits = {"min_workers": kind["min_workers"], "max_workers": min(2, kind["max_workers"])}
     return {"resources": resources, "labels": kind.get("labels", {}), "node_config": {}, **limits}

@@ -35,14 +35,13 @@ class Head:
     folder: Path
     metrics_port: int
 
-    def nodes(self) -> list[str]:
-        """Types of the living nodes but the head, sorted: of one that says none, ``."""
-        request = urllib.request.Request(f"{self.address}/nodes?view=summary")
+    def nodes(self, state: str) -> list[dict[str, float]]:
+        """Resources of the nodes that are ALIVE, or DEAD by now, but of the head."""
+        request = urllib.request.Request(f"{self.address}/api/v0/nodes?detail=1")
         request.add_header("Authorization", f"Bearer {self.token}")
         with urllib.request.urlopen(request, timeout=20) as response:
-            raylets = [node["raylet"] for node in json.load(response)["data"]["summary"]]
-        living = [raylet for raylet in raylets if raylet.get("state") == "ALIVE" and not raylet.get("isHeadNode")]
-        return sorted(str(raylet.get("nodeTypeName", "")) for raylet in living)
+            found = json.load(response)["data"]["result"]["result"]
+        return [node["resources_total"] for node in found if node["state"] == state and not node["is_head_node"]]
 
     def metrics(self) -> str:
         """What Prometheus reads of the head's node."""

@@ -2,8 +2,6 @@
 
 import json
 import socket
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -140,10 +138,3 @@ def test_a_cluster_that_is_not_there() -> None:
     found = named("cluster", address="http://127.0.0.1:1")
     assert found.level == "error"
     assert "nothing listens" in found.found
-
-
-def test_it_runs_without_a_working_tree(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "raymuse.cli", "doctor"], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stdout + done.stderr

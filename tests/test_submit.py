@@ -222,7 +222,8 @@ def test_a_dry_run_says_what_would_go(folder: Path, capsys: pytest.CaptureFixtur
 def tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A token file, and no other setting."""
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is put back, also where the test's subject sets it
+        monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     path = tmp_path / "token"
     path.touch(mode=0o600)

@@ -44,7 +44,7 @@ def find_token() -> Token | None:
         return None
     if text := os.environ.get("RAY_AUTH_TOKEN", "").strip():
         return Token(text, "RAY_AUTH_TOKEN")
-    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH") or None
     path = Path(named or DEFAULT_FILE).expanduser()
     if named is None and not path.exists():
         raise UserError(

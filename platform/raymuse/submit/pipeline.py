@@ -67,17 +67,26 @@ def run_pipeline(config: FlowConfig, recipe: str, changes: Sequence[str], stages
     own = server.details(parent)
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     run = open_run(uri, config.name, "flow", resume=os.environ.get(jobs.RUN_VARIABLE) if uri else None)
-    with finishing(run):
-        run.params(config.model_dump(mode="json"))
-        row = _Row(server, own, config, run, uri)
-        for section in check_stages(stages):
-            code = row.run(section, recipe, section_changes(changes, section, config.workdir))
-            if code:
-                print(f"[{section}] ended with {code}: the pipeline submitted again goes on here", flush=True)
-                raise SystemExit(code)
-        if "score" in check_stages(stages):
-            _report(config, run)
+    row = _Row(server, own, config, run, uri)
+    try:
+        with finishing(run):
+            run.params(config.model_dump(mode="json"))
+            for section in check_stages(stages):
+                row.run(section, recipe, section_changes(changes, section, config.workdir))
+            if "score" in check_stages(stages):
+                _report(config, run)
+    except _StageFailed as failure:
+        print(f"[{failure.section}] ended with {failure.code}: the pipeline submitted again goes on here", flush=True)
+        return failure.code
     return 0
+
+
+class _StageFailed(Exception):  # noqa: N818 - never leaves this module
+    """A stage's job ended with an exit code that is not 0."""
+
+    def __init__(self, section: str, code: int) -> None:
+        super().__init__(section, code)
+        self.section, self.code = section, code
 
 
 class _Row:
@@ -89,8 +98,12 @@ class _Row:
         self.commit = (own.metadata or {}).get(jobs.COMMIT)
         self.environment: dict[str, Any] = dict(own.runtime_env or {})
 
-    def run(self, section: str, recipe: str, changes: tuple[str, ...]) -> int:
-        """One stage to its end: sent, or found running where an earlier pipeline left it."""
+    def run(self, section: str, recipe: str, changes: tuple[str, ...]) -> None:
+        """One stage to its end: sent, or found running where an earlier pipeline left it.
+
+        Raises:
+            _StageFailed: it ended with another code than 0.
+        """
         config: StageConfig = getattr(self.config, section).within(self.config.workdir)
         name = f"{self.name}.{section}"
         known = jobs.attempts(self.server, name)
@@ -110,8 +123,8 @@ class _Row:
             print(jobs.stop(self.server, submission), flush=True)
             raise
         if code:
-            run.finish("FAILED")
-        return code
+            run.finish("FAILED")  # the job itself may not have come so far
+            raise _StageFailed(section, code)
 
     def _opened(self, section: str, name: str, config: StageConfig) -> Run:
         key = jobs.run_key(name, config) if self.uri else None
