@@ -60,7 +60,10 @@ def test_the_install_steps_work_in_a_clean_environment(tmp_path: Path) -> None:
     pins = set((ROOT / "constraints.txt").read_text().lower().splitlines())
     installed = {re.sub(r"\+cpu$", "", line.strip().lower()) for line in frozen.splitlines() if "==" in line}
     named = {re.sub(r"[-_.]+", "-", line) for line in installed} - {re.sub(r"[-_.]+", "-", line) for line in pins}
-    assert named == set(), "installed, and not pinned in constraints.txt"
+    unpinned = {
+        name for name in named if not name.startswith(("nvidia-", "cuda-", "triton"))
+    }  # torch pins these itself
+    assert unpinned == set(), "installed, and not pinned in constraints.txt"
     example = ROOT / "cluster" / "aws.yaml"
     assert subprocess.run([f"{home}/bin/raymuse", "cluster", "check", example], **run).stdout == f"OK: {example}\n"  # type: ignore[call-overload]
     if allowed():
