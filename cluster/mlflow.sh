@@ -14,24 +14,31 @@ derived() {
   { printf '%s ' "$1"; tr -d '[:space:]' < "${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}"; } | sha256sum | cut -c 1-40
 }
 
-# serve: starts the server again whenever it ends; does nothing where one runs already.
+# serve: starts the server, again whenever it ends, and ends it five minutes after Ray; does nothing where one runs.
 serve() {
   mkdir -p -m 700 "$HOME/mlflow"
   (
     cd "$HOME/mlflow" || exit 1
     exec 9> lock
     flock -n 9 || exit 0
+    trap '' HUP   # the terminal of `ray up` goes
     export MLFLOW_BACKEND_STORE_URI="sqlite:///$HOME/mlflow/mlflow.db" MLFLOW_ARTIFACTS_DESTINATION="$HOME/mlflow/artifacts"
     if [ -f server.env ]; then set -a; . ./server.env; set +a; fi
     export MLFLOW_AUTH_ADMIN_USERNAME=raymuse MLFLOW_AUTH_ADMIN_PASSWORD="$MLFLOW_TRACKING_PASSWORD"
     MLFLOW_FLASK_SERVER_SECRET_KEY="$(derived mlflow-sessions)"; export MLFLOW_FLASK_SERVER_SECRET_KEY
     export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
     export MLFLOW_SERVER_ALLOWED_HOSTS="localhost:*,127.0.0.1:*,$(address):5000"   # against DNS rebinding
-    while :; do
-      rm -f basic_auth.db   # holds nothing but the one user, whose password follows the token
-      mlflow server --app-name basic-auth --host 0.0.0.0 --port 5000 --workers 1 2>&1 9>&- || true
+    server= alone=0
+    while [ "$alone" -lt 60 ]; do
+      if [ -z "$server" ] || ! kill -0 "$server" 2> /dev/null; then
+        rm -f basic_auth.db   # holds nothing but the one user, whose password follows the token
+        mlflow server --app-name basic-auth --host 0.0.0.0 --port 5000 --workers 1 >> server.log 2>&1 9>&- &
+        server=$!
+      fi
       sleep 5 9>&-
-    done >> server.log
+      if grep -qsx gcs_server /proc/[0-9]*/comm; then alone=0; else alone=$((alone + 1)); fi
+    done
+    kill "$server"
   ) < /dev/null > /dev/null 2>&1 &
 }
 

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import os
 import shutil
 import subprocess
 from importlib import resources
@@ -402,3 +403,46 @@ def test_the_image_is_pinned_and_not_root() -> None:
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert ignored[0] == "*"  # nothing but what is named: no token and no .git reaches the image
     assert copied == {line[1:] for line in ignored if line.startswith("!")}
+
+
+# --- what the files start
+
+
+def exported(folder: Path, head: str | None) -> dict[str, str]:
+    """What cluster/mlflow.sh tells a machine of a cluster whose token lies in `folder`."""
+    show = f". {ROOT}/cluster/mlflow.sh; env"
+    environment = {"PATH": os.environ["PATH"], "HOME": str(folder), **({"RAY_HEAD_IP": head} if head else {})}
+    done = subprocess.run(
+        ["bash", "-euc", show], env=environment, capture_output=True, text=True, timeout=20, check=True
+    )
+    return dict(line.split("=", 1) for line in done.stdout.splitlines() if line.startswith("MLFLOW_"))
+
+
+def test_every_machine_derives_the_same_password_for_mlflow(tmp_path: Path) -> None:
+    machines = []
+    for name, token in (("a", "secret"), ("b", "secret\n"), ("c", "other")):
+        (tmp_path / name / ".ray").mkdir(parents=True)
+        (tmp_path / name / ".ray" / "auth_token").write_text(token)
+        machines.append(exported(tmp_path / name, "10.0.0.10"))
+    assert machines[0] == machines[1]
+    assert machines[0]["MLFLOW_TRACKING_URI"] == "http://10.0.0.10:5000"
+    password = machines[0]["MLFLOW_TRACKING_PASSWORD"]
+    assert len(password) == 40
+    assert password != machines[2]["MLFLOW_TRACKING_PASSWORD"]
+    assert "secret" not in str(machines)
+
+
+def test_the_service_is_built_from_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`serveConfigV2` names a function and its arguments: it refuses to be without keys, and builds."""
+    from ray.serve import Application
+
+    from raymuse.serving.deploy import application
+
+    spec = yaml.safe_load(SERVE.read_text())["spec"]
+    (described,) = yaml.safe_load(spec["serveConfigV2"])["applications"]
+    monkeypatch.delenv("RAYMUSE_API_KEY", raising=False)
+    with pytest.raises(UserError, match="needs an API key"):
+        application(described["args"])
+    monkeypatch.setenv("RAYMUSE_API_KEY", "key")
+    monkeypatch.setattr("raymuse.serving.generator.place", lambda work, gpus: {})  # it would ask a cluster
+    assert isinstance(application(described["args"]), Application)
