@@ -51,16 +51,15 @@ def test_recipes_say_what_they_are() -> None:
 
 TUNED = [f"{kind}-{side}" for kind in ("finetune", "finetune-8bit", "lora", "styledrop") for side in (256, 512)]
 BASES = ["base-256", "base-512", "muse-3b", "muse-632m"]
+VQGANS = ["vqgan-decoder", "vqgan-f16", "vqgan-f8"]
 
 
 @pytest.mark.parametrize(
     ("stages", "shipped"),
     [
         (("pretokenize",), ["tokens-256", "tokens-512"]),
-        (
-            ("train-vqgan", "train-clip", "train-base", "train-superres", "train-critic"),
-            sorted(["critic", *TUNED, *BASES]),
-        ),
+        (("train-vqgan",), VQGANS),
+        (("train-clip", "train-base", "train-superres", "train-critic"), sorted(["critic", *TUNED, *BASES])),
         (("export",), ["export-256", "export-512"]),
         (("score",), []),
     ],
@@ -154,8 +153,8 @@ def test_all_errors_are_said_at_once_with_place_and_suggestion(tmp_path: Path) -
         "score.judge: must be 'auto', 'shapes' or 'none'; was 'shape'; did you mean shapes? "
         "(given as score.judge=shape)",
         f"bass: no such key; did you mean base? ({path} line 2)",
-        "lr: no such key; did you mean vqgan.optimizer.lr, clip.optimizer.lr, base.optimizer.lr or "
-        "superres.optimizer.lr? (given as lr=1)",
+        "lr: no such key; did you mean vqgan.optimizer.lr, vqgan.adversarial.lr, clip.optimizer.lr, "
+        "base.optimizer.lr or superres.optimizer.lr? (given as lr=1)",
     ]
 
 

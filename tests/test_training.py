@@ -77,11 +77,24 @@ def vqgan(root: Path, data: Data, **changes: Any) -> TrainConfig:
     return tiny.vqgan_config(root, data.shards, **changes)
 
 
+def gan(root: Path, data: Data, **changes: Any) -> TrainConfig:
+    """With an adversary, an average, and a codebook that is revived at once."""
+    adversarial = {"start": 1, "channels": 8, "layers": 2}
+    revived = {"codebook_decay": 0.5, "revive_below": 0.8, "revive_until": 1.0}
+    return vqgan(root, data, **{"adversarial": adversarial, "ema_decay": 0.9, **revived, **changes})
+
+
 def clip(root: Path, data: Data, **changes: Any) -> TrainConfig:
     return tiny.clip_config(root, data.shards, **changes)
 
 
-TRAININGS: dict[str, Callable[..., TrainConfig]] = {"base": base, "superres": superres, "vqgan": vqgan, "clip": clip}
+TRAININGS: dict[str, Callable[..., TrainConfig]] = {
+    "base": base,
+    "superres": superres,
+    "vqgan": vqgan,
+    "gan": gan,
+    "clip": clip,
+}
 KINDS = {**TRAININGS, "wide": wide, "muse": muse}
 
 
@@ -130,8 +143,8 @@ def test_a_training_that_lost_its_worker_ends_with_the_same_bits(name: str, data
     tensors = saved(straight)
     assert_same(saved(broken), tensors)
     kinds = {key.split("/")[0] for key in tensors}
-    extra = {"ema"} if straight.ema_decay else {"extra"} if name == "vqgan" else set()
-    assert kinds == {"weight", "exp_avg", "exp_avg_sq"} | extra
+    kept = {"ema"} if straight.ema_decay else set()
+    assert kinds == {"weight", "exp_avg", "exp_avg_sq"} | kept | ({"extra"} if name in ("vqgan", "gan") else set())
     models = [sorted(Path(config.output, "model").rglob("*.safetensors")) for config in (straight, broken)]
     assert [path.read_bytes() for path in models[0]] == [path.read_bytes() for path in models[1]]
     assert len(models[0]) >= 1
@@ -161,12 +174,15 @@ def train_everywhere(root: Path, data: Data, names: list[str], changes: dict[str
         config = KINDS[kind](root / name, data, **{**logged(WORLD_STEPS), **changes, **more})
         task = build_task(config)
         losses = losses_of(config, task)
-        codes = task.codebook.weight.detach().clone() if isinstance(task, VqganTask) else None
-        trained[name] = (losses, saved(config), codes)
+        own = {name: value.clone() for name, value in task.extra_state().items()}
+        trained[name] = (losses, saved(config), own)
     return trained
 
 
-WORLDS = {2: ["superres", "vqgan", "clip", "base@2", "wide@3", "muse@3"], 3: ["base", "vqgan", "clip", "base@2"]}
+WORLDS = {
+    2: ["superres", "vqgan", "gan", "clip", "base@2", "wide@3", "muse@3"],
+    3: ["base", "vqgan", "gan", "clip", "base@2"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -191,12 +207,18 @@ def test_losses_and_weights_do_not_depend_on_the_world_size(one: dict[str, Any],
         assert worst < 1e-3, name
 
 
-def test_every_rank_holds_the_same_codebook(world: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("name", ["vqgan", "gan"])
+def test_every_rank_holds_the_same_codebook_and_adversary(name: str, world: list[dict[str, Any]]) -> None:
+    wanted = world[0][name][2]
+    assert ("adversary/scale" in wanted) == (name == "gan")
     for rank in world[1:]:
-        assert torch.equal(rank["vqgan"][2], world[0]["vqgan"][2])
+        assert_same(rank[name][2], wanted)
+    if name == "gan":
+        assert int(wanted["started"][1]) > 0  # codes were revived
+        assert wanted["adversary/counts"].tolist() == [1, WORLD_STEPS - 1]
 
 
-@pytest.mark.parametrize("name", ["base", "superres", "vqgan"])
+@pytest.mark.parametrize("name", ["base", "superres", "vqgan", "gan"])
 def test_micro_batches_change_no_loss(name: str, one: dict[str, Any], data: Data, tmp_path: Path) -> None:
     trained = train_everywhere(tmp_path, data, [name], {"micro_batch_size": 3})
     assert trained[name][0] == pytest.approx(one[name][0], abs=1e-5)
