@@ -20,10 +20,10 @@ from raymuse.masking import reveal
 from raymuse.models.uvit import UVit
 from raymuse.pipeline import Pipeline
 from raymuse.stages.export import export
-from raymuse.stages.train import data_fingerprint
 from raymuse.tracking.run import Run
 from raymuse.training.build import build_task
 from raymuse.training.critic import CriticTask
+from raymuse.training.inputs import data_fingerprint
 from trainings import Trained, fit, fit_all, losses_of
 
 PROMPTS = ["a red circle", "a small blue star", "a green square", "", "a large red star", "a circle", "two stars"]

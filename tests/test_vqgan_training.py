@@ -17,10 +17,10 @@ from raymuse.config.load import load
 from raymuse.config.training import VqganConfig
 from raymuse.models.vqgan import Vqgan
 from raymuse.models.vqmodel import VqModelConfig
-from raymuse.stages.train import data_fingerprint
 from raymuse.storage.checkpoint import newest
 from raymuse.training.build import build_task
 from raymuse.training.fidelity import psnr, ssim
+from raymuse.training.inputs import data_fingerprint
 from raymuse.training.vqgan import VqganTask
 from trainings import losses_of
 

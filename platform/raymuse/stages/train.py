@@ -32,7 +32,6 @@ from raymuse.config.training import TrainConfig
 from raymuse.tracking.run import Run
 from raymuse.training.alone import opened, train_alone
 from raymuse.training.build import train_here
-from raymuse.training.inputs import data_fingerprint as data_fingerprint
 from raymuse.training.stopping import Stopped, listening, woken
 
 RESIZE_SECONDS = 30
@@ -46,9 +45,9 @@ def train(config: TrainConfig, run: Run) -> str:
         UserError: for input that is missing or unfinished, a recipe that does not fit it, or another run's output.
         SystemExit, KeyboardInterrupt: stopped by SIGTERM or Ctrl-C; what was done is kept.
     """
-    if config.workers == 0:
-        return train_alone(config, run)
     manifest = opened(config)
+    if config.workers == 0:
+        return train_alone(config, run, manifest)
     model = f"{config.output}/model"
     if manifest.finished:
         manifest.release()
@@ -139,7 +138,7 @@ def _notice(stopped: Stopped, seconds: float) -> Iterator[None]:
         while not over.wait(0.2):
             if stopped():
                 if not over.wait(seconds):
-                    os.kill(os.getpid(), signal.SIGTERM)
+                    os.kill(os.getpid(), stopped.by or signal.SIGTERM)
                 return
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -190,13 +189,16 @@ def _asked(notes: _Notes) -> bool:
 def _worker(payload: dict[str, Any]) -> bool:
     """One rank, inside Ray Train's process group; whether the training is at its end.
 
-    What only a person can mend is told in a file, and ends the rank well: Ray would start a failed one again.
+    What only a person can mend is told in a file, and a rank that finds the file ends well: Ray would start a failed
+    one again. One of several fails first, since the others may wait for it.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(max(1, int(payload["config"]["cpus_per_worker"])))
     config = STAGES[payload["config"]["stage"]].model_validate(payload["config"])
     assert isinstance(config, TrainConfig)
     notes: _Notes = payload["notes"]
+    if notes.refused.exists():
+        return False
     meter = watching(config.stage, config.steps, config.batch_size, pays=False)  # type: ignore[attr-defined]
     with notes.progress.open("a", buffering=1) as lines, meter:
         try:
@@ -204,6 +206,8 @@ def _worker(payload: dict[str, Any]) -> bool:
             return train_here(config, payload["run"], _report, say, partial(_asked, notes))
         except UserError as error:
             notes.refused.write_text(str(error))
+            if ray.train.get_context().get_world_size() > 1:
+                raise
             return False
 
 

@@ -10,6 +10,7 @@ Only a folder with a valid checkpoint.json counts; a damaged newest one falls ba
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from raymuse.storage.folder import Folder
@@ -49,8 +51,17 @@ def write_share(folder: Path, rank: int, tensors: Mapping[str, torch.Tensor]) ->
     """Write one rank's tensors, whole or not at all."""
     name = f"rank-{rank:05d}.safetensors"
     share = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    path = Folder(str(folder)).write_local(name, lambda partial: save_file(share, partial))
+    path = Folder(str(folder)).write_local(name, lambda partial: _save(share, partial))
     return FileRecord(name, path.stat().st_size, _sha256(path))
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Raises OSError, of which safetensors makes an error of its own with the number in its text."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise (OSError(int(number[1]), str(error)) if number else error) from error
 
 
 def commit(folder: Path, step: int, files: Sequence[FileRecord], state: Mapping[str, Any]) -> None:

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 -m raymuse.training demo:base zero.stage=3
 
-What follows `raymuse.training` is what follows `raymuse train`. Checkpoints and output are the same, so either may go
-on from the other's.
+A recipe and its changes follow `raymuse.training`, as they do `raymuse train`. Checkpoints and output are the same, so
+either may go on from the other's.
 """
 
 import os
@@ -23,24 +23,25 @@ from raymuse.tracking.run import Run, finishing, open_run
 from raymuse.training.build import build_task, train_here
 from raymuse.training.engine import rank_and_world
 from raymuse.training.inputs import data_fingerprint
+from raymuse.training.saving import agreed
 from raymuse.training.stopping import listening
 
 
-def train_alone(config: TrainConfig, run: Run) -> str:
+def train_alone(config: TrainConfig, run: Run, manifest: Manifest | None) -> str:
     """Train one model to the end in this process and return its `model` folder; or this rank's part of it. Collective.
 
+    Args:
+        manifest: of the output, as `opened` gives it, on rank 0; None on the others.
+
     Raises:
-        UserError: for input that is missing or unfinished, a recipe that does not fit it, or another run's output.
         SystemExit, KeyboardInterrupt: stopped by SIGTERM or Ctrl-C; what was done is kept.
     """
-    first = rank_and_world()[0] == 0
-    manifest = opened(config) if first else None
     model = f"{config.output}/model"
-    if _agreed(manifest is not None and manifest.finished):
+    if agreed(manifest is not None and manifest.finished):
         if manifest is not None:
             manifest.release()
         return model
-    if first:
+    if manifest is not None:
         run.params(config.model_dump(mode="json"))
     with listening() as stopped:
         ended = train_here(config, run, lambda metrics, folder: None, _say, stopped)
@@ -52,7 +53,13 @@ def train_alone(config: TrainConfig, run: Run) -> str:
 
 
 def opened(config: TrainConfig) -> Manifest:
-    """The output's manifest, with everything checked that can be checked before a worker starts."""
+    """The output's manifest, with everything checked that can be checked before a worker starts.
+
+    Not within a process group: the other ranks take no part.
+
+    Raises:
+        UserError: for input that is missing or unfinished, a recipe that does not fit it, or another run's output.
+    """
     Folder(config.output).require_local("each worker writes its share of a checkpoint there")
     manifest = Manifest.open(config.output, {**config.identity(), "data": data_fingerprint(config)})
     if not manifest.finished:
@@ -73,10 +80,11 @@ def main(words: Sequence[str]) -> int:
             {name for name in STAGES if name.startswith("train-")},
         )
         assert isinstance(config, TrainConfig)
+        manifest = opened(config) if os.environ.get("RANK", "0") == "0" else None
         _join(config)
         run = _run(config)
         with finishing(run):
-            train_alone(config, run)
+            train_alone(config, run, manifest)
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
@@ -104,15 +112,6 @@ def _run(config: TrainConfig) -> Run:
         return Run.off()
     name = str(type(config).model_fields["stage"].default)
     return open_run(os.environ.get("MLFLOW_TRACKING_URI"), os.environ.get("MLFLOW_EXPERIMENT_NAME", "raymuse"), name)
-
-
-def _agreed(mine: bool) -> bool:
-    """What rank 0 says. Collective."""
-    if not dist.is_initialized():
-        return mine
-    said = [mine]
-    dist.broadcast_object_list(said, 0)
-    return said[0]
 
 
 def _say(line: str) -> None:

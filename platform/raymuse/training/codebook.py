@@ -161,7 +161,7 @@ def _gather(latents: Tensor) -> Tensor:
         return latents
     sizes = torch.zeros(world, dtype=torch.int64)
     sizes[rank] = len(latents)
-    global_sum(sizes)
+    sizes = global_sum(sizes)
     padded = latents.new_zeros(int(sizes.max()), latents.shape[1])
     padded[: len(latents)] = latents
     pieces = [torch.empty_like(padded) for _ in range(world)]

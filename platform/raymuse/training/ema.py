@@ -1,5 +1,7 @@
 """Exponential moving average of the weights, kept where the fp32 weights are, so that it is right at any ZeRO stage."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,13 @@ class Ema:
         """Every averaged parameter, full, fp32, on the CPU. Collective."""
         with swapped(self.engine, self.average):
             return full_weights(self.engine)
+
+    def each(self) -> Iterator[tuple[str, Tensor]]:
+        """Every averaged parameter by its name, full, fp32, one at a time; to be gone through. Collective."""
+        with swapped(self.engine, self.average):
+            for name, parameter in self.engine.module.named_parameters():
+                if parameter.requires_grad:
+                    yield name, self.engine.read(name)
 
     def restore(self, weights: dict[str, Tensor], updates: int) -> None:
         """Set the average from full parameters; the engine's own weights are left as they were. Collective."""

@@ -64,10 +64,10 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def global_sum(values: Tensor) -> Tensor:
-    """Sum over the ranks, on the device where `values` were. Collective."""
+    """Sum over the ranks, on the device where `values` are, which stay as they are. Collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return values
-    summed = values.cuda() if dist.get_backend() == "nccl" else values
+    summed = values.to("cuda" if dist.get_backend() == "nccl" else values.device, copy=True)
     dist.all_reduce(summed)
     return summed.to(values.device)
 

@@ -160,6 +160,7 @@ class Loop:
                     lines.write(line)
             self.say(f"step {step + 1}: loss or gradients are not finite; skipped (its rows: skipped.jsonl)")
         if self.skipped_in_a_row >= self.config.max_skipped:
+            self.saver.finish()
             raise UserError(
                 f"{self.root}: loss or gradients were not finite in {self.skipped_in_a_row} steps in a row, up to step "
                 f"{step + 1}; none of them changed the weights. Their rows stand in {self.root / 'skipped.jsonl'}. "

@@ -102,7 +102,7 @@ class Saver:
 
     def restore(self) -> store.Checkpoint | None:
         """Set everything from the newest whole checkpoint; None where there is none. Collective."""
-        found = store.newest(self.root, self._warn)
+        found = self._newest()
         if found is None:
             return None
         tensors = found.tensors()
@@ -122,17 +122,32 @@ class Saver:
             self.say(f"going on from step {found.step} ({found.folder})")
         return found
 
+    def _newest(self) -> store.Checkpoint | None:
+        """The newest whole checkpoint as rank 0 sees the folder: on a shared disk others may see it later. Collective.
+
+        Raises:
+            OSError: it is not there, or not whole, for this rank.
+        """
+        first = store.newest(self.root, self.say) if self.engine.rank == 0 else None
+        folder = agreed(first.folder if first is not None else None)
+        if folder is None or first is not None:
+            return first
+        found, problem = store.read(folder)
+        if found is None:
+            raise OSError(f"{folder}: rank 0 goes on from it, and rank {self.engine.rank} cannot: {problem}")
+        return found
+
     def _share(self) -> dict[str, Tensor]:
         """Copies, on the CPU, of the full tensors that this rank writes: every world-th parameter. Collective."""
         tensors: dict[str, Tensor] = {}
-        average = self.ema.weights() if self.ema is not None else {}
         for number, name in enumerate(self._names()):
             moments = {moment: self.engine.read(name, moment) for moment in self.engine.moments(name)}
             values = {"weight": self.engine.read(name), **moments}
             if number % self.engine.world == self.engine.rank:
                 tensors.update({f"{kind}/{name}": _copied(value) for kind, value in values.items()})
-                if name in average:
-                    tensors[f"ema/{name}"] = average[name]
+        for number, (name, value) in enumerate(self.ema.each() if self.ema is not None else ()):
+            if number % self.engine.world == self.engine.rank:
+                tensors[f"ema/{name}"] = _copied(value)
         if self.engine.rank == 0:
             tensors.update({f"extra/{name}": _copied(value) for name, value in self.task.extra_state().items()})
         return tensors
@@ -151,15 +166,20 @@ class Saver:
     def _names(self) -> list[str]:
         return [name for name, parameter in self.engine.module.named_parameters() if parameter.requires_grad]
 
-    def _warn(self, sentence: str) -> None:
-        if self.engine.rank == 0:
-            self.say(sentence)
-
 
 def barrier() -> None:
     """Wait for all ranks, where there are several."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def agreed(mine: Any) -> Any:
+    """What rank 0 says. Collective."""
+    if not dist.is_initialized():
+        return mine
+    said = [mine]
+    dist.broadcast_object_list(said, 0)
+    return said[0]
 
 
 def _copied(value: Tensor) -> Tensor:

@@ -154,7 +154,8 @@ def shape_of(kind: Callable[..., Any], config: MaskedConfig, known: dict[str, An
         raise ConfigError(config.stage, problems)
     wrong = [name for name in FIXED[:3] if name in known and config.model.get(name, known[name]) != known[name]]
     side = known.get("sample_size", 0)
-    if kind is MaskGitConfig and config.model.get("sample_size", side) < side:
+    asked = config.model.get("sample_size", side)
+    if side and (asked < side if kind is MaskGitConfig else asked != side):
         wrong.append("sample_size")
     if wrong:
         problems = [f"model.{name}: is {config.model[name]}, and of the token shards {known[name]}" for name in wrong]
