@@ -49,7 +49,8 @@ def _shape(tensor: Tensor, name: str) -> torch.Size:
 
 def updates(optimizer: torch.optim.Optimizer) -> int:
     """Steps taken (the bias correction's count); 0 before the first."""
-    return int(next(iter(optimizer.state.values()), {}).get("step", 0))
+    first: dict[str, Any] = next(iter(optimizer.state.values()), {})
+    return int(first.get("step", 0))
 
 
 def set_updates(optimizer: torch.optim.Optimizer, count: int) -> None:
