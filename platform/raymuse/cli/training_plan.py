@@ -32,7 +32,7 @@ def _work(plan: Plan) -> list[str]:
         lines.append(f"{grid}, {plan.rows:,} rows: an epoch is {plan.rows / config.batch_size:,.1f} steps")
     work = plan.flops * config.batch_size
     lines.append(f"work: {_big(plan.flops)}FLOP a sample, {_big(work)}FLOP a step")
-    if config.use_gpu:
+    if config.use_gpu and config.precision != "fp32":
         rate = SHARE * PEAK / plan.flops
         hours = config.steps * config.batch_size / (rate * workers) / 3600
         lines.append(
