@@ -90,17 +90,18 @@ def test_nodes_that_die_lose_double_and_change_nothing(
     generate(config, Run.off())
     stop, killed = threading.Event(), 0
     output = tmp_path / "stormy"
+    node = ray_cluster.add_node(num_cpus=3, include_log_monitor=False)
 
     def kill() -> None:
-        nonlocal killed
+        nonlocal killed, node
         while not stop.is_set():
-            node = ray_cluster.add_node(num_cpus=3, include_log_monitor=False)
             before = written(output)
             while not stop.wait(0.2) and written(output) == before:
                 pass
             stop.wait(4)  # so that a replica may begin there
             ray_cluster.remove_node(node, allow_graceful=False)
             killed += 1
+            node = ray_cluster.add_node(num_cpus=3, include_log_monitor=False)
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -110,6 +111,7 @@ def test_nodes_that_die_lose_double_and_change_nothing(
     finally:
         stop.set()
         killer.join()
+        ray_cluster.remove_node(node)
     print(f"{killed} nodes killed")
     assert killed >= 2
     assert sums(output) == sums(tmp_path / "calm")
