@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,3 +63,27 @@ def test_the_science_imports_without_ray_and_mlflow() -> None:
         modules += [f"raymuse.{name}.{path.stem}" for path in sorted((PACKAGE / name).glob("[!_]*.py"))]
     done = subprocess.run([sys.executable, "-c", IMPORT_WITHOUT, *modules], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_architecture_names_every_module_as_it_names_itself() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if told := ast.get_docstring(ast.parse(path.read_text())):
+            first = told.splitlines()[0].replace("|", "\\|")
+            assert f"| `{path.name}` | {first} |" in page, f"docs/architecture.md: {path.relative_to(PACKAGE)}: {first}"
+
+
+@pytest.mark.parametrize(
+    "page", [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"], ids=lambda path: path.name
+)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in link:
+            continue
+        name, _, heading = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), f"{page.name}: {link}"
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert heading in anchors, f"{page.name}: {link} (it has {', '.join(sorted(anchors))})"
