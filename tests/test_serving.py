@@ -337,7 +337,7 @@ def test_a_bad_edit_is_told_what_is_wrong(
             "image: send one file",
         ),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, str | int) else "body",
 )
 def test_a_body_that_is_none_is_refused(address: str, path: str, sent: dict[str, Any], code: int, said: str) -> None:
     kinds = {"generations": "application/json", "edits": "multipart/form-data; boundary=x"}
