@@ -21,7 +21,8 @@ serve() {
   chmod 700 "$HOME/mlflow"
   if [ -f "$HOME/mlflow/server.env" ]; then chmod 600 "$HOME/mlflow/server.env"; fi
   as="$({ echo "$MLFLOW_TRACKING_PASSWORD"; address; cat "$HOME/mlflow/server.env" 2> /dev/null; } | sha256sum)"
-  echo "$as" > "$HOME/mlflow/wanted"
+  echo "$as" > "$HOME/mlflow/wanted.new"
+  mv "$HOME/mlflow/wanted.new" "$HOME/mlflow/wanted"   # whole at any time: who serves looks at it every second
   (
     cd "$HOME/mlflow" || exit 1
     trap '' HUP   # the terminal of `ray up` goes
