@@ -19,8 +19,8 @@ from raymuse.models.base import SHAPES, BaseShape
 from raymuse.models.superres import SuperResConfig
 from raymuse.models.uvit import UVitConfig
 from raymuse.models.vqmodel import VqModel, VqModelConfig
-from raymuse.training import clip, measure
-from raymuse.training.plan import CLIP_TOKENS, CLIP_WIDTHS, T5_TOKENS
+from raymuse.training import measure
+from raymuse.training.measure import CLIP_TOKENS, CLIP_WIDTHS, T5_TOKENS
 
 BACKWARD = 3.0  # forward and backward over forward, where only the forward pass is counted
 
@@ -74,7 +74,9 @@ class Piece:
 
 def text_of(config: ClipConfig) -> Text:
     """The text tower that a train-clip makes."""
-    shape = {**clip.SHAPE, **config.model}
+    from raymuse.training.clip import SHAPE  # which brings transformers: seconds, that other plans need not take
+
+    shape = {**SHAPE, **config.model}
     return Text(shape["width"], shape["layers"], config.text_length, shape["projection"])
 
 
