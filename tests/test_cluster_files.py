@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 import subprocess
+import time
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from raymuse.clusters.check import check
 from raymuse.clusters.kustomize import build
 from raymuse.clusters.pins import image_problems, install_problems
 from raymuse.clusters.placement import ROLE
+from raymuse.clusters.pods import cluster_of
 from raymuse.clusters.schemas import RAY_KINDS
 from raymuse.config.errors import UserError
 
@@ -81,12 +83,12 @@ LAUNCHER_RULES = [
     (AWS, "  /home/ray/.ray/auth_token: ~/.ray/auth_token\n", "", "file_mounts: the token must reach every machine"),
     (ONPREM, "--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0", "the dashboard would listen on 0.0.0.0"),
     (AWS, "    - --ulimit nofile=65536:65536\n", "    - -p 8265:8265\n", "docker: `-p 8265:8265` opens the container"),
-    (AWS, "{raymuse/role: cpu}", "{raymuse/role: decoder}", "raymuse/role must be one of head, cpu, trainer"),
-    (AWS, "{raymuse/role: cpu}", "{raymuse/role: head}", "the head, and it alone, has the role head"),
+    (AWS, "raymuse/role: cpu,", "raymuse/role: decoder,", "raymuse/role must be one of head, cpu, trainer"),
+    (AWS, "raymuse/role: cpu,", "raymuse/role: head,", "the head, and it alone, has the role head"),
     (
         AWS,
-        "{raymuse/role: cpu}",
-        "{raymuse/role: trainer}",
+        "raymuse/role: cpu,",
+        "raymuse/role: trainer,",
         "no group has the role cpu or all (raymuse/role): decoding would wait",
     ),
     (GCP, "resources: {CPU: 16, GPU: 1}", "resources: {CPU: 16}", "has the role generator and no GPU in `resources`"),
@@ -97,7 +99,7 @@ LAUNCHER_RULES = [
         "has the role cpu and 1 GPUs, which no stage would use",
     ),
     (AWS, " RAY_enable_autoscaler_v2=1", "", "labels need Ray's second autoscaler"),
-    (AWS, " --labels=raymuse/role=head", "", "the head must say its role itself"),
+    (AWS, "--labels=raymuse/role=head,", "--labels=", "the head must say its role itself"),
 ]
 
 
@@ -108,14 +110,24 @@ def test_a_rule_of_ours_for_the_launcher(source: Path, old: str, new: str, said:
     assert any(said in problem for problem in check(changed(source, tmp_path, (old, new))))
 
 
-def test_the_world_may_not_come_in(tmp_path: Path) -> None:
-    group = {"GroupName": "open", "IpPermissions": [{"FromPort": 8265, "ToPort": 8265, "IpProtocol": "tcp"}]}
-    group["IpPermissions"][0]["IpRanges"] = [{"CidrIp": "0.0.0.0/0"}]  # type: ignore[index]
+@pytest.mark.parametrize(
+    ("protocol", "first", "last", "said"),
+    [
+        ("tcp", 8265, 8265, "opens port 8265 to the world"),
+        ("tcp", 22, 65535, "opens ports 22 to 65535 to the world"),
+        ("-1", None, None, "opens all ports to the world"),
+        ("tcp", 22, 22, None),
+    ],
+)
+def test_the_world_may_not_come_in(protocol: str, first: Any, last: Any, said: str | None, tmp_path: Path) -> None:
+    rule = {"FromPort": first, "ToPort": last, "IpProtocol": protocol, "IpRanges": [{"CidrIp": "0.0.0.0/0"}]}
     config = yaml.safe_load(AWS.read_text())
-    config["provider"]["security_group"] = group
+    config["provider"]["security_group"] = {"GroupName": "open", "IpPermissions": [rule]}
     path = tmp_path / "open.yaml"
     path.write_text(yaml.safe_dump(config))
-    assert any("opens port 8265 to the world" in problem for problem in check(path))
+    (tmp_path / "constraints.txt").write_text((ROOT / "constraints.txt").read_text())
+    found = [problem for problem in check(path) if "to the world" in problem]
+    assert [said in problem for problem in found] == ([True] if said else [])
 
 
 def test_a_kuberay_file_is_told_all_its_errors(tmp_path: Path) -> None:
@@ -127,6 +139,7 @@ def test_a_kuberay_file_is_told_all_its_errors(tmp_path: Path) -> None:
 
 
 BASE, TRAIN, SERVE = KUBERAY / "base", KUBERAY / "train" / "rayjob.yaml", KUBERAY / "serve" / "rayservice.yaml"
+OVERRIDES = "containers.0.securityContext: overrides the pod's, and may run as root"
 KUBERNETES_RULES = [
     (CLUSTER, "mode: token", "mode: disabled", "spec.authOptions: Ray would let everyone in: mode: token"),
     (CLUSTER, 'rayVersion: "2.60.0"', 'rayVersion: "2.50.0"', "is 2.50.0, and constraints.txt pins ray 2.60.0"),
@@ -153,6 +166,49 @@ KUBERNETES_RULES = [
     (CLUSTER, "  headGroupSpec:\n", "  headGroupSpec:\n    enableIngress: true\n", "opens the head to the outside"),
     (CLUSTER, "runAsNonRoot: true", "runAsNonRoot: false", "pods may run as root"),
     (CLUSTER, "allowPrivilegeEscalation: false", "privileged: true", "a process may gain rights"),
+    (
+        CLUSTER,
+        "allowPrivilegeEscalation: false",
+        "allowPrivilegeEscalation: false\n              runAsUser: 0",
+        OVERRIDES,
+    ),
+    (
+        CLUSTER,
+        "allowPrivilegeEscalation: false",
+        "allowPrivilegeEscalation: false\n              runAsNonRoot: false",
+        OVERRIDES,
+    ),
+    (CLUSTER, "runAsUser: 1000", "runAsUser: 0", "runAsUser: 0 is root"),
+    (
+        CLUSTER,
+        "        containers:\n          - name: ray-head",
+        "        initContainers: [{name: first, image: 'busybox:1', securityContext: {privileged: true}}]\n"
+        "        containers:\n          - name: ray-head",
+        "headGroupSpec.template.spec.initContainers.0.securityContext: a process may gain rights",
+    ),
+    *(
+        (CLUSTER, "        automount", f"        {key}: true\n        automount", f"machine's own {what}")
+        for key, what in (("hostNetwork", "addresses"), ("hostPID", "processes"), ("hostIPC", "shared memory"))
+    ),
+    (CLUSTER, "persistentVolumeClaim: {claimName: raymuse-shared}", "hostPath: {path: /}", "hostPath gives pods"),
+    (
+        CLUSTER,
+        "  headGroupSpec:\n",
+        "  headGroupSpec:\n    headService: {spec: {type: LoadBalancer}}\n",
+        "spec.headGroupSpec.headService.spec.type: LoadBalancer opens it to the outside",
+    ),
+    (
+        SERVE,
+        "spec:\n  serviceUn",
+        "spec:\n  serveService: {spec: {type: NodePort}}\n  serviceUn",
+        "spec.serveService.spec.type: NodePort opens it to the outside",
+    ),
+    (
+        TRAIN,
+        "spec:\n  entrypoint",
+        "spec:\n  submitterPodTemplate: {spec: {containers: [{name: s, image: 'raymuse:0.1.0'}]}}\n  entrypoint",
+        "spec.submitterPodTemplate.spec.securityContext: pods may run as root",
+    ),
     (CLUSTER, "containerPort: 8265}", "containerPort: 8265, hostPort: 8265}", "8265 would be open on the machine"),
     (CLUSTER, 'RAY_USAGE_STATS_ENABLED, value: "0"', "MY_TOKEN, value: abc", "MY_TOKEN stands in the file"),
     (TRAIN, "shutdownAfterJobFinishes: true", "shutdownAfterJobFinishes: false", "the machines would stay"),
@@ -207,6 +263,16 @@ def test_a_rule_of_ours_for_kubernetes(source: Path, old: str, new: str, said: s
         ),
         (
             {"kind": "NetworkPolicy", "spec": {"podSelector": {}, "ingress": [{"from": [{"namespaceSelector": {}}]}]}},
+            "lets every pod of every namespace in",
+        ),
+        (
+            {
+                "kind": "NetworkPolicy",
+                "spec": {
+                    "podSelector": {},
+                    "ingress": [{"from": [{"namespaceSelector": {}, "podSelector": {"matchLabels": {}}}]}],
+                },
+            },
             "lets every pod of every namespace in",
         ),
         ({"kind": "RayClutser", "apiVersion": "ray.io/v1"}, "no such kind; did you mean RayCluster?"),
@@ -330,6 +396,17 @@ def test_an_overlay_is_judged_as_a_whole(tmp_path: Path) -> None:
     ]
 
 
+def test_a_policy_that_closes_the_way_out_alone_guards_nothing(tmp_path: Path) -> None:
+    shutil.copytree(BASE, tmp_path / "base")
+    (tmp_path / "constraints.txt").write_text((ROOT / "constraints.txt").read_text())
+    (tmp_path / "base" / "network.yaml").write_text(
+        "{apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {name: out},"
+        " spec: {podSelector: {}, policyTypes: [Egress]}}"
+    )
+    found = check(tmp_path / "base")
+    assert found == ["RayCluster raymuse: no NetworkPolicy selects pods of Ray (ray.io/is-ray-node): add one"]
+
+
 # --- what the files say to one another
 
 
@@ -350,6 +427,36 @@ def test_the_files_place_stages_alike() -> None:
         roles = {group["groupName"]: group["labels"][ROLE] for group in cluster["spec"]["workerGroupSpecs"]}
         assert roles == {"decoders": "cpu", "trainers": "trainer", "generators": "generator"}
         assert all(group["minReplicas"] == 0 for group in cluster["spec"]["workerGroupSpecs"])
+
+
+def test_prometheus_reaches_the_metrics_of_pods() -> None:
+    """A namespace or pod with the label gets to Ray's exporter, and of the API to its own."""
+    asked = {"matchLabels": {"raymuse/monitoring": "yes"}}
+    for folder, port in ((BASE, 8080), (KUBERAY / "serve", 8000)):
+        policies = [document["spec"] for document in build(folder) if document["kind"] == "NetworkPolicy"]
+        open_to = [
+            [peer for peer in rule["from"] if asked in peer.values()]
+            for policy in policies
+            for rule in policy["ingress"]
+            if policy["podSelector"] == {"matchLabels": {"ray.io/is-ray-node": "yes"}}
+            and port in [given["port"] for given in rule.get("ports", [])]
+        ]
+        assert [{"namespaceSelector": asked}, {"podSelector": asked}] in open_to
+
+
+@pytest.mark.parametrize("cloud", ["eks", "gke"])
+def test_an_autoscaler_finds_a_machine_for_every_group(cloud: str) -> None:
+    """Groups that grow from none ask by what a machine to come is known by: no label that is set once it is there."""
+    selectors: dict[str, dict[str, Any]] = {}
+    for folder in (path for path in FOLDERS if f"overlays/{cloud}" in str(path)):
+        for document in build(folder):
+            assert document["metadata"]["namespace"] == "raymuse"
+            for group in cluster_of(document).get("workerGroupSpecs", []):
+                selector = group["template"]["spec"]["nodeSelector"]
+                assert "nvidia.com/gpu.present" not in selector
+                assert selectors.setdefault(group["groupName"], selector) == selector
+    which = {"eks": "node.kubernetes.io/instance-type", "gke": "cloud.google.com/gke-accelerator"}[cloud]
+    assert [name for name, selector in selectors.items() if which in selector] == ["trainers", "generators"]
 
 
 @pytest.mark.parametrize("folder", ["train", "batch"])
@@ -430,6 +537,56 @@ def test_every_machine_derives_the_same_password_for_mlflow(tmp_path: Path) -> N
     assert len(password) == 40
     assert password != machines[2]["MLFLOW_TRACKING_PASSWORD"]
     assert "secret" not in str(machines)
+
+
+SERVER = """#!/bin/sh
+echo "$$ $MLFLOW_AUTH_ADMIN_PASSWORD $MLFLOW_BACKEND_STORE_URI" >> "$HOME/started"
+trap 'echo "$$" >> "$HOME/ended"; exit 0' TERM
+while :; do sleep 0.1; done
+"""
+
+
+def test_a_new_token_or_setting_gets_a_new_server_for_mlflow(tmp_path: Path) -> None:
+    """The script with a program in MLflow's place that notes how it is started, and when it is ended."""
+    for folder in ("bin", ".ray", "mlflow"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "bin" / "mlflow").write_text(SERVER)
+    (tmp_path / "bin" / "mlflow").chmod(0o755)
+    token, settings = tmp_path / ".ray" / "auth_token", tmp_path / "mlflow" / "server.env"
+    environment = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "HOME": str(tmp_path), "RAY_HEAD_IP": "10.0.0.10"}
+
+    def noted(name: str) -> list[list[str]]:
+        path = tmp_path / name
+        return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+    def serve(text: str) -> None:
+        token.write_text(text)
+        subprocess.run(["bash", "-euc", f". {ROOT}/cluster/mlflow.sh serve"], env=environment, timeout=20, check=True)
+
+    def until(started: int, ended: int) -> None:
+        deadline = time.monotonic() + 15
+        while (len(noted("started")), len(noted("ended"))) != (started, ended):
+            assert time.monotonic() < deadline, (noted("started"), noted("ended"))
+            time.sleep(0.05)
+
+    try:
+        serve("first")
+        until(1, 0)
+        serve("first")
+        serve("second")
+        until(2, 1)  # the same once more has changed nothing
+        settings.write_text("MLFLOW_BACKEND_STORE_URI=postgresql://elsewhere/mlflow\n")
+        serve("second")
+        until(3, 2)
+    finally:
+        (tmp_path / "mlflow" / "wanted").write_text("none\n")
+        until(len(noted("started")), len(noted("started")))
+    (_, first, _), (_, second, _), (_, third, where) = noted("started")
+    assert first != second == third
+    assert where == "postgresql://elsewhere/mlflow"
+    assert [pid for pid, *_ in noted("started")] == [pid for (pid,) in noted("ended")]
+    assert settings.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "mlflow").stat().st_mode & 0o777 == 0o700
 
 
 def test_the_service_is_built_from_its_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,12 @@
 """Costs counted from the networks themselves, and the plan's arithmetic."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from ray._private.label_utils import validate_node_label_syntax
 
 from raymuse.cli.app import main
 from raymuse.clusters import costs
@@ -12,9 +14,16 @@ from raymuse.clusters.check import load as load_file
 from raymuse.clusters.kustomize import build
 from raymuse.clusters.machines import groups_of
 from raymuse.clusters.plan import Amounts, plan_text
+from raymuse.clusters.pods import cluster_of
 from raymuse.clusters.prices import read_prices, shipped
+from raymuse.clusters.watching import PRICE_LABEL
 from raymuse.config.errors import UserError
+from raymuse.config.flow import FlowConfig
 from raymuse.config.load import load
+from raymuse.config.training import BaseConfig
+from raymuse.models.maskgit import MaskGitConfig
+from raymuse.training.measure import Sizes, flops
+from raymuse.training.plan import plan_of
 
 ROOT = Path(__file__).parents[1]
 AWS, GCP, ONPREM = (ROOT / "cluster" / f"{name}.yaml" for name in ("aws", "gcp", "onprem"))
@@ -24,14 +33,45 @@ KUBERAY = ROOT / "cluster" / "kuberay"
 def test_costs_are_those_of_the_published_models() -> None:
     """GFLOP an image as they were measured on the published networks, to a tenth."""
     found = [
-        costs.base_gflop(costs.shape_at(256), 16, backward=False),
-        costs.base_gflop(costs.shape_at(256), 16, backward=True),
-        costs.base_gflop(costs.shape_at(512), 32, backward=False),
+        *(flops(costs.amused(256, 16), Sizes(1, (16, 16), 77), None, False, back) / 1e9 for back in (False, True)),
+        flops(costs.amused(512, 32), Sizes(1, (32, 32), 77), None, False, False) / 1e9,
         costs.vqgan_gflop(None, 256, decode=False),
         costs.vqgan_gflop(None, 256, decode=True),
         costs.vqgan_gflop(None, 512, decode=False),
     ]
     assert found == pytest.approx([213.5, 656.8, 227.4, 216.3, 477.4, 865.3], abs=0.06)
+    assert costs.CLIP_L.gflop == pytest.approx(13.3, abs=0.01)
+
+
+def test_a_plan_counts_the_network_that_the_recipe_trains() -> None:
+    """Muse's base by what `raymuse train --dry-run` counts, T5's tokens with T5's width; a LoRA's frozen weights."""
+    for recipe, tokens in (("muse-632m", 77), ("muse-3b", 256)):
+        config = load(recipe, ["text_encoder=null", "gradient_checkpointing=false", "input=/nowhere"])
+        assert isinstance(config, BaseConfig)
+        shape = plan_of(config).shape
+        assert isinstance(shape, MaskGitConfig)
+        piece = costs.training(config, 256)
+        assert piece.gflop == pytest.approx(flops(shape, Sizes(1, (16, 16), tokens), None, False) / 1e9, rel=1e-9)
+    tuned, lora = (load(name, ["gradient_checkpointing=false"]) for name in ("finetune-256", "lora-256"))
+    assert isinstance(tuned, BaseConfig)
+    assert isinstance(lora, BaseConfig)
+    whole, some = costs.training(tuned, 256).gflop, costs.training(lora, 256).gflop
+    assert whole is not None
+    assert some is not None
+    assert some < 0.7 * whole
+
+
+def test_a_flow_is_counted_with_its_own_small_text_encoder() -> None:
+    config = load("demo")
+    assert isinstance(config, FlowConfig)
+    text = costs.text_of(config.clip)
+    assert (text.width, text.layers, text.tokens, text.pooled) == (96, 1, 20, 64)
+    assert text.gflop == pytest.approx((24 * 20 * 96**2 + 4 * 20**2 * 96) / 1e9)
+    said = plan_text("demo", config, AWS, read_prices(None), Amounts())
+    assert "+ text 0.00458" in said
+    assert "text 13.3" not in said
+    assert "these stages: " in said
+    assert "not counted: the flow's other stages (data, train-clip, export, score)" in said
 
 
 def test_a_plan_does_its_sum_as_it_says() -> None:
@@ -138,6 +178,33 @@ def test_pods_are_priced_by_what_they_ask_for() -> None:
     assert trainers.hour == pytest.approx(asked + 4 * prices.gpus["L4"].hour)
     _, (_, trainers, _) = groups_of(KUBERAY / "overlays" / "eks", prices)
     assert (trainers.kind, trainers.hour) == ("g6e.12xlarge", prices.machines["g6e.12xlarge"].spot)
+
+
+PRICED = [AWS, GCP, *sorted(path.parent for path in (KUBERAY / "overlays").rglob("kustomization.yaml"))]
+
+
+@pytest.mark.parametrize("path", PRICED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_machines_say_in_a_label_what_the_price_table_says(path: Path) -> None:
+    """Without the label Prometheus would count a machine as free."""
+    head, workers = groups_of(path, read_prices(None))
+    found = dict(_labels(path))
+    assert {group.name: f"{round(group.hour, 3):g}" for group in (head, *workers)} == found
+    for price in found.values():
+        validate_node_label_syntax({PRICE_LABEL: price})
+    if path.suffix:
+        starts = " ".join(yaml.safe_load(path.read_text())["head_start_ray_commands"])
+        assert f"--labels=raymuse/role=head,{PRICE_LABEL}={head.hour:g} " in starts
+
+
+def _labels(path: Path) -> Iterator[tuple[str, str]]:
+    for document in load_file(path):
+        for name, node in document.get("available_node_types", {}).items():
+            yield name, node["labels"][PRICE_LABEL]
+        cluster = cluster_of(document)
+        if cluster:
+            yield "head", cluster["headGroupSpec"]["labels"][PRICE_LABEL]
+            for group in cluster["workerGroupSpecs"]:
+                yield group["groupName"], group["labels"][PRICE_LABEL]
 
 
 def test_a_folder_is_read_as_it_would_be_applied() -> None:

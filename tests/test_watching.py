@@ -2,7 +2,9 @@
 
 import json
 import re
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -56,6 +58,32 @@ def test_nodes_say_what_they_cost(ray_cluster: Cluster, monkeypatch: pytest.Monk
     nodes += [{"Alive": False, "Labels": {PRICE_LABEL: "9"}}, {"Alive": True, "Labels": {PRICE_LABEL: "0.25"}}]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     assert price_per_hour() == 1.5
+
+
+def test_a_head_that_is_away_does_not_end_the_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([7200.0, RuntimeError("the head is away"), 3600.0])
+    paid: list[float] = []
+    ended = threading.Event()
+
+    def price() -> float:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    class Paid(Noted):
+        def paid(self, dollars: float) -> None:
+            paid.append(dollars)
+            if len(paid) == 2:
+                ended.set()
+
+    clock = iter([0.0, 1.0, 2.0, 3.0])
+    monkeypatch.setattr(watching, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(watching, "PRICE_SECONDS", 0.01)
+    monkeypatch.setattr(watching, "price_per_hour", price)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    watching._pay(Paid("train-base"), ended)
+    assert paid == [2.0, 2.0, 1.0]  # a second each at 7200, at what was known last, and at 3600 an hour
 
 
 def test_the_dashboard_asks_for_metrics_that_there_are() -> None:

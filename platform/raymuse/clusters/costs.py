@@ -1,7 +1,7 @@
 """What the stages of a recipe have to count: multiply-adds a picture, and core seconds, without data or weights.
 
-The figures are those of the networks themselves, run on torch's meta device, where nothing is computed: 2 FLOP a
-multiply-add, the first sample of a batch of one.
+The figures are those of the networks themselves, run where nothing is computed (training/measure.py; torch's meta
+device): 2 FLOP a multiply-add, one sample, all its ids masked, so that every place has logits.
 """
 
 import functools
@@ -14,15 +14,38 @@ from torch.utils.flop_counter import FlopCounterMode
 from raymuse.clusters.placement import Work
 from raymuse.config.generate import GenerateConfig
 from raymuse.config.pretokenize import PretokenizeConfig
-from raymuse.config.training import BaseConfig, GeneratorConfig, SuperresConfig, VqganConfig
-from raymuse.models.superres import SuperRes, SuperResConfig
-from raymuse.models.uvit import UVit, UVitConfig
+from raymuse.config.training import BaseConfig, ClipConfig, LoraConfig, SuperresConfig, VqganConfig
+from raymuse.models.base import SHAPES, BaseShape
+from raymuse.models.superres import SuperResConfig
+from raymuse.models.uvit import UVitConfig
 from raymuse.models.vqmodel import VqModel, VqModelConfig
+from raymuse.training import measure
+from raymuse.training.measure import CLIP_TOKENS, CLIP_WIDTHS, T5_TOKENS
 
-CLIP_GFLOP = 13.3  # CLIP-L's text tower on 77 tokens; a smaller one counts less
-TEXT_TOKENS = 77
 BACKWARD = 3.0  # forward and backward over forward, where only the forward pass is counted
-_DECODE = "decode"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text encoder of CLIP's kind, as what tells the networks. The defaults are CLIP-L's.
+
+    Attributes:
+        tokens: of a caption.
+        pooled: width of its pooled vector.
+    """
+
+    width: int = 768
+    layers: int = 12
+    tokens: int = CLIP_TOKENS
+    pooled: int = 768
+
+    @property
+    def gflop(self) -> float:
+        """Of reading a caption: 12 width^2 numbers a layer and token, and attention's two products."""
+        return self.layers * (24 * self.tokens * self.width**2 + 4 * self.tokens**2 * self.width) / 1e9
+
+
+CLIP_L = Text()
 
 
 @dataclass(frozen=True)
@@ -49,7 +72,17 @@ class Piece:
     sum: str = ""
 
 
-def pretokenizing(config: PretokenizeConfig, pictures: int, vqgan: dict[str, Any] | None = None) -> list[Piece]:
+def text_of(config: ClipConfig) -> Text:
+    """The text tower that a train-clip makes."""
+    from raymuse.training.clip import SHAPE  # which brings transformers: seconds, that other plans need not take
+
+    shape = {**SHAPE, **config.model}
+    return Text(shape["width"], shape["layers"], config.text_length, shape["projection"])
+
+
+def pretokenizing(
+    config: PretokenizeConfig, pictures: int, vqgan: dict[str, Any] | None = None, text: Text = CLIP_L
+) -> list[Piece]:
     """Decode, and encode. `vqgan` is the shape of the VQGAN, where it is not aMUSEd's."""
     crops = pictures * config.crops_per_picture * (2 if config.flip else 1)
     sides = [config.resolution] + ([config.low_resolution] if config.low_resolution else [])
@@ -60,35 +93,45 @@ def pretokenizing(config: PretokenizeConfig, pictures: int, vqgan: dict[str, Any
             "encode",
             "encode",
             crops,
-            vq + CLIP_GFLOP,
+            vq + text.gflop,
             config.encoders,
             config.gpus_per_encoder,
             1.0,
-            f"VQGAN {vq:,.1f} + text {CLIP_GFLOP}",
+            f"VQGAN {vq:,.1f} + text {text.gflop:.3g}",
         ),
     ]
 
 
 def training(
-    config: GeneratorConfig, resolution: int, low: int | None = None, vqgan: dict[str, Any] | None = None
+    config: BaseConfig | SuperresConfig,
+    resolution: int,
+    low: int | None = None,
+    vqgan: dict[str, Any] | None = None,
+    text: Text | None = None,
 ) -> Piece:
-    """Forward and backward of the base or the super-resolution model, with the text encoder where it runs along."""
-    cells = _cells(vqgan, resolution)
+    """Forward and backward of the base or the super-resolution model, with the text encoder where it runs along.
+
+    Args:
+        low: pixels of the low-res pictures under a super-resolution.
+        vqgan: the shape of the VQGAN, where it is not aMUSEd's.
+        text: the text encoder, where it is not one that the networks' text width tells (CLIP-L; else T5).
+    """
+    cells, lows = _cells(vqgan, resolution), 1
+    shape: BaseShape | SuperResConfig
     if isinstance(config, SuperresConfig):
-        low_cells = _cells(vqgan, low or resolution // 2)
-        network = superres_gflop(config.model, cells, low_cells, backward=True)
-        again = superres_gflop(config.model, cells, low_cells, backward=False)
+        lows = _cells(vqgan, low or resolution // 2)
+        shape = superres_shape(config, cells, lows, vqgan, text)
     else:
-        network = base_gflop(_base_shape(config), cells, backward=True)
-        again = base_gflop(_base_shape(config), cells, backward=False)
-    again = again if config.gradient_checkpointing else 0.0
-    text = CLIP_GFLOP if config.text_encoder else 0.0
+        shape = base_shape(config, cells, vqgan, text)
+    sizes = measure.Sizes(1, (cells, cells), _tokens(shape, text), low=(lows, lows))
+    network = _gflop(shape, sizes, config.lora, False, True)
+    again = _gflop(shape, sizes, config.lora, True, True) - network if config.gradient_checkpointing else 0.0
+    reading = (text or CLIP_L).gflop if config.text_encoder else 0.0
     count, gpus = config.steps * config.batch_size, 1.0 if config.use_gpu else 0.0
     what = f"forward and backward {network:,.1f}" + (f" + forward again {again:,.1f}" if again else "")
-    what += (f" + text {text}" if text else "") + (" (as if all weights were trained)" if config.lora else "")
-    return Piece(
-        "train", "train", count, network + again + text, max(1, config.workers), gpus, config.cpus_per_worker, what
-    )
+    what += (f" + text {reading:.3g}" if reading else "") + (" (of a LoRA)" if config.lora else "")
+    gflop = network + again + reading
+    return Piece("train", "train", count, gflop, max(1, config.workers), gpus, config.cpus_per_worker, what)
 
 
 def training_vqgan(config: VqganConfig) -> Piece:
@@ -114,46 +157,67 @@ def generating(
     resolution: int,
     base: BaseConfig | None = None,
     vqgan: dict[str, Any] | None = None,
+    text: Text = CLIP_L,
 ) -> Piece:
-    """Sampling steps with guidance, text and the VQGAN's decoder."""
-    steps = config.steps or 12
+    """Sampling steps of the base with guidance, text and the VQGAN's decoder; without `base`, aMUSEd's."""
+    steps, cells = config.steps or 12, _cells(vqgan, resolution)
     forwards = steps * (1 if config.guidance == 1 else 2)
-    network = base_gflop(_base_shape(base) if base else shape_at(resolution), _cells(vqgan, resolution), backward=False)
+    shape = base_shape(base, cells, vqgan, text) if base else amused(resolution, cells)
+    sizes = measure.Sizes(1, (cells, cells), _tokens(shape, text))
+    network = _gflop(shape, sizes, None, False, False)
     decode = vqgan_gflop(vqgan, resolution, decode=True)
-    what = f"{forwards} forwards x {network:,.1f} + decode {decode:,.1f} + text {CLIP_GFLOP}"
+    whose = "" if base else " (aMUSEd's base)"
+    what = f"{forwards} forwards{whose} x {network:,.1f} + decode {decode:,.1f} + text {text.gflop:.3g}"
     count = prompts * config.samples
-    gflop = forwards * network + decode + CLIP_GFLOP
+    gflop = forwards * network + decode + text.gflop
     return Piece("draw", "draw", count, gflop, config.replicas, config.gpus_per_replica, config.cpus_per_replica, what)
 
 
-def shape_at(resolution: int) -> dict[str, Any]:
+def amused(resolution: int, cells: int) -> UVitConfig:
     """The shape of aMUSEd's base for a resolution: that of 512 pixels halves its grid inside."""
-    return {"downsample": True, "upsample": True} if resolution >= 512 else {}
+    halves = resolution >= 512
+    return UVitConfig(sample_size=cells, downsample=halves, upsample=halves)
 
 
-def resolution_of(config: GeneratorConfig | GenerateConfig) -> int:
+def resolution_of(config: BaseConfig | SuperresConfig | GenerateConfig) -> int:
     """Pixels that a recipe works at, as the published model that it names says: 256 where it names none."""
-    named = config.start_from if isinstance(config, GeneratorConfig) else config.model
+    named = config.start_from if isinstance(config, BaseConfig | SuperresConfig) else config.model
     return 512 if named and "512" in named.rpartition("/")[2] else 256
 
 
-def _base_shape(config: GeneratorConfig) -> dict[str, Any]:
-    return shape_at(resolution_of(config)) if config.start_from else dict(config.model)
+def base_shape(config: BaseConfig, cells: int, vqgan: dict[str, Any] | None, text: Text | None) -> BaseShape:
+    """Of the recipe's `model` on a grid of `cells` a side; with start_from, of the aMUSEd model of its resolution."""
+    if config.start_from:
+        return amused(resolution_of(config), cells)
+    known = _known(vqgan, text)
+    if text and config.architecture == "uvit":
+        known["cond_embed_dim"] = text.pooled
+    return SHAPES[config.architecture](**{**known, **config.model, "sample_size": cells})
+
+
+def superres_shape(
+    config: SuperresConfig, cells: int, lows: int, vqgan: dict[str, Any] | None, text: Text | None
+) -> SuperResConfig:
+    """Of the recipe's `model` on a grid of `cells` a side over one of `lows`."""
+    return SuperResConfig(**{**_known(vqgan, text), **config.model, "high_grid": cells, "low_grid": lows})
+
+
+def _known(vqgan: dict[str, Any] | None, text: Text | None) -> dict[str, Any]:
+    """What a flow's own VQGAN and text encoder decide of a network."""
+    codes = VqModelConfig(**_tuples(vqgan)).num_vq_embeddings if vqgan else None
+    sizes = {"codebook_size": codes, "vocab_size": codes + 64} if codes else {}
+    return {**sizes, **({"encoder_hidden_size": text.width} if text else {})}
+
+
+def _tokens(shape: BaseShape | SuperResConfig, text: Text | None) -> int:
+    """Tokens that tell a network: those of a known text encoder, else of the one that has its width."""
+    if text is not None:
+        return text.tokens
+    return CLIP_TOKENS if shape.encoder_hidden_size in CLIP_WIDTHS else T5_TOKENS
 
 
 def _cells(vqgan: dict[str, Any] | None, resolution: int) -> int:
     return max(1, resolution // VqModelConfig(**_tuples(vqgan or {})).factor)
-
-
-def base_gflop(shape: dict[str, Any], cells: int, *, backward: bool) -> float:
-    """GFLOP of a U-ViT on a grid of `cells` a side."""
-    return _base(UVitConfig(**shape), cells, backward)
-
-
-def superres_gflop(shape: dict[str, Any], cells: int, low: int, *, backward: bool) -> float:
-    """GFLOP of a super-resolution transformer on a grid of `cells` a side over one of `low`."""
-    grids = {"high_grid": cells, "low_grid": low}
-    return _superres(SuperResConfig(**{**grids, **shape}), cells, low, backward)
 
 
 def vqgan_gflop(shape: dict[str, Any] | None, side: int, decode: bool) -> float:
@@ -166,26 +230,10 @@ def _tuples(shape: dict[str, Any]) -> dict[str, Any]:
 
 
 @functools.cache
-def _base(config: UVitConfig, cells: int, backward: bool) -> float:
-    with torch.device("meta"):
-        network = UVit(config)
-        states = torch.empty(1, TEXT_TOKENS, config.encoder_hidden_size)
-        inputs = (
-            torch.zeros(1, cells, cells, dtype=torch.int64),
-            states,
-            torch.empty(1, config.cond_embed_dim),
-            torch.empty(1, 5),
-        )
-    return _counted(network, inputs, backward)
-
-
-@functools.cache
-def _superres(config: SuperResConfig, cells: int, low: int, backward: bool) -> float:
-    with torch.device("meta"):
-        network = SuperRes(config)
-        ids, low_ids = torch.zeros(1, cells, cells, dtype=torch.int64), torch.zeros(1, low, low, dtype=torch.int64)
-        inputs = (ids, torch.empty(1, TEXT_TOKENS, config.encoder_hidden_size), low_ids)
-    return _counted(network, inputs, backward)
+def _gflop(
+    shape: BaseShape | SuperResConfig, sizes: measure.Sizes, lora: LoraConfig | None, recompute: bool, backward: bool
+) -> float:
+    return measure.flops(shape, sizes, lora, recompute, backward) / 1e9
 
 
 @functools.cache
@@ -196,14 +244,4 @@ def _vqgan(config: VqModelConfig, side: int, decode: bool) -> float:
         codes, pixels = torch.empty(1, width, cells, cells), torch.empty(1, 3, side, side)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network.draw(codes) if decode else network.latents(pixels)
-    return float(counter.get_total_flops()) / 1e9
-
-
-def _counted(network: torch.nn.Module, inputs: tuple[torch.Tensor, ...], backward: bool) -> float:
-    with FlopCounterMode(display=False) as counter:
-        if backward:
-            network(*inputs).sum().backward()
-        else:
-            with torch.no_grad():
-                network(*inputs)
     return float(counter.get_total_flops()) / 1e9

@@ -1,7 +1,6 @@
 """Kubernetes files: the operator's definitions, schemas of core kinds, and our rules."""
 
 import difflib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,11 @@ import yaml
 from pydantic import ValidationError
 
 from raymuse.clusters.documents import Document, mapping, mappings, name_of, schema_problems
-from raymuse.clusters.pins import image_problems, version_problems
+from raymuse.clusters.pins import version_problems
 from raymuse.clusters.placement import ROLE, ROLES
+from raymuse.clusters.pods import GPU, cluster_of, place_of_cluster, pod_problems, pods_of
 from raymuse.clusters.schemas import RAY_KINDS, core_schemas, ray_schemas
 
-_CLUSTER = {"RayCluster": ("spec",), "RayJob": ("spec", "rayClusterSpec"), "RayService": ("spec", "rayClusterConfig")}
-_GPU = "nvidia.com/gpu"
-_SECRET = re.compile(r"TOKEN|PASSWORD|SECRET|API_?KEY", re.IGNORECASE)
 _RAY_PODS = {"ray.io/is-ray-node": "yes"}
 
 
@@ -38,8 +35,7 @@ def is_checked(document: Document) -> bool:
 def problems_together(documents: list[Document]) -> Iterator[str]:
     """What no document shows alone: pods of Ray that no policy guards, and disks and accounts that are missing."""
     kinds = {kind: [d for d in documents if d.get("kind") == kind] for kind in ("RayCluster", "NetworkPolicy")}
-    policies = [mapping(mapping(d.get("spec")).get("podSelector")) for d in kinds["NetworkPolicy"]]
-    guarded = any(not policy or policy.get("matchLabels") == _RAY_PODS for policy in policies)
+    guarded = any(_guards_ray(mapping(d.get("spec"))) for d in kinds["NetworkPolicy"])
     there = {(str(d.get("kind")), str(mapping(d.get("metadata")).get("name"))) for d in documents}
     for document in kinds["RayCluster"]:
         if not guarded:
@@ -48,9 +44,21 @@ def problems_together(documents: list[Document]) -> Iterator[str]:
             yield f"{name_of(document)}: asks for the {wanted[0]} {wanted[1]}, which is not among the resources: add it"
 
 
+def _guards_ray(policy: Document) -> bool:
+    """Whether nobody reaches a pod of Ray but whom this policy lets in."""
+    selector = mapping(policy.get("podSelector"))
+    chosen = _takes_all(selector) or selector == {"matchLabels": _RAY_PODS}
+    return chosen and "Ingress" in (policy.get("policyTypes") or ["Ingress"])
+
+
+def _takes_all(selector: Any) -> bool:
+    """Whether a selector is there and asks for nothing."""
+    return isinstance(selector, dict) and not any(selector.values())
+
+
 def _wanted(document: Document) -> set[tuple[str, str]]:
     found = set()
-    for _, pod in _pods(document):
+    for _, pod in pods_of(document):
         if pod.get("serviceAccountName"):
             found.add(("ServiceAccount", str(pod["serviceAccountName"])))
         for volume in mappings(pod.get("volumes")):
@@ -71,7 +79,7 @@ def _problems(document: Document, kind: str, path: Path) -> Iterator[str]:
     elif kind in core_schemas():
         yield from schema_problems(document, core_schemas()[kind])
         yield from _core_rules(document, kind, path)
-    yield from _pod_rules(document, path)
+    yield from pod_problems(document, path)
 
 
 def _ray_schema(document: Document, kind: str, version: str) -> Iterator[str]:
@@ -85,10 +93,10 @@ def _ray_schema(document: Document, kind: str, version: str) -> Iterator[str]:
 
 
 def _ray_rules(document: Document, kind: str, path: Path) -> Iterator[str]:
-    cluster = _cluster(document)
+    cluster = cluster_of(document)
     if kind == "RayJob" and not cluster and mapping(document.get("spec")).get("clusterSelector"):
         return  # it runs on a cluster that another file describes
-    place = ".".join(_CLUSTER[kind])
+    place = place_of_cluster(kind)
     if mapping(cluster.get("authOptions")).get("mode") != "token":
         yield f"{place}.authOptions: Ray would let everyone in: mode: token"
     if "rayVersion" in cluster:
@@ -100,11 +108,14 @@ def _ray_rules(document: Document, kind: str, path: Path) -> Iterator[str]:
     head = mapping(cluster.get("headGroupSpec"))
     if head.get("enableIngress") or head.get("serviceType", "ClusterIP") != "ClusterIP":
         yield f"{place}.headGroupSpec: opens the head to the outside: leave enableIngress and serviceType away"
+    yield from _service(f"{place}.headGroupSpec.headService.spec", mapping(head.get("headService")))
     yield from _groups(cluster, place)
     if kind == "RayJob" and not mapping(document.get("spec")).get("shutdownAfterJobFinishes"):
         yield "spec.shutdownAfterJobFinishes: is not true: the machines would stay, and cost, when the job is done"
     if kind == "RayService":
-        yield from _serve(mapping(document.get("spec")).get("serveConfigV2"))
+        spec = mapping(document.get("spec"))
+        yield from _service("spec.serveService.spec", mapping(spec.get("serveService")))
+        yield from _serve(spec.get("serveConfigV2"))
 
 
 def _groups(cluster: Document, place: str) -> Iterator[str]:
@@ -126,12 +137,12 @@ def _groups(cluster: Document, place: str) -> Iterator[str]:
         elif role == "cpu" and gpus:
             yield f"{where}: has the role cpu and {gpus} GPUs, which no stage would use: give it the role all"
         elif role not in (None, "cpu") and not gpus:
-            yield f"{where}: has the role {role} and no limit of {_GPU}: it would get no GPU"
+            yield f"{where}: has the role {role} and no limit of {GPU}: it would get no GPU"
 
 
 def _gpus(group: Document) -> int:
     pod = mapping(mapping(group.get("template")).get("spec"))
-    limits = [mapping(mapping(c.get("resources")).get("limits")).get(_GPU, 0) for c in mappings(pod.get("containers"))]
+    limits = [mapping(mapping(c.get("resources")).get("limits")).get(GPU, 0) for c in mappings(pod.get("containers"))]
     return sum(int(limit) for limit in limits if str(limit).isdigit())
 
 
@@ -164,10 +175,16 @@ def _core_rules(document: Document, kind: str, path: Path) -> Iterator[str]:
     spec = mapping(document.get("spec"))
     if kind == "Secret" and (document.get("data") or document.get("stringData")):
         yield "holds its value in the file: make it with `kubectl create secret` and keep the file free of it"
-    if kind == "Service" and spec.get("type") in ("NodePort", "LoadBalancer"):
-        yield f"spec.type: {spec['type']} opens it to the outside: leave it away, and put a gateway with TLS before it"
+    if kind == "Service":
+        yield from _service("spec", document)
     if kind == "NetworkPolicy":
         yield from _policy(spec)
+
+
+def _service(where: str, service: Document) -> Iterator[str]:
+    kind = mapping(service.get("spec")).get("type")
+    if kind in ("NodePort", "LoadBalancer"):
+        yield f"{where}.type: {kind} opens it to the outside: leave it away, and put a gateway with TLS before it"
 
 
 def _policy(spec: Document) -> Iterator[str]:
@@ -181,56 +198,5 @@ def _policy(spec: Document) -> Iterator[str]:
         for peer in mappings(rule.get("from")):
             if mapping(peer.get("ipBlock")).get("cidr") in ("0.0.0.0/0", "::/0"):
                 yield f"spec.ingress.{number}: lets the whole world in: name the addresses that may come"
-            if peer == {"namespaceSelector": {}}:
+            if _takes_all(peer.get("namespaceSelector")) and _takes_all(peer.get("podSelector", {})):
                 yield f"spec.ingress.{number}: lets every pod of every namespace in: name the pods"
-
-
-def _pod_rules(document: Document, path: Path) -> Iterator[str]:
-    for where, pod in _pods(document):
-        if pod.get("hostNetwork"):
-            yield f"{where}.hostNetwork: pods would listen on the machine's own addresses: leave it away"
-        if not mapping(pod.get("securityContext")).get("runAsNonRoot"):
-            yield f"{where}.securityContext: pods may run as root: runAsNonRoot: true"
-        for number, container in enumerate(mappings(pod.get("containers"))):
-            yield from _container(f"{where}.containers.{number}", container, path)
-
-
-def _container(where: str, container: Document, path: Path) -> Iterator[str]:
-    yield from image_problems(f"{where}.image", container.get("image"), path)
-    security, resources = mapping(container.get("securityContext")), mapping(container.get("resources"))
-    if security.get("privileged") or security.get("allowPrivilegeEscalation") is not False:
-        yield f"{where}.securityContext: a process may gain rights: allowPrivilegeEscalation: false"
-    requests, limits = mapping(resources.get("requests")), mapping(resources.get("limits"))
-    for name in ("cpu", "memory"):
-        if name not in requests or name not in limits:
-            yield f"{where}.resources: says no request and limit of {name}: Ray counts a pod's resources by them"
-    if requests.get(_GPU) != limits.get(_GPU) and _GPU in {**requests, **limits}:
-        yield f"{where}.resources: requests {requests.get(_GPU)} GPUs and limits {limits.get(_GPU)}: make them equal"
-    for port in mappings(container.get("ports")):
-        if port.get("hostPort"):
-            yield f"{where}.ports: {port['hostPort']} would be open on the machine: leave hostPort away"
-    for variable in mappings(container.get("env")):
-        if _SECRET.search(str(variable.get("name"))) and variable.get("value"):
-            yield f"{where}.env: {variable['name']} stands in the file: take it from a secret (valueFrom.secretKeyRef)"
-
-
-def _cluster(document: Document) -> Document:
-    found = document
-    for key in _CLUSTER.get(str(document.get("kind")), ()):
-        found = mapping(found.get(key))
-    return found
-
-
-def _pods(document: Document) -> Iterator[tuple[str, Document]]:
-    """Where a document holds pod specs, and these."""
-    kind = str(document.get("kind"))
-    if kind in ("Deployment", "StatefulSet"):
-        yield "spec.template.spec", mapping(mapping(mapping(document.get("spec")).get("template")).get("spec"))
-    if kind in _CLUSTER:
-        place, cluster = ".".join(_CLUSTER[kind]), _cluster(document)
-        groups = {f"{place}.headGroupSpec": mapping(cluster.get("headGroupSpec"))}
-        for number, group in enumerate(mappings(cluster.get("workerGroupSpecs"))):
-            groups[f"{place}.workerGroupSpecs.{number}"] = group
-        for where, group in groups.items():
-            if group:
-                yield f"{where}.template.spec", mapping(mapping(group.get("template")).get("spec"))

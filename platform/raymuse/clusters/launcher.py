@@ -67,7 +67,7 @@ def _rules(config: Document, path: Path) -> Iterator[str]:
 def _counts(config: Document) -> Iterator[str]:
     workers = {name: group for name, group in _node_types(config).items() if name != config.get("head_node_type")}
     total, said = config.get("max_workers"), [group.get("max_workers") for group in workers.values()]
-    most = [count for count in said if isinstance(count, int)]
+    most: list[int] = [count for count in said if isinstance(count, int)]
     if workers and isinstance(total, int) and len(most) == len(said) and total != sum(most):
         yield (
             f"max_workers: is {total}, and the groups' add up to {sum(most)} "
@@ -145,9 +145,10 @@ def _open_doors(config: Document) -> Iterator[str]:
     group = mapping(mapping(config.get("provider")).get("security_group"))
     for rule in mappings(group.get("IpPermissions")):
         for world in [*mappings(rule.get("IpRanges")), *mappings(rule.get("Ipv6Ranges"))]:
-            if (world.get("CidrIp") or world.get("CidrIpv6")) in ("0.0.0.0/0", "::/0") and rule.get("FromPort") != 22:
-                port = rule.get("FromPort")
-                yield f"provider.security_group: opens port {port} to the world: name the addresses that may come"
+            ports = rule.get("FromPort"), rule.get("ToPort")
+            is_ssh = ports == (22, 22) and rule.get("IpProtocol") == "tcp"
+            if (world.get("CidrIp") or world.get("CidrIpv6")) in ("0.0.0.0/0", "::/0") and not is_ssh:
+                yield f"provider.security_group: opens {_ports(*ports)} to the world: name the addresses that may come"
     options: list[Any] = []
     for docker in (config.get("docker"), *(group.get("docker") for group in _node_types(config).values())):
         for key in ("run_options", "head_run_options", "worker_run_options"):
@@ -155,6 +156,12 @@ def _open_doors(config: Document) -> Iterator[str]:
     for option in options:
         if re.search(r"(^|\s)(-p|--publish|--privileged)\b", str(option)):
             yield f"docker: `{option}` opens the container to the world or the machine to it: leave it away"
+
+
+def _ports(first: Any, last: Any) -> str:
+    if first is None:
+        return "all ports"
+    return f"port {first}" if first == last else f"ports {first} to {last}"
 
 
 def _lines(config: Document, key: str) -> list[str]:

@@ -8,10 +8,10 @@ from typing import Any
 from raymuse.clusters.check import is_kubernetes, load
 from raymuse.clusters.documents import Document, mapping, mappings
 from raymuse.clusters.placement import ROLE
+from raymuse.clusters.pods import cluster_of
 from raymuse.clusters.prices import Machine, Prices, shipped
 from raymuse.config.errors import UserError
 
-_CLUSTER = {"RayCluster": ("spec",), "RayJob": ("spec", "rayClusterSpec"), "RayService": ("spec", "rayClusterConfig")}
 _INSTANCE = "node.kubernetes.io/instance-type"
 _GPU_LABELS = ("cloud.google.com/gke-accelerator", "nvidia.com/gpu.product", "karpenter.k8s.aws/instance-gpu-name")
 _SPOT = ("karpenter.sh/capacity-type", "cloud.google.com/gke-spot", "eks.amazonaws.com/capacityType")
@@ -47,7 +47,7 @@ def groups_of(path: Path, prices: Prices) -> tuple[Group, list[Group]]:
     documents = load(path)
     if not is_kubernetes(documents):
         return _launched(documents[0], path, prices)
-    clusters = [found for document in documents if (found := _cluster(document))]
+    clusters = [found for document in documents if (found := cluster_of(document))]
     if len(clusters) != 1:
         raise UserError(f"{path} describes {len(clusters)} Ray clusters: give a file or folder with one.")
     head = _pods("head", mapping(clusters[0].get("headGroupSpec")), 1, path, prices)
@@ -95,13 +95,6 @@ def _machine(kind: str, path: Path, prices: Prices) -> Machine:
             f"({shipped()}), add a line, and give it as --prices."
         )
     return prices.machines[kind]
-
-
-def _cluster(document: Document) -> Document:
-    found: Any = document if document.get("kind") in _CLUSTER else {}
-    for key in _CLUSTER.get(str(document.get("kind")), ()):
-        found = mapping(mapping(found).get(key))
-    return mapping(found)
 
 
 def _pods(name: str, group: Document, most: int, path: Path, prices: Prices) -> Group:

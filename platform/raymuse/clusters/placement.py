@@ -3,10 +3,13 @@
 A machine's part is its node label `raymuse/role`, which the files in cluster/ give:
 
     head        drivers, dashboard, MLflow; no work
-    cpu         decode, resize, PNG, and everything else without a GPU
+    cpu         decode, resize, crop, and encoders, training and pictures of recipes without a GPU
     trainer     encoders and training
     generator   batches of prompts and the HTTP API
     all         everything, on clusters whose machines with GPUs are not told apart
+
+Small work asks for a core and no role, so that a cluster of one role alone can do it: writing token shards, drawn parts
+and drawn data, scores, and the API's entrance.
 
 A cluster whose head has no role (a laptop's, one of other people) is used as it is: Ray then places by CPU and GPU
 alone, and keeps work without a GPU away from machines with one where it can.
@@ -27,7 +30,7 @@ ROLES: dict[str, frozenset[Work]] = {
     "generator": frozenset({"draw"}),
     "all": frozenset({"decode", "encode", "train", "draw"}),
 }
-"""Role -> the work that runs there. Work that asks for no GPU runs where decoding does, whatever it is."""
+"""Role -> the work that runs there. Placed work that asks for no GPU runs where decoding does, whatever it is."""
 
 _HEAD = "node:__internal_head__"  # a resource that Ray gives the head alone
 

@@ -19,8 +19,9 @@ from raymuse.config.errors import UserError
 from raymuse.config.flow import FlowConfig
 from raymuse.config.generate import GenerateConfig
 from raymuse.config.pretokenize import PretokenizeConfig
-from raymuse.config.training import GeneratorConfig, VqganConfig
+from raymuse.config.training import BaseConfig, SuperresConfig, VqganConfig
 
+_UNCOUNTED = "the flow's other stages (data, train-clip, export, score) and super-resolution in generate, "
 _REACHED = {"encode": "pretokenize", "train": "train", "draw": "generate"}
 
 
@@ -62,10 +63,12 @@ def plan_text(recipe: str, config: Config, file: Path, prices: Prices, amounts: 
         text, time, cost = _stage(stage, pieces, groups, prices)
         lines += text
         hours, total = hours + time, total + cost
+    whole, missing = ("these stages", _UNCOUNTED) if isinstance(config, FlowConfig) else ("in all", "")
     lines += [
         f"head: {head.kind} {_price(head, prices)} x {_hours(hours)} = {_money(head.hour * hours, prices)}",
-        f"in all: {_hours(hours)} one after the other, {_money(total + head.hour * hours, prices)}",
-        "not counted: starting machines (minutes each), work done again after a preemption, disks, traffic, requests.",
+        f"{whole}: {_hours(hours)} one after the other, {_money(total + head.hour * hours, prices)}",
+        f"not counted: {missing}starting machines (minutes each), work done again after a preemption, disks, traffic, "
+        "requests.",
         f"shares of a GPU that stages reach are assumptions: {prices.reached.pretokenize:g} pretokenize, "
         f"{prices.reached.train:g} train, {prices.reached.generate:g} generate; measure, and put yours into --prices.",
     ]
@@ -80,8 +83,8 @@ def stages(config: Config, amounts: Amounts) -> Iterator[tuple[str, list[costs.P
         if amounts.pictures is None:
             raise UserError("how many pictures are there? Say --images N: the plan does not read the input.")
         yield "pretokenize", costs.pretokenizing(config, amounts.pictures)
-    elif isinstance(config, GeneratorConfig):
-        yield config.stage, [costs.training(config, amounts.resolution or costs.resolution_of(config))]  # type: ignore[attr-defined]
+    elif isinstance(config, BaseConfig | SuperresConfig):
+        yield config.stage, [costs.training(config, amounts.resolution or costs.resolution_of(config))]
     elif isinstance(config, VqganConfig):
         yield config.stage, [costs.training_vqgan(config)]
     elif isinstance(config, GenerateConfig):
@@ -97,12 +100,13 @@ def stages(config: Config, amounts: Amounts) -> Iterator[tuple[str, list[costs.P
 def _flow(config: FlowConfig, amounts: Amounts) -> Iterator[tuple[str, list[costs.Piece]]]:
     shape, tokens = config.vqgan.model, config.pretokenize
     base = tokens.low_resolution if config.base.ids == "low_ids" and tokens.low_resolution else tokens.resolution
+    text = costs.text_of(config.clip)
     yield "train-vqgan", [costs.training_vqgan(config.vqgan)]
-    yield "pretokenize", costs.pretokenizing(tokens, amounts.pictures or config.data.train, shape)
-    yield "train-base", [costs.training(config.base, base, vqgan=shape)]
-    yield "train-superres", [costs.training(config.superres, tokens.resolution, tokens.low_resolution, shape)]
+    yield "pretokenize", costs.pretokenizing(tokens, amounts.pictures or config.data.train, shape, text)
+    yield "train-base", [costs.training(config.base, base, vqgan=shape, text=text)]
+    yield "train-superres", [costs.training(config.superres, tokens.resolution, tokens.low_resolution, shape, text)]
     prompts = amounts.prompts or config.data.test
-    yield "generate", [costs.generating(config.generate, prompts, base, config.base, shape)]
+    yield "generate", [costs.generating(config.generate, prompts, base, config.base, shape, text)]
 
 
 def _stage(

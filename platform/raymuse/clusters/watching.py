@@ -9,6 +9,7 @@ dollars                           price of the cluster's machines while the stag
 """
 
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -22,6 +23,8 @@ from raymuse.tracking.run import listening
 PRICE_LABEL = "raymuse-dollars-per-hour"  # of a node, in cluster YAML under `labels`: what an hour of it costs
 PRICE_SECONDS = 15.0
 JOB_VARIABLE = "RAYMUSE_JOB"
+
+_LOG = logging.getLogger(__name__)
 
 COUNTED = {
     **dict.fromkeys(("images", "rows", "pictures"), "images"),
@@ -132,13 +135,18 @@ def _price(text: str) -> float:
 
 
 def _pay(meter: Meter, ended: threading.Event) -> None:
-    since = time.monotonic()
+    """Count until the stage has ended; while the head does not answer, at the price that was known last."""
+    since, price = time.monotonic(), 0.0
     while True:
         last = ended.wait(PRICE_SECONDS)
         if not ray.is_initialized():
             return
+        try:
+            price = price_per_hour()
+        except Exception as error:  # Ray raises several kinds, and none may end a stage's account
+            _LOG.warning("cannot ask the cluster what it costs, and count with %g an hour: %s", price, error)
         now = time.monotonic()
-        meter.paid(price_per_hour() * (now - since) / 3600)
+        meter.paid(price * (now - since) / 3600)
         since = now
         if last:
             return

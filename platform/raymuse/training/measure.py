@@ -28,6 +28,7 @@ from raymuse.models.base import Base, BaseShape, new_base
 from raymuse.models.superres import SuperRes, SuperResConfig
 
 Shape = BaseShape | SuperResConfig
+CLIP_TOKENS, T5_TOKENS, CLIP_WIDTHS = 77, 256, (768, 1024, 1280)
 SHALLOW = 2, 3  # layers of the networks that are run
 
 

@@ -23,12 +23,11 @@ from raymuse.models.uvit import UVitConfig
 from raymuse.models.weights import HUB, require_safetensors
 from raymuse.storage.folder import Folder
 from raymuse.training.loop import micro_batches
-from raymuse.training.measure import Shape, Sizes, activations, flops, outline
+from raymuse.training.measure import CLIP_TOKENS, CLIP_WIDTHS, T5_TOKENS, Shape, Sizes, activations, flops, outline
 from raymuse.training.optimizers import hidden_matrices
 from raymuse.training.start import base_shape, fresh_shape, require_fit, resampled_shape, shape_of, superres_shape
 from raymuse.training.tokens import TokenStream
 
-CLIP_TOKENS, T5_TOKENS, CLIP_WIDTHS = 77, 256, (768, 1024, 1280)
 BUCKET, GATHERED = 500_000_000, 1_050_000_000  # DeepSpeed's: numbers reduced at once; that ZeRO-3 holds gathered
 MOMENTS = {"adamw": 8.0, "muon": 8.0, "lion": 4.0, "adamw-8bit": 2.03, "adafactor": 0.01}
 """Bytes a parameter; of Muon those that AdamW trains, its own having 4."""
