@@ -168,7 +168,7 @@ def test_a_pipeline_is_a_row_of_jobs_under_one_run_and_is_watched(
     server: JobServer, head: Head, mlflow: Server, said: Cli, made_by_a_job: Path, tmp_path: Path
 ) -> None:
     changes = [f"vqgan.input={made_by_a_job}/train", "vqgan.workers=1", "vqgan.steps=3", "vqgan.warm_steps=0"]
-    words = ("smoke", f"workdir={tmp_path}/flow", *changes, "vqgan.log_every=1", "--stages", "vqgan,export")
+    words = ("smoke", f"workdir={tmp_path}/flow", *changes, "vqgan.log_every=2", "--stages", "vqgan,export")
     with scraping(head) as seen:
         text = said("submit", "--pipeline", *words, "--name", "row", "--mlflow", mlflow.uri, code=2)
     assert f"[vqgan] job row.vqgan -> {tmp_path}/flow/vqgan" in text

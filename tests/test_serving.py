@@ -27,12 +27,12 @@ from browser import Browser
 from processes import wait_until
 from raymuse.config.describe import describe
 from raymuse.config.errors import UserError
-from raymuse.config.generate import GenerateConfig, ServeConfig
+from raymuse.config.generate import GenerateConfig, ServeConfig, models_of
 from raymuse.config.load import from_values, load
 from raymuse.pipeline import Pipeline, image_seed
 from raymuse.serving.bodies import bounded
 from raymuse.serving.checker import open_checker
-from raymuse.serving.deploy import APPLICATION, api_keys, deploy_api, models_of, require_free_port
+from raymuse.serving.deploy import APPLICATION, api_keys, deploy_api, require_free_port
 from raymuse.serving.deploy import serve as serve_forever
 from raymuse.serving.instance import join_serve, serves_http
 from raymuse.serving.protocol import Refused
