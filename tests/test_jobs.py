@@ -113,7 +113,7 @@ def test_a_job_takes_its_folder_along_is_stopped_and_goes_on(
     first = sorted(output.glob("train/*.tar"))[0]
     before, count = first.stat().st_mtime_ns, len(list(output.glob("train/*.tar")))
     monkeypatch.chdir(tmp_path)
-    said("jobs", "resume", name, "--no-follow")
+    said("jobs", "resume", jobs.last(server, name).submission_id, "--no-follow")
     shards_of(output, count + 1, server, name)
     assert said("jobs", "stop", name).startswith(f"{name}-2 is STOPPED")
     assert "had ended already" in said("jobs", "stop", name)

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 import uuid
@@ -31,6 +32,7 @@ from raymuse.tracking import sender
 from raymuse.tracking.registry import registered_folder
 from raymuse.tracking.run import Run, clean, open_run, register
 from raymuse.tracking.server import Server, answers, pages
+from raymuse.tracking.traces import Trace, Traces
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
@@ -444,18 +446,66 @@ def test_importing_is_cheap() -> None:
 TRACE_TO_NOBODY = """
 import sys, time
 from raymuse.tracking.traces import MOST_WAITING, Trace, Traces
-traces = Traces(sys.argv[1])
+lost = []
+traces = Traces(sys.argv[1], lambda: lost.append(1))
 began = time.perf_counter()
 taken = [traces.send(Trace(str(number), "POST /", {}).ended({})) for number in range(MOST_WAITING + 10)]
 seconds = time.perf_counter() - began
-print(taken.count(True) - MOST_WAITING, taken.count(False), seconds)
+print(taken.count(True) - MOST_WAITING, taken.count(False), len(lost), seconds)
 """
 
 
 def test_traces_of_requests_wait_for_no_server_and_do_not_pile_up() -> None:
     given = [sys.executable, "-c", TRACE_TO_NOBODY, "http://127.0.0.1:9"]
     done = subprocess.run(given, capture_output=True, text=True, check=True, timeout=60)
-    more, dropped, seconds = map(float, done.stdout.split())
+    more, dropped, lost, seconds = map(float, done.stdout.split())
     assert 0 <= more <= 1  # one is in the hands of the thread that sends
     assert dropped >= 9
+    assert lost == dropped
     assert seconds < 1
+
+
+def test_traces_of_an_outage_arrive_once_it_is_over(tmp_path: Path) -> None:
+    with Server.start(tmp_path / "first") as first:
+        port = first.port
+    lost: list[int] = []
+    traces = Traces(first.uri, lambda: lost.append(1))
+    for number in range(3):
+        trace = Trace(f"kept-{number}", "POST /", {"prompt": "a star"})
+        with trace.span("draw"):
+            pass
+        assert traces.send(trace.ended({"seeds": [number]}))
+    time.sleep(1)  # it has tried by now, and nobody was there
+    with Server.start(tmp_path / "second", port=port) as second:
+        found = arrived_at(second.uri, 3)
+    assert [one.info.tags["request_id"] for one in found] == [f"kept-{number}" for number in range(3)]
+    assert [[span.name for span in one.data.spans] for one in found] == [["POST /", "draw"]] * 3
+    assert lost == []
+
+
+def test_a_trace_that_a_server_will_not_take_is_counted(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def refuses(trace: Trace, experiment: str) -> None:
+        tried.append(trace.request_id)
+        raise RuntimeError("no")
+
+    monkeypatch.setattr("raymuse.tracking.traces._log", refuses)
+    lost = threading.Event()
+    Traces(server.uri, lost.set).send(Trace("refused", "POST /", {}).ended({}))
+    assert lost.wait(30)
+    assert tried == ["refused"] * 3
+
+
+def arrived_at(uri: str, count: int) -> list[Any]:
+    """The served requests' traces at a server, once there are so many, the oldest first."""
+    from mlflow import MlflowClient
+
+    client, limit = MlflowClient(tracking_uri=uri), time.monotonic() + 60
+    found: list[Any] = []
+    while len(found) < count and time.monotonic() < limit:
+        time.sleep(0.5)
+        if (experiment := client.get_experiment_by_name("raymuse-serving")) is not None:
+            found = client.search_traces(locations=[experiment.experiment_id], order_by=["timestamp_ms ASC"])
+            found = [one for one in found if "request_id" in one.info.tags]
+    return found

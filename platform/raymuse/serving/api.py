@@ -185,7 +185,7 @@ class Api:
             self.names |= {name: (name, None)} | {f"{name}:{style}": (name, style) for style in model.styles}
         self.keys = [key.encode() for key in keys]
         self.denied = denied
-        self.traces = None if traces is None else Traces(traces)
+        self.traces = None if traces is None else Traces(traces, metrics().traces_lost.inc)
         self.files: OrderedDict[str, bytes] = OrderedDict()
         self.readiness = Once(READY_KEPT, self._described)
 
@@ -314,10 +314,8 @@ class Api:
 
     def _send(self, trace: Trace, **outputs: Any) -> None:
         """Hand the trace over, once; another thread sends it."""
-        if self.traces is None or trace.end:
-            return
-        if not self.traces.send(trace.ended(outputs)):
-            metrics().traces_lost.inc()
+        if self.traces is not None and not trace.end:
+            self.traces.send(trace.ended(outputs))
 
     async def _described(self) -> dict[str, dict[str, int]]:
         """Every model, by its name.
