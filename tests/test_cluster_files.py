@@ -454,7 +454,7 @@ def test_the_service_is_built_from_its_file(monkeypatch: pytest.MonkeyPatch) -> 
     assert isinstance(application(described["args"]), Application)
     monkeypatch.setattr("raymuse.tracking.registry.registered_folder", lambda address, uri: f"/{address[8:]} of {uri}")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
-    bound = []
+    bound: list[Any] = []
     monkeypatch.setattr("raymuse.serving.deploy.bound_api", lambda config, keys: bound.append(config))
     application({**described["args"], "model": "models:/a@champion", "models": {"other": {"model": "models:/b/3"}}})
     assert (bound[0].called, bound[0].model) == ("a", "/a@champion of http://mlflow:5000")
