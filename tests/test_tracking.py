@@ -11,11 +11,11 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from raymuse.tracking import sender
 from raymuse.tracking.registry import registered_folder
 from raymuse.tracking.run import Run, clean, open_run, register
 from raymuse.tracking.server import Server, answers, pages
-from raymuse.tracking.traces import Trace, Traces
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
@@ -465,36 +464,63 @@ def test_traces_of_requests_wait_for_no_server_and_do_not_pile_up() -> None:
     assert seconds < 1
 
 
-def test_traces_of_an_outage_arrive_once_it_is_over(tmp_path: Path) -> None:
-    with Server.start(tmp_path / "first") as first:
-        port = first.port
-    lost: list[int] = []
-    traces = Traces(first.uri, lambda: lost.append(1))
-    for number in range(3):
-        trace = Trace(f"kept-{number}", "POST /", {"prompt": "a star"})
-        with trace.span("draw"):
-            pass
-        assert traces.send(trace.ended({"seeds": [number]}))
-    time.sleep(1)  # it has tried by now, and nobody was there
-    with Server.start(tmp_path / "second", port=port) as second:
-        found = arrived_at(second.uri, 3)
+THREE_TRACES = """
+import sys
+from raymuse.tracking.traces import Trace, Traces
+lost = []
+traces = Traces(sys.argv[1], lambda: lost.append(1))
+for number in range(3):
+    trace = Trace(f"kept-{number}", "POST /", {"prompt": "a star"})
+    with trace.span("draw"):
+        pass
+    assert traces.send(trace.ended({"seeds": [number]}))
+for _ in sys.stdin:
+    print(len(lost), flush=True)
+"""
+
+
+@contextmanager
+def three_traces(uri: str, **variables: str) -> Iterator[Callable[[], int]]:
+    """A process that sends three traces; who calls is told how many it knows to be lost."""
+    with subprocess.Popen(
+        [sys.executable, "-c", THREE_TRACES, uri],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        bufsize=1,
+        env={**os.environ, **variables},
+    ) as process:
+
+        def lost() -> int:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write("how many?\n")
+            return int(process.stdout.readline())
+
+        try:
+            yield lost
+        finally:
+            process.kill()
+
+
+def test_traces_of_an_outage_arrive_when_it_is_over(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with three_traces(f"http://127.0.0.1:{port}") as lost, Server.start(tmp_path / "mlflow", port=port) as late:
+        found = arrived_at(late.uri, 3)
+        assert lost() == 0
     assert [one.info.tags["request_id"] for one in found] == [f"kept-{number}" for number in range(3)]
     assert [[span.name for span in one.data.spans] for one in found] == [["POST /", "draw"]] * 3
-    assert lost == []
 
 
-def test_a_trace_that_a_server_will_not_take_is_counted(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: list[str] = []
-
-    def refuses(trace: Trace, experiment: str) -> None:
-        tried.append(trace.request_id)
-        raise RuntimeError("no")
-
-    monkeypatch.setattr("raymuse.tracking.traces._log", refuses)
-    lost = threading.Event()
-    Traces(server.uri, lost.set).send(Trace("refused", "POST /", {}).ended({}))
-    assert lost.wait(30)
-    assert tried == ["refused"] * 3
+def test_traces_that_do_not_arrive_at_a_server_that_is_there_are_counted(server: Server) -> None:
+    with three_traces(server.uri, MLFLOW_TRACE_SAMPLING_RATIO="0", MLFLOW_EXPERIMENT_NAME="sampled away") as lost:
+        limit = time.monotonic() + 60
+        while lost() < 3 and time.monotonic() < limit:
+            time.sleep(0.2)
+        assert lost() == 3
 
 
 def arrived_at(uri: str, count: int) -> list[Any]:
