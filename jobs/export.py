@@ -1,6 +1,6 @@
 """Assemble trained parts to a model folder, on a cluster.
 
-    ray job submit --address http://127.0.0.1:8265 --working-dir . -- python jobs/export.py my.yaml
+    ray job submit --working-dir . --runtime-env jobs/env.yaml -- python jobs/export.py my.yaml
 
 What follows the script's name is what follows `raymuse export`. The driver's exit code is the command's: 0 done,
 1 failed, 2 bad usage or config, 3 done with too many rejects. Submit the same again to resume.

@@ -1,6 +1,6 @@
 """Draw every prompt of a file, exactly once, on a cluster.
 
-    ray job submit --address http://127.0.0.1:8265 --working-dir . -- python jobs/generate.py my.yaml
+    ray job submit --working-dir . --runtime-env jobs/env.yaml -- python jobs/generate.py my.yaml
 
 What follows the script's name is what follows `raymuse generate`. The driver's exit code is the command's: 0 done,
 1 failed, 2 bad usage or config, 3 done with too many rejects. Submit the same again to resume.

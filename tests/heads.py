@@ -49,7 +49,8 @@ class Head:
             return str(response.read().decode())
 
     def submit(self, submission: str, *command: str) -> subprocess.CompletedProcess[str]:
-        words = ["job", "submit", "--address", self.address, "--submission-id", submission, "--working-dir", "."]
+        words = ["job", "submit", "--address", self.address, "--submission-id", submission]
+        words += ["--working-dir", ".", "--runtime-env", "jobs/env.yaml"]
         return subprocess.run(
             [RAY, *words, "--", *command],
             cwd=ROOT,

@@ -1,5 +1,6 @@
 """Checkers of drawn pictures: a real classifier's folder, and functions."""
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import ViTForImageClassification
 import tiny
 from raymuse.config.errors import UserError
 from raymuse.config.generate import CheckingConfig
-from raymuse.serving.checker import checker_facts, open_checker
+from raymuse.serving.checker import FILES, checker_facts, open_checker
 
 DREW = np.random.default_rng(0)
 PICTURES = [DREW.integers(0, 256, (48, 64, 3), dtype=np.uint8) for _ in range(12)]
@@ -63,6 +64,17 @@ def test_a_function_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(UserError, match=said):
             open_checker(CheckingConfig(checker=name))
     del sys.modules["own_checks"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_whatever_turns_a_verdict_is_a_fact_of_the_checker(folder: str, tmp_path: Path, name: str) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    asked = CheckingConfig(checker=str(other), checker_refuses=("unsafe",))
+    before = checker_facts(asked)
+    assert before == checker_facts(CheckingConfig(checker=folder, checker_refuses=("unsafe",)))
+    (other / name).write_bytes((other / name).read_bytes() + b" ")
+    assert checker_facts(asked) != before
 
 
 def test_without_a_checker_nothing_is_checked() -> None:

@@ -214,6 +214,12 @@ KUBERNETES_RULES = [
     (TRAIN, "shutdownAfterJobFinishes: true", "shutdownAfterJobFinishes: false", "the machines would stay"),
     (TRAIN, "entrypoint:", "entrypont:", "spec.entrypont: no such key; did you mean entrypoint?"),
     (SERVE, "replicas: 1\n", "replicas: none\n", "spec.serveConfigV2: raymuse: replicas: "),
+    (
+        SERVE,
+        "/mnt/raymuse/model\n",
+        "/mnt/raymuse/a b\n",
+        "raymuse: /mnt/raymuse/a b: 'a b' is no name that clients can",
+    ),
     (SERVE, "import_path:", "import_pth:", "spec.serveConfigV2: applications.0.import_path: Field required"),
     (
         BASE / "redis.yaml",
@@ -601,5 +607,12 @@ def test_the_service_is_built_from_its_file(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(UserError, match="needs an API key"):
         application(described["args"])
     monkeypatch.setenv("RAYMUSE_API_KEY", "key")
-    monkeypatch.setattr("raymuse.serving.generator.place", lambda work, gpus: {})  # it would ask a cluster
+    monkeypatch.setattr("raymuse.serving.replicas.place", lambda work, gpus: {})  # it would ask a cluster
     assert isinstance(application(described["args"]), Application)
+    monkeypatch.setattr("raymuse.tracking.registry.registered_folder", lambda address, uri: f"/{address[8:]} of {uri}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    bound: list[Any] = []
+    monkeypatch.setattr("raymuse.serving.deploy.bound_api", lambda config, keys: bound.append(config))
+    application({**described["args"], "model": "models:/a@champion", "models": {"other": {"model": "models:/b/3"}}})
+    assert (bound[0].called, bound[0].model) == ("a", "/a@champion of http://mlflow:5000")
+    assert bound[0].models["other"].model == "/b/3 of http://mlflow:5000"

@@ -2,6 +2,8 @@
 
 import json
 import socket
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -44,6 +46,20 @@ def test_this_machine_is_well(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert len(text.splitlines()) == len(wanted)
     assert "c0ffee" not in text
+
+
+def test_it_runs_without_a_working_tree(tmp_path: Path) -> None:
+    """In a process of its own, from a folder that holds no constraints.txt, no git and no recipes."""
+    done = subprocess.run(
+        [sys.executable, "-m", "raymuse.cli", "doctor", "--json"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {one["name"] for one in json.loads(done.stdout)} >= {"python", "versions", "disk", "ray auth"}
+    assert list(tmp_path.iterdir()) == [tmp_path / "token"]  # it looks, and leaves nothing
 
 
 def test_a_wrong_python_and_wrong_versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -25,6 +26,7 @@ import yaml
 from PIL import Image
 from pydantic import ValidationError
 from ray import serve
+from ray.exceptions import RayActorError
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
@@ -37,7 +39,7 @@ from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.generate import GenerateConfig
 from raymuse.pipeline import Pipeline, image_seed
 from raymuse.serving.checker import open_checker
-from raymuse.serving.engines import actor_engine, ask
+from raymuse.serving.engines import TRIES, _measured, actor_engine, ask
 from raymuse.serving.generator import Drawing, DrawRequest
 from raymuse.serving.limit import Limit, measure
 from raymuse.serving.progress import Done, Progress
@@ -422,6 +424,21 @@ def test_a_job_is_held_against_its_hardwares_limit(
     shares = [float(share) for share in re.findall(r"([\d.]+)% of the hardware's limit", said)]
     assert len(shares) == 2
     assert all(0 < share < 100 for share in shares)
+
+
+def test_a_replica_that_dies_while_it_is_measured_costs_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raymuse.serving.engines.time", SimpleNamespace(sleep=lambda seconds: None))
+    asked: list[int] = []
+
+    def dies(times: int) -> Limit:
+        asked.append(times)
+        if asked.count(times) <= times:
+            raise RayActorError
+        return Limit(3.0, 2.0, 1.0)
+
+    assert _measured(lambda: dies(2)) == Limit(3.0, 2.0, 1.0)
+    assert _measured(lambda: dies(TRIES)) is None
+    assert [asked.count(times) for times in (2, TRIES)] == [3, TRIES]
 
 
 def test_the_cost_of_a_picture_is_that_of_its_network_calls(drawn: GenerateConfig) -> None:

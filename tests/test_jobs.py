@@ -113,7 +113,7 @@ def test_a_job_takes_its_folder_along_is_stopped_and_goes_on(
     first = sorted(output.glob("train/*.tar"))[0]
     before, count = first.stat().st_mtime_ns, len(list(output.glob("train/*.tar")))
     monkeypatch.chdir(tmp_path)
-    said("jobs", "resume", name, "--no-follow")
+    said("jobs", "resume", jobs.last(server, name).submission_id, "--no-follow")
     shards_of(output, count + 1, server, name)
     assert said("jobs", "stop", name).startswith(f"{name}-2 is STOPPED")
     assert "had ended already" in said("jobs", "stop", name)
@@ -165,24 +165,27 @@ def scraping(head: Head) -> Iterator[Samples]:
 
 
 def test_a_pipeline_is_a_row_of_jobs_under_one_run_and_is_watched(
-    server: JobServer, head: Head, mlflow: Server, said: Cli, made_by_a_job: Path, tmp_path: Path
+    server: JobServer, head: Head, mlflow: Server, said: Cli, tmp_path: Path
 ) -> None:
-    changes = [f"vqgan.input={made_by_a_job}/train", "vqgan.workers=1", "vqgan.steps=3", "vqgan.warm_steps=0"]
-    words = ("smoke", f"workdir={tmp_path}/flow", *changes, "vqgan.log_every=1", "--stages", "vqgan,export")
+    changes = [f"data.{change}" for change in SMALL]
+    changes += ["vqgan.workers=1", "vqgan.steps=3", "vqgan.warm_steps=0", "vqgan.log_every=2"]
+    words = ("smoke", f"workdir={tmp_path}/flow", *changes, "--stages", "data,vqgan,export")
     with scraping(head) as seen:
         text = said("submit", "--pipeline", *words, "--name", "row", "--mlflow", mlflow.uri, code=2)
+    assert f"[data] job row.data -> {tmp_path}/flow/data" in text
     assert f"[vqgan] job row.vqgan -> {tmp_path}/flow/vqgan" in text
     assert "step 3/3" in text
     assert "flow/base" in text  # it was not trained, so that it cannot be exported
     assert "[export] ended with 2: the pipeline submitted again goes on here" in text
-    states = {name: jobs.last(server, name).status for name in ("row", "row.vqgan", "row.export")}
-    assert [str(state) for state in states.values()] == ["FAILED", "SUCCEEDED", "FAILED"]
+    states = {name: jobs.last(server, name).status for name in ("row", "row.data", "row.vqgan", "row.export")}
+    assert [str(state) for state in states.values()] == ["FAILED", "SUCCEEDED", "SUCCEEDED", "FAILED"]
+    assert "`raymuse jobs resume row` goes on" in said("jobs", "resume", "row.vqgan", "--no-follow", code=2)
     runs = {name: (jobs.last(server, name).metadata or {})["raymuse.mlflow_run"] for name in states}
     with sqlite3.connect(mlflow.folder / "mlflow.db") as records:
         parents = dict(records.execute("SELECT run_uuid, value FROM tags WHERE key = 'mlflow.parentRunId'").fetchall())
         found = dict(records.execute("SELECT run_uuid, status FROM runs").fetchall())
     assert parents == {run: runs["row"] for name, run in runs.items() if name != "row"}
-    assert [found[run] for run in runs.values()] == ["FAILED", "FINISHED", "FAILED"]
+    assert [found[run] for run in runs.values()] == ["FAILED", "FINISHED", "FINISHED", "FAILED"]
     # The training ran in a worker of Ray Train; each counts what it did itself.
     trained = {name: value for (name, stage), value in seen.items() if stage == "train-vqgan"}
     assert (trained["steps_total"], trained["images_total"], trained["queue"]) == (3, 24, 0)

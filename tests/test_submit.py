@@ -1,16 +1,19 @@
 """What `raymuse submit` checks and gathers before it speaks to a cluster; the jobs themselves: test_jobs.py."""
 
+import contextlib
 import json
 import subprocess
 import threading
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
-from ray.job_submission import JobDetails
+from ray.job_submission import JobDetails, JobStatus
 
 from raymuse.cli.app import main
 from raymuse.cli.submit import job_config
@@ -19,10 +22,12 @@ from raymuse.clusters.token import find_token
 from raymuse.config.errors import UserError
 from raymuse.config.load import load
 from raymuse.submit import package as packaging
-from raymuse.submit.jobs import _verdict
-from raymuse.submit.order import Order, check, entry_resources, keep, kept, pinned, runtime_env
+from raymuse.submit.following import verdict
+from raymuse.submit.jobs import job_variables, resumable, run_key, stop
+from raymuse.submit.order import Order, check, entry_resources, keep, kept, pinned, require_reachable, runtime_env
 from raymuse.submit.package import gather
 from raymuse.submit.pipeline import check_stages, section_changes
+from raymuse.tracking.run import Run
 
 
 @pytest.fixture
@@ -156,6 +161,85 @@ def test_a_job_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert file.stat().st_mode & 0o777 == 0o600
 
 
+def job(submission: str, **about: str) -> JobDetails:
+    metadata = {f"raymuse.{key}": value for key, value in about.items()}
+    return JobDetails(
+        type="SUBMISSION", entrypoint="x", status="RUNNING", submission_id=submission, metadata=metadata or None
+    )
+
+
+@dataclass
+class Known:
+    """A cluster that knows some jobs, and whose jobs stop when they are told to."""
+
+    known: list[JobDetails]
+    address: str = "http://h:8265"
+
+    @property
+    def client(self) -> "Known":
+        return self
+
+    def jobs(self) -> list[JobDetails]:
+        return self.known
+
+    def details(self, submission: str) -> JobDetails:
+        return next(one for one in self.known if one.submission_id == submission)
+
+    def answering(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def stop_job(self, submission: str) -> None:
+        self.details(submission).status = JobStatus.STOPPED
+
+
+def test_a_job_is_resumed_by_its_name_and_by_an_attempts_id() -> None:
+    jobs = [job("mine", name="mine"), job("mine-2", name="mine"), job("theirs")]
+    server: Any = Known([*jobs, job("row.vqgan", name="row.vqgan", pipeline="row")])
+    assert [resumable(server, name) for name in ("mine", "mine-2", "theirs", "gone")] == ["mine"] * 2 + [
+        "theirs",
+        "gone",
+    ]
+    with pytest.raises(UserError, match="a stage of the pipeline row: `raymuse jobs resume row` goes on"):
+        resumable(server, "row.vqgan")
+    assert stop(server, "mine-2") == "mine-2 is STOPPED; what it finished is kept: raymuse jobs resume mine"
+    assert stop(server, "row.vqgan").endswith("what it finished is kept: raymuse jobs resume row")
+    assert stop(server, "theirs") == "theirs is STOPPED; what it finished is kept"
+
+
+def test_all_attempts_have_one_run_wherever_mlflow_is(folder: Path) -> None:
+    asked, config = order("data", "my.yaml", "output=/x/a")
+    key = run_key(asked.label(config), config)  # type: ignore[arg-type]
+    first, second = (job_variables(asked, config, name, Run.off()) for name in ("a", "a-2"))  # type: ignore[arg-type]
+    assert first == {"RAYMUSE_JOB": "a", "MLFLOW_RUN_ID": key}  # of the server that the cluster's machines name
+    assert second == {"RAYMUSE_JOB": "a-2", "MLFLOW_RUN_ID": key}
+    named = replace(asked, mlflow="http://m:5000")
+    assert job_variables(named, config, "a", Run.off()) == {  # type: ignore[arg-type]
+        **first,
+        "MLFLOW_TRACKING_URI": "http://m:5000",
+        "MLFLOW_EXPERIMENT_NAME": "raymuse",
+    }
+
+
+@pytest.mark.parametrize(
+    ("mlflow", "cluster", "right"),
+    [
+        ("http://127.0.0.1:5000", "http://10.0.0.10:8265", False),
+        ("http://localhost:5000", "https://ray.example.org", False),
+        ("http://[::1]:5000", "http://10.0.0.10:8265", False),
+        ("http://127.0.0.1:5000", "http://localhost:8265", True),
+        ("http://10.0.0.10:5000", "http://10.0.0.10:8265", True),
+        (None, "http://10.0.0.10:8265", True),
+    ],
+)
+def test_an_mlflow_of_this_machine_is_not_sent_to_another(mlflow: str | None, cluster: str, right: bool) -> None:
+    asked = Order("data", None, mlflow=mlflow)
+    if right:
+        require_reachable(asked, cluster)
+        return
+    with pytest.raises(UserError, match=r"is on this machine alone, and the job runs at http"):
+        require_reachable(asked, cluster)
+
+
 def test_a_pipelines_changes_go_to_their_stages() -> None:
     changes = ["base.steps=3", "workdir=/w", "base.optimizer.lr=1e-4", "clip.steps=5", "name=x"]
     assert section_changes(changes, "base", "/w") == ("workdir=/w", "steps=3", "optimizer.lr=1e-4")
@@ -184,7 +268,7 @@ def test_a_jobs_end_becomes_an_exit_code(status: str, driver: int | None, code: 
         type="SUBMISSION", entrypoint="x", status=status, submission_id="it", driver_exit_code=driver, message=message
     )
     said: list[str] = []
-    assert _verdict(details, said.append) == code
+    assert verdict(details, said.append) == code
     assert "".join(said) == told
 
 

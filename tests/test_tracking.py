@@ -14,7 +14,8 @@ import sys
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -444,18 +445,93 @@ def test_importing_is_cheap() -> None:
 TRACE_TO_NOBODY = """
 import sys, time
 from raymuse.tracking.traces import MOST_WAITING, Trace, Traces
-traces = Traces(sys.argv[1])
+lost = []
+traces = Traces(sys.argv[1], lambda: lost.append(1))
 began = time.perf_counter()
 taken = [traces.send(Trace(str(number), "POST /", {}).ended({})) for number in range(MOST_WAITING + 10)]
 seconds = time.perf_counter() - began
-print(taken.count(True) - MOST_WAITING, taken.count(False), seconds)
+print(taken.count(True) - MOST_WAITING, taken.count(False), len(lost), seconds)
 """
 
 
 def test_traces_of_requests_wait_for_no_server_and_do_not_pile_up() -> None:
     given = [sys.executable, "-c", TRACE_TO_NOBODY, "http://127.0.0.1:9"]
     done = subprocess.run(given, capture_output=True, text=True, check=True, timeout=60)
-    more, dropped, seconds = map(float, done.stdout.split())
+    more, dropped, lost, seconds = map(float, done.stdout.split())
     assert 0 <= more <= 1  # one is in the hands of the thread that sends
     assert dropped >= 9
+    assert lost == dropped
     assert seconds < 1
+
+
+THREE_TRACES = """
+import sys
+from raymuse.tracking.traces import Trace, Traces
+lost = []
+traces = Traces(sys.argv[1], lambda: lost.append(1))
+for number in range(3):
+    trace = Trace(f"kept-{number}", "POST /", {"prompt": "a star"})
+    with trace.span("draw"):
+        pass
+    assert traces.send(trace.ended({"seeds": [number]}))
+for _ in sys.stdin:
+    print(len(lost), flush=True)
+"""
+
+
+@contextmanager
+def three_traces(uri: str, **variables: str) -> Iterator[Callable[[], int]]:
+    """A process that sends three traces; who calls is told how many it knows to be lost."""
+    with subprocess.Popen(
+        [sys.executable, "-c", THREE_TRACES, uri],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        bufsize=1,
+        env={**os.environ, **variables},
+    ) as process:
+
+        def lost() -> int:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write("how many?\n")
+            return int(process.stdout.readline())
+
+        try:
+            yield lost
+        finally:
+            process.kill()
+
+
+def test_traces_of_an_outage_arrive_when_it_is_over(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with three_traces(f"http://127.0.0.1:{port}") as lost, Server.start(tmp_path / "mlflow", port=port) as late:
+        found = arrived_at(late.uri, 3)
+        assert lost() == 0
+    assert [one.info.tags["request_id"] for one in found] == [f"kept-{number}" for number in range(3)]
+    assert [[span.name for span in one.data.spans] for one in found] == [["POST /", "draw"]] * 3
+
+
+def test_traces_that_do_not_arrive_at_a_server_that_is_there_are_counted(server: Server) -> None:
+    with three_traces(server.uri, MLFLOW_TRACE_SAMPLING_RATIO="0", MLFLOW_EXPERIMENT_NAME="sampled away") as lost:
+        limit = time.monotonic() + 60
+        while lost() < 3 and time.monotonic() < limit:
+            time.sleep(0.2)
+        assert lost() == 3
+
+
+def arrived_at(uri: str, count: int) -> list[Any]:
+    """The served requests' traces at a server, once there are so many, the oldest first."""
+    from mlflow import MlflowClient
+
+    client, limit = MlflowClient(tracking_uri=uri), time.monotonic() + 60
+    found: list[Any] = []
+    while len(found) < count and time.monotonic() < limit:
+        time.sleep(0.5)
+        if (experiment := client.get_experiment_by_name("raymuse-serving")) is not None:
+            found = client.search_traces(locations=[experiment.experiment_id], order_by=["timestamp_ms ASC"])
+            found = [one for one in found if "request_id" in one.info.tags]
+    return found

@@ -45,11 +45,16 @@ def test_counts_add_up_and_never_fall() -> None:
     assert meter.sums == {"images": 25, "tokens": 1600, "rejects": 1, "queue": 2, "rate": 4.0, "dollars": 0.75}
 
 
-def test_a_training_counts_the_steps_of_this_attempt() -> None:
+@pytest.mark.parametrize(("began", "logged"), [(60, (61, 65)), (45, (60, 65)), (0, (20, 40, 65))], ids=str)
+def test_a_training_counts_the_steps_of_this_attempt(began: int, logged: tuple[int, ...]) -> None:
+    """However seldom it logs, and wherever the checkpoint lay that it went on from."""
     meter = Noted("train-base", steps=100, images_per_step=8)
-    for step in (61, 65):  # it went on from a checkpoint at step 60
-        meter.numbers({"loss": 2.0}, step)
-    assert (meter.sums["steps"], meter.sums["images"], meter.sums["queue"]) == (5, 40, 35)
+    with listening(meter.numbers):
+        Run.off().begin(began)
+        for step in logged:
+            Run.off().metrics({"loss": 2.0}, step)
+    done = 65 - began
+    assert (meter.sums["steps"], meter.sums["images"], meter.sums["queue"]) == (done, 8 * done, 35)
 
 
 def test_nodes_say_what_they_cost(ray_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,7 +159,7 @@ def generate(
 
         again = from_values("repeat", {"picture": str(from_png)}, words or [])
         assert isinstance(again, RepeatConfig)
-        from raymuse.cli.launch import with_model
+        from raymuse.tracking.registry import with_model
 
         typer.echo(repeat(with_model(again, mlflow)))
         return
@@ -186,8 +186,8 @@ def edit(
     word, changes = split(words)
     loaded = from_values("edit", {} if word is None else {"model": word}, changes)
     assert isinstance(loaded, EditConfig)
-    from raymuse.cli.launch import with_model
     from raymuse.stages import edit as stage
+    from raymuse.tracking.registry import with_model
 
     for place in stage.edit(with_model(loaded, None)):
         typer.echo(place)
@@ -214,8 +214,9 @@ def serve(
     else:
         loaded = load(word, changes, "serve")
     assert isinstance(loaded, ServeConfig)
-    from raymuse.cli.launch import local_ray, with_model
+    from raymuse.cli.launch import local_ray
     from raymuse.serving import deploy
+    from raymuse.tracking.registry import with_model
 
     loaded = with_model(loaded, mlflow)
     with local_ray():

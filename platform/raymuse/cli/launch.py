@@ -5,19 +5,15 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from raymuse.clusters.local import session
 from raymuse.clusters.watching import watching
-from raymuse.config.base import Config, StageConfig
-from raymuse.config.drawing import DrawingConfig
+from raymuse.config.base import StageConfig
 from raymuse.config.errors import UserError
-from raymuse.config.generate import ServeConfig
-from raymuse.tracking.registry import is_registered, registered_folder
+from raymuse.tracking.registry import with_model
 from raymuse.tracking.run import Run, finishing, open_run
 from raymuse.tracking.server import Server, pages
-
-C = TypeVar("C", bound=Config)
 
 _FEWEST_CPUS = 4  # logical: a pipeline of actors needs a few even where the machine has only two cores
 
@@ -36,19 +32,6 @@ def run_stage(stage: Callable[[Any, Run], str], config: StageConfig, mlflow: str
     with resumable(), _tracked(config, mlflow) as run, here, watching(name):
         address = stage(config, run)
     print(address, flush=True)
-
-
-def with_model(config: C, mlflow: str | None) -> C:
-    """The config with models of the registry as their folders on this machine."""
-    if isinstance(config, ServeConfig):
-        config = config.model_copy(
-            update={"models": {name: with_model(model, mlflow) for name, model in config.models.items()}}
-        )
-    if not isinstance(config, DrawingConfig) or not is_registered(config.model):
-        return config
-    folder = registered_folder(config.model, mlflow or os.environ.get("MLFLOW_TRACKING_URI"))
-    print(f"{config.model} is {folder}", file=sys.stderr, flush=True)
-    return config.model_copy(update={"model": folder})
 
 
 @contextlib.contextmanager

@@ -161,13 +161,14 @@ def _run(server: "JobServer", order: "Order", config: "Config", follows: bool) -
 def _follow(server: "JobServer", name: str, submission: str) -> None:
     from raymuse.clusters.jobserver import Unreachable
     from raymuse.submit import jobs
+    from raymuse.submit.following import follow
 
     def out(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
     try:
-        code = jobs.follow(server, submission, jobs.say_aside, out)
+        code = follow(server, submission, jobs.say_aside, out)
     except Unreachable as error:
         jobs.say_aside(f"Error: {error}")
         code = 1
@@ -229,10 +230,11 @@ def resume(
     """
     from raymuse.clusters.jobserver import connect
     from raymuse.config.errors import UserError
+    from raymuse.submit.jobs import resumable
     from raymuse.submit.order import kept
 
     server = connect(address)
-    order, folder = kept(job)
+    order, folder = kept(resumable(server, job))
     try:
         os.chdir(folder)
     except OSError as error:

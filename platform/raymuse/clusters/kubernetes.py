@@ -150,7 +150,8 @@ def _serve(text: Any) -> Iterator[str]:
     """`serveConfigV2` against Serve's schema, and our application's own arguments against its config."""
     from ray.serve.schema import ServeDeploySchema
 
-    from raymuse.config.errors import ConfigError
+    from raymuse.config.errors import ConfigError, UserError
+    from raymuse.config.generate import ServeConfig, models_of
     from raymuse.config.load import from_values
 
     where = "spec.serveConfigV2"
@@ -166,9 +167,13 @@ def _serve(text: Any) -> Iterator[str]:
     for application in config.applications:
         if application.import_path == "raymuse.serving.deploy:application":
             try:
-                from_values("serve", dict(application.args))
+                served = from_values("serve", dict(application.args))
+                assert isinstance(served, ServeConfig)
+                models_of(served)
             except ConfigError as error:
                 yield from (f"{where}: {application.name}: {problem}" for problem in error.problems)
+            except UserError as error:
+                yield f"{where}: {application.name}: {error}"
 
 
 def _core_rules(document: Document, kind: str, path: Path) -> Iterator[str]:

@@ -22,7 +22,7 @@ from raymuse.tracking.run import listening
 
 PRICE_LABEL = "raymuse-dollars-per-hour"  # of a node, in cluster YAML under `labels`: what an hour of it costs
 PRICE_SECONDS = 15.0
-JOB_VARIABLE = "RAYMUSE_JOB"
+JOB_VARIABLE = "RAYMUSE_JOB"  # id of a job's attempt, in the environment of its processes
 
 _LOG = logging.getLogger(__name__)
 
@@ -72,14 +72,19 @@ class Meter:
         self.before: dict[str, float] = {}
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
-        """What a stage logs; counts are of this process's work so far, and never fall."""
+        """What a stage logs; counts are of this process's work so far, and never fall.
+
+        A training first says, with no values, at which step it begins: what came before it is another attempt's.
+        """
+        if self.steps is not None and not values:
+            self.before["steps"] = float(step)
         for name, value in values.items():
             if name in COUNTED:
                 self._count(COUNTED[name], float(value))
             elif name in SHOWN:
                 self.gauges[SHOWN[name]].set(float(value), self.tags)
         if self.steps is not None and "loss" in values:
-            self._count("steps", float(step), first=True)
+            self._count("steps", float(step))
             self.gauges["queue"].set(float(self.steps - step), self.tags)
 
     def paid(self, dollars: float) -> None:
@@ -87,9 +92,9 @@ class Meter:
         if dollars > 0:
             self.counters["dollars"].inc(dollars, self.tags)
 
-    def _count(self, name: str, value: float, first: bool = False) -> None:
-        """Pass on what was added; a training's first step may be far from 0, where it goes on from a checkpoint."""
-        added = value - self.before.get(name, value - 1 if first else 0.0)
+    def _count(self, name: str, value: float) -> None:
+        """Pass on what was added."""
+        added = value - self.before.get(name, 0.0)
         self.before[name] = value
         if added > 0:
             self.counters[name].inc(added, self.tags)

@@ -1,12 +1,14 @@
 """Prompts to pictures, and the deployed application."""
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from raymuse.config.base import Address, AddressMark, Config, StageConfig, runtime
 from raymuse.config.drawing import DrawingConfig
+from raymuse.config.errors import UserError
 
 
 class CheckingConfig(Config):
@@ -129,6 +131,12 @@ class ServeConfig(ServedModel, CheckingConfig):
         None, "MLflow server that is told of every request for pictures, its prompt too; null: none is told"
     )
 
+    @property
+    def called(self) -> str:
+        """The first model's name: the one given, the registry's, or its folder's."""
+        registered = re.match(r"models:/([^/@]+)", self.model)
+        return self.name or (registered[1] if registered else Path(self.model).resolve().name)
+
     @field_validator("models", mode="before")
     @classmethod
     def _folder_alone(cls, models: Any) -> Any:
@@ -144,3 +152,17 @@ class ServeConfig(ServedModel, CheckingConfig):
         if self.name in self.models:
             raise ValueError(f"name={self.name} is also in models: give each model a name of its own")
         return self
+
+
+def models_of(config: ServeConfig) -> dict[str, ServedModel]:
+    """The models by their names, the first being the one that requests get who name none.
+
+    Raises:
+        UserError: a folder's name is no name for a model, or another's.
+    """
+    name = config.called
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise UserError(f"{config.model}: {name!r} is no name that clients can ask for: give one with name=...")
+    if name in config.models:
+        raise UserError(f"two models are called {name!r}: give the first another name with name=...")
+    return {name: config, **config.models}

@@ -24,6 +24,7 @@ from raymuse.drawing.inputs import read_picture
 from raymuse.serving.bodies import read_form, read_json
 from raymuse.serving.generator import Drawing, DrawRequest, Editing
 from raymuse.serving.instance import QUIET
+from raymuse.serving.once import Once
 from raymuse.serving.protocol import (
     EditRequest,
     GenerationRequest,
@@ -47,6 +48,7 @@ POLICY = "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 PATHS = frozenset({"/", GENERATIONS, EDITS, MODELS, "/health", "/ready", "/metrics"})
 KEPT = 256  # pictures that can be fetched by their URL
 READY_SECONDS = 5.0
+READY_KEPT = 1.0  # seconds that who brings no key is answered what was found last
 
 Authorization = Annotated[str | None, Header()]
 
@@ -183,8 +185,9 @@ class Api:
             self.names |= {name: (name, None)} | {f"{name}:{style}": (name, style) for style in model.styles}
         self.keys = [key.encode() for key in keys]
         self.denied = denied
-        self.traces = None if traces is None else Traces(traces)
+        self.traces = None if traces is None else Traces(traces, metrics().traces_lost.inc)
         self.files: OrderedDict[str, bytes] = OrderedDict()
+        self.readiness = Once(READY_KEPT, self._described)
 
     # --- what is asked
 
@@ -199,14 +202,12 @@ class Api:
         return {"status": "ok"}
 
     @app.get("/ready")
-    async def ready(self) -> dict[str, Any]:
-        """Whether a picture of every model could be drawn now."""
-        try:
-            async with asyncio.timeout(READY_SECONDS):
-                said = await asyncio.gather(*(model.describe() for model in self.served.values()))
-        except Exception as error:
-            raise Refused(503, "a generator does not answer", "server_error", retry_after=5) from error
-        return {"status": "ready", "models": dict(zip(self.served, said, strict=True))}
+    async def ready(self, authorization: Authorization = None) -> dict[str, Any]:
+        """Whether a picture of every model could be drawn now; who brings a key is told of each model."""
+        if self._may_come(authorization):
+            return {"status": "ready", "models": await self._described()}
+        await self.readiness()  # of strangers only one a second is passed on
+        return {"status": "ready"}
 
     @app.get("/metrics")
     async def measured(self) -> Response:
@@ -313,15 +314,29 @@ class Api:
 
     def _send(self, trace: Trace, **outputs: Any) -> None:
         """Hand the trace over, once; another thread sends it."""
-        if self.traces is None or trace.end:
-            return
-        if not self.traces.send(trace.ended(outputs)):
-            metrics().traces_lost.inc()
+        if self.traces is not None and not trace.end:
+            self.traces.send(trace.ended(outputs))
 
-    def _authorise(self, authorization: str | None) -> None:
+    async def _described(self) -> dict[str, dict[str, int]]:
+        """Every model, by its name.
+
+        Raises:
+            Refused: one does not answer.
+        """
+        try:
+            async with asyncio.timeout(READY_SECONDS):
+                said = await asyncio.gather(*(model.describe() for model in self.served.values()))
+        except Exception as error:
+            raise Refused(503, "a generator does not answer", "server_error", retry_after=5) from error
+        return dict(zip(self.served, said, strict=True))
+
+    def _may_come(self, authorization: str | None) -> bool:
         given = (authorization or "").removeprefix("Bearer ").strip().encode()
         fits = [hmac.compare_digest(given, key) for key in self.keys]  # all of them, however soon one fits
-        if self.keys and not any(fits):
+        return not self.keys or any(fits)
+
+    def _authorise(self, authorization: str | None) -> None:
+        if not self._may_come(authorization):
             raise Refused(
                 401,
                 "a valid API key is needed: send the header `Authorization: Bearer KEY`",

@@ -18,6 +18,7 @@ Check = Callable[[NDArray[np.uint8]], str | None]
 """Why a picture, uint8 (H, W, 3), is refused; None: it is not."""
 
 WEIGHTS = "model.safetensors"
+FILES = ("config.json", "preprocessor_config.json", WEIGHTS)
 
 
 def open_checker(config: CheckingConfig, device: str = "cpu") -> Check | None:
@@ -39,24 +40,25 @@ def checker_facts(config: CheckingConfig) -> dict[str, str]:
         return {}
     if config.checker_function is not None:
         return {"checker": config.checker}
-    with Path(config.checker, WEIGHTS).open("rb") as weights:
-        said = hashlib.file_digest(weights, "sha256").hexdigest()
-    return {"checker": f"{said[:16]} {','.join(sorted(config.checker_refuses))} {config.checker_threshold:g}"}
+    said = hashlib.sha256()
+    for name in FILES:  # labels, how pictures are prepared, weights: each of them can turn a verdict
+        with Path(config.checker, name).open("rb") as file:
+            said.update(hashlib.file_digest(file, "sha256").digest())
+    refuses = ",".join(sorted(config.checker_refuses))
+    return {"checker": f"{said.hexdigest()[:16]} {refuses} {config.checker_threshold:g}"}
 
 
 class Classifier:
     """An image classifier as transformers saves it, such as a ViT that tells safe pictures from unsafe ones.
 
     Args:
-        folder: `config.json`, `preprocessor_config.json` and `model.safetensors`.
+        folder: of `FILES`.
         refuses: labels of it; their probabilities are added up.
         threshold: a picture is refused from this sum on.
     """
 
     def __init__(self, folder: str, refuses: tuple[str, ...], threshold: float, device: str) -> None:
-        missing = [
-            name for name in ("config.json", "preprocessor_config.json", WEIGHTS) if not Path(folder, name).is_file()
-        ]
+        missing = [name for name in FILES if not Path(folder, name).is_file()]
         if missing:
             raise UserError(
                 f"checker {folder} holds no {', '.join(missing)}: give the folder of a transformers image classifier "

@@ -1,7 +1,6 @@
 """`raymuse serve`: the model behind HTTP, in the foreground, until Ctrl-C."""
 
 import os
-import re
 import socket
 import time
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from ray import serve as ray_serve
 from ray.serve import Application
 
 from raymuse.config.errors import UserError
-from raymuse.config.generate import ServeConfig, ServedModel
+from raymuse.config.generate import ServeConfig, models_of
 from raymuse.config.load import from_values
 from raymuse.pipeline import Pipeline
 from raymuse.serving.api import Api, ServedAs
@@ -20,6 +19,7 @@ from raymuse.serving.checker import open_checker
 from raymuse.serving.instance import leave_serve, serves_http, start_http
 from raymuse.serving.replicas import most_pictures, served
 from raymuse.storage.prompts import DenyList
+from raymuse.tracking.registry import with_model
 
 APPLICATION = "raymuse"
 
@@ -54,20 +54,6 @@ def serve(config: ServeConfig) -> None:
             leave_serve(APPLICATION)
 
 
-def models_of(config: ServeConfig) -> dict[str, ServedModel]:
-    """The models by their names, the first being the one that requests get who name none.
-
-    Raises:
-        UserError: a folder's name is no name for a model, or another's.
-    """
-    name = config.name or Path(config.model).resolve().name
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise UserError(f"{config.model}: {name!r} is no name that clients can ask for: give one with name=...")
-    if name in config.models:
-        raise UserError(f"two models are called {name!r}: give the first another name with name=...")
-    return {name: config, **config.models}
-
-
 def require_models(config: ServeConfig) -> None:
     """Open all that is to be served once, so that what is wrong shows here, before anything is deployed.
 
@@ -86,15 +72,18 @@ def application(values: dict[str, Any]) -> Application:
     Args:
         values: what `raymuse serve` takes as words; `host` and `port` are the file's.
 
+    Models are not opened here, where there may be no room for them: a replica that cannot open its own says so.
+
     Raises:
-        UserError: for values that are wrong, or without an API key: such a service listens on every interface.
+        UserError: for values that are wrong, a model that the registry does not give, or without an API key: such a
+            service listens on every interface.
     """
     config = from_values("serve", values)
     assert isinstance(config, ServeConfig)
     keys = api_keys(config)
     if not keys:
         raise UserError("a service of the cluster needs an API key: set RAYMUSE_API_KEY for its pods, or api_key_file.")
-    return bound_api(config, keys)
+    return bound_api(with_model(config, None), keys)
 
 
 def deploy_api(config: ServeConfig, keys: Sequence[str]) -> None:

@@ -27,11 +27,12 @@ class Engine:
     Attributes:
         draw: some pictures together, and waits for them; many threads may ask at once. One that the model cannot draw
             comes back as the reason.
-        limit: what a picture costs and a replica can do, given its operations a second, or None to measure them.
+        limit: what a picture costs and a replica can do, given its operations a second, or None to measure them; None
+            where the replicas die while they are asked: no job fails over a figure for its progress.
     """
 
     draw: Callable[[list[DrawRequest]], list[Drawing | Exception]]
-    limit: Callable[[float | None], Limit]
+    limit: Callable[[float | None], Limit | None]
 
 
 TRIES = 5
@@ -58,7 +59,7 @@ def serve_engine(config: GenerateConfig, name: str) -> Iterator[Engine]:
     try:
         yield Engine(
             lambda requests: list(handle.draw_batch.remote(requests).result()),
-            lambda peak: cast(Limit, handle.limit.remote(peak).result()),
+            lambda peak: _measured(lambda: cast(Limit, handle.limit.remote(peak).result())),
         )
     finally:
         serve.delete(name)
@@ -92,11 +93,21 @@ def actor_engine(config: GenerateConfig, name: str) -> Iterator[Engine]:
 
     try:
         ray.get([one.describe.remote() for one in actors])  # one that cannot begin fails the job, not its pictures
-        yield Engine(draw, lambda peak: cast(Limit, ray.get(actors[0].limit.remote(peak))))
+        yield Engine(draw, lambda peak: _measured(lambda: cast(Limit, ray.get(actors[0].limit.remote(peak)))))
     finally:
         for one in actors:
             with contextlib.suppress(RayActorError):
                 ray.kill(one)
+
+
+def _measured(measure: Callable[[], Limit]) -> Limit | None:
+    """A measurement, made again where it met a dying replica."""
+    for attempt in range(TRIES):
+        try:
+            return measure()
+        except LOST:
+            time.sleep(0.5 * 2**attempt)
+    return None
 
 
 def ask(engine: Engine, requests: list[DrawRequest]) -> Sequence[Drawing | Exception]:

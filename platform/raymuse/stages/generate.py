@@ -181,10 +181,13 @@ def _draw_pending(
 
 
 def _limit(drawing: Engine, config: GenerateConfig, left: int, run: Run) -> Limit | None:
-    """What the hardware could do; None for a job that ends sooner than it is measured."""
+    """What the hardware could do; None for a job that ends sooner than it is measured, and where nobody could say."""
     if left < MEASURED_FROM:
         return None
     limit = drawing.limit(None if config.peak_tflops is None else config.peak_tflops * 1e12)
+    if limit is None:
+        print("the replicas died while they were measured: the hardware's share is not told", flush=True)
+        return None
     how = "measured with a product of fp32 matrices" if config.peak_tflops is None else "as given"
     print(
         f"a replica can do {limit.peak / 1e12:.3g} TFLOP/s ({how}), a picture takes {limit.first / 1e9:.3g} GFLOP and "

@@ -1,41 +1,36 @@
-"""Jobs on a cluster: sent, followed to the end, listed, stopped.
+"""Jobs on a cluster: sent, listed, stopped.
 
 A job has a name, which is made of what it writes to; each attempt has an id of Ray's: NAME, NAME-2, NAME-3. An attempt
 goes on from what the ones before it committed, in the same MLflow run, on this cluster or on the next.
 """
 
-import asyncio
 import contextlib
 import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 from ray.job_submission import JobDetails, JobStatus
 
-from raymuse.clusters.jobserver import JobServer, Unreachable
+from raymuse.clusters.jobserver import JobServer
+from raymuse.clusters.watching import JOB_VARIABLE
 from raymuse.config.base import Config
 from raymuse.config.errors import UserError
 from raymuse.config.flow import FlowConfig
-from raymuse.submit.order import Order, check, entry_resources, keep, runtime_env, storage
+from raymuse.submit.following import Say
+from raymuse.submit.order import Order, check, entry_resources, keep, require_reachable, runtime_env, storage
 from raymuse.submit.package import Package, commit, digest, gather, mib
 from raymuse.tracking.run import PENDING, Run, open_run
 
 NAME = "raymuse.name"  # keys of a job's metadata, and tags of its run
 SUBMISSION = "raymuse.submission"
 COMMIT = "raymuse.commit"
-JOB_VARIABLE = "RAYMUSE_JOB"  # the attempt's id, in the environment of its processes
+PIPELINE = "raymuse.pipeline"  # the job whose stage this one is
 RUN_VARIABLE = "MLFLOW_RUN_ID"
-POLL_SECONDS = 1.0
-PATIENCE_SECONDS = 60.0  # that a cluster may be silent before it is given up
 STOP_SECONDS = 30.0
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -56,6 +51,7 @@ def submit(server: JobServer, order: Order, config: Config, root: Path, say: Say
     Raises:
         UserError: for what no cluster could run, or a job of that name that runs already.
     """
+    require_reachable(order, server.address)
     package = gather(root, order.excludes)
     check(order, config, package)
     name = order.label(config)
@@ -117,10 +113,10 @@ def describe(order: Order, name: str, submission: str, run: Run, code: str | Non
 
 def job_variables(order: Order, config: Config, submission: str, run: Run) -> dict[str, str]:
     """The environment of driver and workers. No secret is in it: everybody who sees the job sees it."""
-    made = {JOB_VARIABLE: submission}
+    # A server that only the cluster knows finds the attempts' run by the key.
+    made = {JOB_VARIABLE: submission, RUN_VARIABLE: run.id or run_key(order.label(config), config)}
     if order.mlflow is not None:
         made |= {"MLFLOW_TRACKING_URI": order.mlflow, "MLFLOW_EXPERIMENT_NAME": experiment(config)}
-        made |= {RUN_VARIABLE: run.id} if run.id else {}
     return made
 
 
@@ -189,90 +185,6 @@ def _say_size(order: Order, package: Package, say: Say) -> None:
     say(f"in the image {order.image}" if order.image is not None else package.summary)
 
 
-def follow(server: JobServer, submission: str, say: Say, out: Callable[[str], None]) -> int:
-    """Pass on what a job prints until it ends, and return its exit code.
-
-    A connection that breaks is made again; what was passed on is not repeated.
-
-    Args:
-        say: for what is said of the job.
-        out: for what the job itself says.
-
-    Raises:
-        Unreachable: the cluster is silent for a minute.
-    """
-    seen, silent, told = 0, None, ""
-    while True:
-        try:
-            details = server.details(submission)
-            status = JobStatus(details.status)
-            if status == JobStatus.PENDING:
-                told = _told(f"{status}: {details.message}", told, say)
-                time.sleep(POLL_SECONDS)
-                continue
-            seen = _tail(server, submission, seen, out)
-            details, silent = server.details(submission), None
-            if JobStatus(details.status).is_terminal():
-                _rest(server, submission, seen, out)
-                return _verdict(details, say)
-        except (Unreachable, aiohttp.ClientError, ConnectionError) as error:
-            silent = silent or time.monotonic()
-            if time.monotonic() - silent > PATIENCE_SECONDS:
-                raise Unreachable(
-                    f"{server.address} is silent. Where the cluster has ended, `raymuse jobs resume` goes on with the "
-                    "job on another; what is finished is kept."
-                ) from error
-            told = _told(f"{server.address} is silent; trying for {PATIENCE_SECONDS:.0f} s", told, say)
-        time.sleep(POLL_SECONDS)
-
-
-def _told(text: str, before: str, say: Say) -> str:
-    if text != before:
-        say(text)
-    return text
-
-
-def _tail(server: JobServer, submission: str, seen: int, out: Callable[[str], None]) -> int:
-    """Pass on a job's output from a character on, until it ends or the connection does; how far that got."""
-    place = 0
-
-    async def passing() -> None:
-        nonlocal place
-        async for text in server.client.tail_job_logs(submission):
-            if place + len(text) > seen:
-                out(text[max(0, seen - place) :])
-            place += len(text)
-
-    with contextlib.suppress(RuntimeError):  # the connection broke: the caller asks for the job's state
-        asyncio.run(passing())
-    return max(place, seen)
-
-
-def _rest(server: JobServer, submission: str, seen: int, out: Callable[[str], None]) -> None:
-    """Pass on what an ended job printed after a character; nothing, where it never began to."""
-    with server.answering(), contextlib.suppress(RuntimeError):
-        out(server.client.get_job_logs(submission)[seen:])
-
-
-def _verdict(details: JobDetails, say: Say) -> int:
-    """The job's exit code: its driver's, where it had one."""
-    code = details.driver_exit_code
-    if JobStatus(details.status) == JobStatus.SUCCEEDED:
-        return 0
-    message = (details.message or "").strip()
-    reason = message if code is None else _first_line(message).partition(", last available logs")[0]  # shown already
-    say(f"job {details.submission_id}: {details.status}. {reason}")
-    if JobStatus(details.status) == JobStatus.STOPPED:
-        return 143
-    if code is None:
-        return 1
-    return 128 - code if code < 0 else code or 1
-
-
-def _first_line(text: str | None) -> str:
-    return (text or "").strip().partition("\n")[0]
-
-
 def stop(server: JobServer, name: str) -> str:
     """End a job's newest attempt and wait for its end; what came of it, for people."""
     details = last(server, name)
@@ -286,7 +198,26 @@ def stop(server: JobServer, name: str) -> str:
         if time.monotonic() > deadline:
             return f"{submission} was told to stop, and has not after {STOP_SECONDS:.0f} s"
         time.sleep(0.5)
-    return f"{submission} is {server.details(submission).status}; what it finished is kept: raymuse jobs resume {name}"
+    about = details.metadata or {}
+    goes_on = about.get(PIPELINE) or about.get(NAME)  # of a stage the pipeline alone does, and of another's job nobody
+    said = f"{submission} is {server.details(submission).status}; what it finished is kept"
+    return f"{said}: raymuse jobs resume {goes_on}" if goes_on else said
+
+
+def resumable(server: JobServer, job: str) -> str:
+    """The name under which a job was kept, by its name or by the id of one attempt that this cluster knows.
+
+    Raises:
+        UserError: it is a stage of a pipeline.
+    """
+    known = attempts(server, job)
+    about = (known[-1].metadata or {}) if known else {}
+    if PIPELINE in about:
+        raise UserError(
+            f"{job} is a stage of the pipeline {about[PIPELINE]}: `raymuse jobs resume {about[PIPELINE]}` goes on with "
+            "it, and passes over what is finished."
+        )
+    return str(about.get(NAME, job))
 
 
 def table(jobs: list[JobDetails]) -> str:
@@ -298,7 +229,7 @@ def table(jobs: list[JobDetails]) -> str:
         minutes = ((job.end_time or time.time() * 1000) / 1000 - began) / 60
         code = "" if job.driver_exit_code is None else str(job.driver_exit_code)
         started = time.strftime("%Y-%m-%d %H:%M", time.gmtime(began))
-        recipe = about.get("raymuse.recipe", _first_line(job.entrypoint)[:40])
+        recipe = about.get("raymuse.recipe", (job.entrypoint or "").strip().partition("\n")[0][:40])
         shown = (str(job.submission_id), str(job.status), code, started, f"{minutes:.1f}")
         rows.append((*shown, about.get("raymuse.stage", ""), recipe))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

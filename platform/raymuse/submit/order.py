@@ -140,6 +140,28 @@ def check(order: Order, config: Config, package: Package) -> None:
         )
 
 
+def require_reachable(order: Order, cluster: str) -> None:
+    """That a cluster on other machines is not sent to an MLflow of this one.
+
+    A cluster whose dashboard is forwarded to here has an address of this machine, and cannot be told from one on it.
+
+    Raises:
+        UserError: it would be.
+    """
+    if order.mlflow is None or not _is_loopback(order.mlflow) or _is_loopback(cluster):
+        return
+    raise UserError(
+        f"MLflow at {order.mlflow} is on this machine alone, and the job runs at {cluster}: give an address that the "
+        "cluster reaches with --mlflow (MLFLOW_TRACKING_URI, where that is what named it), or none: the cluster's own "
+        "is then used."
+    )
+
+
+def _is_loopback(address: str) -> bool:
+    host = urlsplit(address).hostname or ""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
 def _check_recipe(recipe: str, order: Order, package: Package) -> None:
     file = split_section(recipe)[0]
     if not file.endswith((".yaml", ".yml")):

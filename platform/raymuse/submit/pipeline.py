@@ -13,6 +13,7 @@ from ray.dashboard.utils import ray_address_to_api_server_url
 from ray.job_submission import JobStatus
 
 from raymuse.clusters.jobserver import JobServer, connect
+from raymuse.clusters.watching import JOB_VARIABLE
 from raymuse.config.base import StageConfig
 from raymuse.config.errors import UserError
 from raymuse.config.flow import FlowConfig
@@ -20,6 +21,7 @@ from raymuse.config.load import command
 from raymuse.config.recipe import SECTIONS
 from raymuse.stages.score import flat, markdown, read_scores
 from raymuse.submit import jobs
+from raymuse.submit.following import follow
 from raymuse.submit.order import Order
 from raymuse.tracking.run import Run, finishing, open_run
 
@@ -60,7 +62,7 @@ def run_pipeline(config: FlowConfig, recipe: str, changes: Sequence[str], stages
     Raises:
         UserError: this is no job, or the cluster's job server does not answer.
     """
-    parent = os.environ.get(jobs.JOB_VARIABLE)
+    parent = os.environ.get(JOB_VARIABLE)
     if parent is None or not os.environ.get("RAY_ADDRESS"):
         raise UserError("`raymuse pipeline` runs inside a job: submit it with `raymuse submit --pipeline RECIPE`.")
     server = connect(ray_address_to_api_server_url(os.environ["RAY_ADDRESS"]))
@@ -118,7 +120,7 @@ class _Row:
             self._send(order, config, name, submission, run)
         print(f"[{section}] job {submission} -> {config.output}", flush=True)
         try:
-            code = jobs.follow(self.server, submission, _say, lambda text: print(text, end="", flush=True))
+            code = follow(self.server, submission, _say, lambda text: print(text, end="", flush=True))
         except (KeyboardInterrupt, SystemExit):
             print(jobs.stop(self.server, submission), flush=True)
             raise
@@ -131,10 +133,9 @@ class _Row:
         return open_run(self.uri, self.config.name, section, parent=self.run_of_all, resume=key)
 
     def _send(self, order: Order, config: StageConfig, name: str, submission: str, run: Run) -> None:
-        about = jobs.describe(order, name, submission, run, self.commit)
-        variables = {**self.environment.get("env_vars", {}), jobs.JOB_VARIABLE: submission}
-        if run.id is not None:
-            variables[jobs.RUN_VARIABLE] = run.id
+        about = {**jobs.describe(order, name, submission, run, self.commit), jobs.PIPELINE: self.name}
+        own = {JOB_VARIABLE: submission, jobs.RUN_VARIABLE: run.id or jobs.run_key(name, config)}
+        variables = {**self.environment.get("env_vars", {}), **own}
         run.tags(about)
         run.flush()
         jobs.send(self.server, order, config, {**self.environment, "env_vars": variables}, about)

@@ -3,11 +3,17 @@
 import os
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from raymuse.config.base import Config
+from raymuse.config.drawing import DrawingConfig
 from raymuse.config.errors import UserError
+from raymuse.config.generate import ServeConfig
+
+C = TypeVar("C", bound=Config)
 
 PREFIX = "models:/"
 ADDRESS_TAG = "raymuse.address"
@@ -50,6 +56,26 @@ def registered_folder(address: str, uri: str | None, cache: Path | None = None) 
             "is not on this machine: give the model folder itself"
         )
     return where
+
+
+def with_model(config: C, uri: str | None) -> C:
+    """The config with models of the registry as folders: of this machine, unless its cache lies on a disk of many.
+
+    Args:
+        config: one that draws, or any other, which comes back as it is.
+        uri: the MLflow server; None: MLFLOW_TRACKING_URI.
+
+    Raises:
+        UserError: as `registered_folder`.
+    """
+    if isinstance(config, ServeConfig):
+        models = {name: with_model(model, uri) for name, model in config.models.items()}
+        config = config.model_copy(update={"models": models, "name": config.called})  # the cache's folder is no name
+    if not isinstance(config, DrawingConfig) or not is_registered(config.model):
+        return config
+    folder = registered_folder(config.model, uri or os.environ.get("MLFLOW_TRACKING_URI"))
+    print(f"{config.model} is {folder}", file=sys.stderr, flush=True)
+    return config.model_copy(update={"model": folder})
 
 
 def default_cache() -> Path:

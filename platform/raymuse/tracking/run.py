@@ -79,6 +79,11 @@ class Run:
             listener(rows, int(step))
         self._log({"do": "metrics", "values": rows, "step": int(step), "time": _now()})
 
+    def begin(self, step: int) -> None:
+        """Says to who listens, with no values, after which step the work goes on; the run itself is told nothing."""
+        for listener in _LISTENERS:
+            listener({}, int(step))
+
     def tags(self, values: Mapping[str, Any]) -> None:
         """Sets tags; a later value replaces an earlier one."""
         self._log({"do": "tags", "values": {clean(name): _text(value)[:TAG_LENGTH] for name, value in values.items()}})

@@ -1,4 +1,7 @@
-"""A trace a request in MLflow: sent by a thread of its own, so that no request ever waits for the server."""
+"""A trace a request in MLflow: sent by a thread of its own, so that no request ever waits for the server.
+
+MLflow itself says of a trace that it could not send no more than a line in the log: each is read back before it counts.
+"""
 
 import contextlib
 import os
@@ -6,12 +9,14 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 EXPERIMENT = "raymuse-serving"
-MOST_WAITING = 1000  # traces that are kept while the server is away; what comes then is dropped
+MOST_WAITING = 1000  # traces that are kept while the server is away; what comes then is lost
+TRIES = 3  # of a trace that a server does not take which is there
+AGAIN_SECONDS, LONGEST_SECONDS = 1.0, 30.0
 TAG = "request_id"
 
 
@@ -49,22 +54,25 @@ class Trace:
 
 
 class Traces:
-    """Sends traces to one MLflow server, in the order in which they come.
+    """Sends traces to one MLflow server, in the order in which they come; again, while it is away.
 
     Args:
         uri: of the server.
+        lost: called for each trace that the server will never have.
     """
 
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
+    def __init__(self, uri: str, lost: Callable[[], object] = lambda: None) -> None:
+        self.uri, self.lost = uri, lost
+        self._experiment: str | None = None
         self._waiting: queue.Queue[Trace] = queue.Queue(MOST_WAITING)
         threading.Thread(target=self._run, name="traces", daemon=True).start()
 
     def send(self, trace: Trace) -> bool:
-        """Have a trace sent; False where too many wait already, and this one is dropped. Returns at once."""
+        """Have a trace sent; False where too many wait already, and this one is lost. Returns at once."""
         try:
             self._waiting.put_nowait(trace)
         except queue.Full:
+            self.lost()
             return False
         return True
 
@@ -75,19 +83,44 @@ class Traces:
         import mlflow
 
         mlflow.set_tracking_uri(self.uri)
-        experiment = None
         while True:
-            trace = self._waiting.get()
-            try:
-                if experiment is None:
-                    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
-                    experiment = mlflow.set_experiment(name).experiment_id
-                _log(trace, experiment)
-            except Exception as error:  # whatever is wrong with the server is no trouble of the requests'
-                print(f"warning: the trace of {trace.request_id} was not sent: {error}", file=sys.stderr, flush=True)
+            if not self._sent(self._waiting.get()):
+                self.lost()
+
+    def _sent(self, trace: Trace) -> bool:
+        """Whether the server has a trace: sent again until then, or until a server that is there will not take it."""
+        import mlflow
+
+        refused, pause = 0, AGAIN_SECONDS
+        while refused < TRIES:
+            if self._experiment is not None:
+                try:
+                    _log(trace, self._experiment)
+                    return True
+                except Exception as error:  # whatever is wrong with the server is no trouble of the requests'
+                    _warn(trace, error)
+                    refused += 1
+            try:  # whether there is a server
+                name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+                self._experiment = str(mlflow.set_experiment(name).experiment_id)
+            except Exception as error:
+                _warn(trace, error)
+                self._experiment = None
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_SECONDS)
+        return False
+
+
+def _warn(trace: Trace, error: Exception) -> None:
+    print(f"warning: the trace of {trace.request_id} was not sent: {error}", file=sys.stderr, flush=True)
 
 
 def _log(trace: Trace, experiment: str) -> None:
+    """Send a trace, and read it back.
+
+    Raises:
+        Exception: of MLflow; the server does not have it, or not all of it.
+    """
     import mlflow
 
     root = mlflow.start_span_no_context(
@@ -101,3 +134,6 @@ def _log(trace: Trace, experiment: str) -> None:
         child = mlflow.start_span_no_context(name, parent_span=root, start_time_ns=began)
         child.end(end_time_ns=ended)
     root.end(outputs=trace.outputs, status="ERROR" if "error" in trace.outputs else "OK", end_time_ns=trace.end)
+    arrived = mlflow.MlflowClient().get_trace(root.trace_id, display=False)
+    if len(arrived.data.spans) != len(trace.spans) + 1:
+        raise RuntimeError(f"{len(arrived.data.spans)} of its {len(trace.spans) + 1} spans arrived")

@@ -74,6 +74,7 @@ class Loop:
             False where the training was asked to stop before its end: a checkpoint then holds what was done.
         """
         start = self._restore()
+        self.run.begin(start)
         for step in range(start, self.config.steps):
             metrics = self._step(step)
             self.next_step()
