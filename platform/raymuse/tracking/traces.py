@@ -16,7 +16,7 @@ from typing import Any
 EXPERIMENT = "raymuse-serving"
 MOST_WAITING = 1000  # traces that are kept while the server is away; what comes then is lost
 TRIES = 3  # of a trace that a server does not take which is there
-AGAIN_SECONDS, LONGEST_SECONDS = 1.0, 30.0
+AGAIN_SECONDS, LONGEST_SECONDS = 1.0, 10.0
 TAG = "request_id"
 
 
