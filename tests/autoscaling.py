@@ -17,7 +17,7 @@ HEAD = "ray.head.default"  # what the provider says that its head is
 HEAD_ID = "f" * 51 + "00000"
 IDLE_SECONDS = 8
 # What the machines are taken to have: work that asks for more than 2 CPUs fits on a trainer alone.
-RESOURCES = {"decoders": {"CPU": 2}, "gpus": {"CPU": 4, "GPU": 1}}
+RESOURCES = {"decoders": {"CPU": 2}, "trainers": {"CPU": 4, "GPU": 1}}
 EMPTY = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands")
 EMPTY += ("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude")
 
@@ -70,7 +70,7 @@ def _config(address: str, version: int) -> dict[str, Any]:
 def _node_type(name: str, kind: dict[str, Any]) -> dict[str, Any]:
     """A node type of ours without its machine; at most two nodes of it fit on this one."""
     if name not in RESOURCES:
-        return {"resources": kind["resources"], "node_config": {}, "max_workers": 0}
+        return {"resources": kind.get("resources", {}), "node_config": {}, "max_workers": 0}
     resources = RESOURCES[name] | {"object_store_memory": 100 * 2**20, name: 1}  # by the last, nodes are known
     limits = {"min_workers": kind["min_workers"], "max_workers": min(2, kind["max_workers"])}
     return {"resources": resources, "labels": kind.get("labels", {}), "node_config": {}, **limits}

@@ -21,7 +21,7 @@ from raymuse.config.load import from_values
 from raymuse.config.training import BaseConfig, OptimizerConfig
 from raymuse.storage import checkpoint
 from raymuse.tracking.run import Run
-from raymuse.training.alone import main, train_alone
+from raymuse.training.alone import main, opened, train_alone
 from raymuse.training.optimizers import build_optimizer
 from trainings import fit
 
@@ -33,7 +33,7 @@ import sys, time
 from raymuse.config.training import BaseConfig
 from raymuse.storage import checkpoint
 from raymuse.tracking.run import Run
-from raymuse.training.alone import train_alone
+from raymuse.training.alone import opened, train_alone
 
 def save_slowly(tensors, path):
     save(tensors, path)
@@ -42,7 +42,8 @@ def save_slowly(tensors, path):
         time.sleep(3600)
 
 save, checkpoint.save_file = checkpoint.save_file, save_slowly
-train_alone(BaseConfig.model_validate_json(sys.argv[1]), Run.off())
+config = BaseConfig.model_validate_json(sys.argv[1])
+train_alone(config, Run.off(), opened(config))
 """
 
 
@@ -79,7 +80,7 @@ def stopped(data: str, tmp_path_factory: pytest.TempPathFactory) -> BaseConfig:
     before = signal.getsignal(signal.SIGTERM)
     threading.Thread(target=tell, daemon=True).start()
     with pytest.raises(SystemExit) as ended:
-        train_alone(config, Run.off())
+        train_alone(config, Run.off(), opened(config))
     assert ended.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == before
     return config

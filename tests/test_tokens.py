@@ -155,7 +155,7 @@ def test_the_draw_chooses_among_a_pictures_captions(draw: float, chosen: int, tm
 
 def test_the_empty_caption_is_there_with_its_states(address: str) -> None:
     empty = TokenStore(address).empty
-    assert empty.keys == [caption_id("")]
+    assert empty.keys.to_pylist() == [caption_id("")]
     assert empty.text_ids.tolist() == [[0] * LENGTH]
     assert empty.text_states is not None
     assert empty.text_states.shape == (1, LENGTH, WIDTH)

@@ -37,8 +37,8 @@ def test_stages_make_their_nodes_appear_and_idle_ones_go(
 
         assert types(head, "ALIVE") == types(head, "DEAD") == []
         assert submit("data", "data", *(change.removeprefix("data.") for change in SMALL)) == {"decoders"}
-        assert submit("train", "vqgan", *TRAINERS) == {"gpus"}
-        assert submit("train", "clip", *TRAINERS) == {"gpus"}
+        assert submit("train", "vqgan", *TRAINERS) == {"trainers"}
+        assert submit("train", "clip", *TRAINERS) == {"trainers"}
         assert submit("pretokenize", "pretokenize") == {"decoders"}
-        assert submit("train", "base", *TRAINERS) == {"gpus"}
+        assert submit("train", "base", *TRAINERS) == {"trainers"}
         assert (tmp_path / "flow" / "base" / "_SUCCESS").exists()
