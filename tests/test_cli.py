@@ -33,7 +33,7 @@ COMMANDS = [
     "score",
     "ui",
 ]
-COMMANDS += ["config", "cluster"]
+COMMANDS += ["submit", "jobs", "doctor", "config", "cluster"]
 HEAVY = {"ray", "torch", "deepspeed", "mlflow", "pydantic", "rich", "numpy"}
 
 

@@ -11,11 +11,11 @@ from raymuse.cli.words import TRAININGS, config_for, data_config, is_data, split
 
 
 class InOrder(TyperGroup):
-    """Typer names groups after all commands; `tokens` and `batch` belong to the stages that write them."""
+    """Typer names groups after all commands; these belong to the commands that make what they look at."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         names = list(super().list_commands(ctx))
-        for name, stage in (("tokens", "pretokenize"), ("batch", "generate")):
+        for name, stage in (("tokens", "pretokenize"), ("batch", "generate"), ("jobs", "submit")):
             names.remove(name)
             names.insert(names.index(stage) + 1, name)
         return names
