@@ -51,8 +51,8 @@ def verify(text: TextEncoder, base: Base, vqgan: Vqgan) -> Verdict:
     """
     side = base.config.sample_size * vqgan.factor
     if side not in GOLDEN or not isinstance(base, UVit):
-        kind = "" if isinstance(base, UVit) else f" of {type(base).__name__}"
-        raise UserError(f"a model{kind} of {side} px: published values exist for amused-256 and amused-512.")
+        kind = "model" if isinstance(base, UVit) else type(base).__name__
+        raise UserError(f"a {kind} of {side} px: published values exist for amused-256 and amused-512.")
     return Verdict(corner(text, base, vqgan), np.array(GOLDEN[side], dtype=np.float32))
 
 
