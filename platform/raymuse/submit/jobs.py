@@ -30,6 +30,7 @@ SUBMISSION = "raymuse.submission"
 COMMIT = "raymuse.commit"
 PIPELINE = "raymuse.pipeline"  # the job whose stage this one is
 RUN_VARIABLE = "MLFLOW_RUN_ID"
+OPEN_SECONDS = 20.0  # that a job waits for its run's id; a server that is away gives it later, by the run's key
 STOP_SECONDS = 30.0
 
 
@@ -135,6 +136,7 @@ def _opened(order: Order, config: Config, name: str) -> Any:
     """The job's MLflow run, new or gone on with; failed, where the job cannot be sent."""
     title = "flow" if isinstance(config, FlowConfig) else str(type(config).model_fields["stage"].default)
     run = open_run(order.mlflow, experiment(config), title, resume=run_key(name, config) if order.mlflow else None)
+    run.flush(OPEN_SECONDS)
     try:
         yield run
     except BaseException:
