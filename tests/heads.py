@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -113,7 +112,7 @@ def running_head(num_cpus: int = 4, grows: Grows | None = None) -> Iterator[Head
             )
         try:
             found = Head(f"http://127.0.0.1:{dashboard}", token, environment, Path(folder), metrics)
-            wait_until_it_takes_jobs(found, process, log)
+            wait_until_it_takes_jobs(found, agent, process, log)
             yield found
         finally:
             process.send_signal(signal.SIGTERM)
@@ -124,13 +123,16 @@ def running_head(num_cpus: int = 4, grows: Grows | None = None) -> Iterator[Head
             process.wait()
 
 
-def wait_until_it_takes_jobs(head: Head, process: "subprocess.Popen[bytes]", log: Path) -> None:
+def wait_until_it_takes_jobs(head: Head, agent: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    """Until the dashboard answers, and the agent that it hands jobs to."""
     request = urllib.request.Request(f"{head.address}/api/jobs/")
     request.add_header("Authorization", f"Bearer {head.token}")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()
-        with suppress(urllib.error.URLError, ConnectionError), urllib.request.urlopen(request, timeout=5):
+        with suppress(OSError), urllib.request.urlopen(request, timeout=5):
+            socket.create_connection((get_node_ip_address(), agent), timeout=5).close()
+            time.sleep(2)  # it tells the head of itself once it listens
             return
         time.sleep(0.2)
     raise AssertionError(log.read_text())

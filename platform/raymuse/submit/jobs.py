@@ -32,6 +32,8 @@ PIPELINE = "raymuse.pipeline"  # the job whose stage this one is
 RUN_VARIABLE = "MLFLOW_RUN_ID"
 OPEN_SECONDS = 20.0  # that a job waits for its run's id; a server that is away gives it later, by the run's key
 STOP_SECONDS = 30.0
+READY_SECONDS = 60.0
+_NOT_READY = "No available agent"  # as Ray says it
 
 
 @dataclass(frozen=True)
@@ -87,15 +89,27 @@ def plan(order: Order, config: Config, root: Path) -> str:
 def send(
     server: JobServer, order: Order, config: Config, environment: dict[str, Any], description: dict[str, str]
 ) -> None:
-    """Hand one attempt to Ray: `description` is from `describe`, `environment` Ray's runtime environment."""
+    """Hand one attempt to Ray: `description` is from `describe`, `environment` Ray's runtime environment.
+
+    A head that has just started answers before it takes jobs: it is asked again for a while.
+    """
+    limit = time.monotonic() + READY_SECONDS
     with server.answering():
-        server.client.submit_job(
-            entrypoint=shlex.join(order.entry()),
-            submission_id=description[SUBMISSION],
-            runtime_env=environment,
-            metadata=description,
-            **entry_resources(order, config),
-        )
+        while True:
+            try:
+                server.client.submit_job(
+                    entrypoint=shlex.join(order.entry()),
+                    submission_id=description[SUBMISSION],
+                    runtime_env=environment,
+                    metadata=description,
+                    **entry_resources(order, config),
+                )
+            except RuntimeError as error:
+                if _NOT_READY not in str(error) or time.monotonic() > limit:
+                    raise
+                time.sleep(1)
+            else:
+                return
 
 
 def describe(order: Order, name: str, submission: str, run: Run, code: str | None) -> dict[str, str]:
