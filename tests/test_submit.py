@@ -33,7 +33,7 @@ from raymuse.tracking.run import Run
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder: a recipe, an ignored one, and a large file."""
-    root = tmp_path / "work"
+    root = tmp_path / "mine"
     (root / "inner").mkdir(parents=True)
     files = {".gitignore": "*.log\nruns/\n", "my.yaml": "extends: demo:data\n", "inner/a.txt": "a", "inner/b.log": "b"}
     for name, text in files.items():
@@ -96,7 +96,7 @@ def order(command: str, *words: str, **more: object) -> tuple[Order, object]:
         ("train", ("demo:base",), {}, "output=runs/demo/base is relative"),
         ("pipeline", ("smoke",), {}, "workdir=runs/smoke is relative"),
         ("data", ("my.yaml", "output=/shared/x", "source=runs/big"), {}, "source=runs/big lies on this machine"),
-        ("data", ("../work/my.yaml", "output=/x"), {}, "my.yaml does not go along"),
+        ("data", ("../mine/my.yaml", "output=/x"), {}, "my.yaml does not go along"),
         ("data", ("my.yaml", "output=/x"), {"image": "a/b:1"}, "put it into the image"),
         ("data", ("demo:data", "output=/x"), {"mlflow": "http://me:secret@h:5000"}, "holds a password"),
     ],
