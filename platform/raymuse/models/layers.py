@@ -10,6 +10,8 @@ the last axis, attention flattens the grid by itself, and only the few real conv
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -142,6 +144,26 @@ def _prepare_and_run(block: nn.Module, x_BhwD: Tensor, *context: Tensor) -> Tens
 def positive_fields(config: object, names: Iterable[str]) -> list[str]:
     """A complaint for each named integer field below 1."""
     return [f"{name} is {value}, must be at least 1" for name in names if (value := getattr(config, name)) < 1]
+
+
+def token_shape_problems(config: Any) -> list[str]:
+    """What is wrong with the sizes that Muse's two transformers share, a sentence each."""
+    problems = positive_fields(config, [field.name for field in fields(config) if field.type is int])
+    if problems:
+        return problems
+    width, heads = config.hidden_size, config.num_attention_heads
+    if width % heads:
+        problems.append(f"hidden_size {width} is not a multiple of num_attention_heads {heads}")
+    if config.vocab_size <= config.codebook_size:
+        problems.append(
+            f"vocab_size {config.vocab_size} must be above codebook_size {config.codebook_size}: "
+            "the last id is the mask"
+        )
+    if config.layer_norm_eps <= 0:
+        problems.append(f"layer_norm_eps {config.layer_norm_eps} must be above 0")
+    if not 0 <= config.dropout < 1:
+        problems.append(f"dropout {config.dropout} must be in [0, 1)")
+    return problems
 
 
 def initialise_weights(

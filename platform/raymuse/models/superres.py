@@ -24,8 +24,8 @@ from raymuse.models.layers import (
     Prepared,
     RMSNorm,
     initialise_weights,
-    positive_fields,
     run_blocks,
+    token_shape_problems,
 )
 
 
@@ -80,24 +80,9 @@ class SuperResConfig:
         return {"_class_name": "SuperRes", **asdict(self)}
 
     def _problems(self) -> list[str]:
-        problems = positive_fields(self, [field.name for field in fields(self) if field.type is int])
-        if problems:
-            return problems
-        if self.hidden_size % self.num_attention_heads:
-            problems.append(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
-            )
-        if self.vocab_size <= self.codebook_size:
-            problems.append(
-                f"vocab_size {self.vocab_size} must be above codebook_size {self.codebook_size}: "
-                "the last id is the mask"
-            )
-        if self.high_grid % self.low_grid:
+        problems = token_shape_problems(self)
+        if self.low_grid > 0 and self.high_grid % self.low_grid:
             problems.append(f"high_grid {self.high_grid} is not a multiple of low_grid {self.low_grid}")
-        if self.layer_norm_eps <= 0:
-            problems.append(f"layer_norm_eps {self.layer_norm_eps} must be above 0")
-        if not 0 <= self.dropout < 1:
-            problems.append(f"dropout {self.dropout} must be in [0, 1)")
         return problems
 
 
