@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Where it is set, each of a hundred processes compiles the package anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: venv demo demo-full test check format soak bench bench-pretokenize bench-load bench-generate bench-serve clean
+.PHONY: venv demo demo-full test check format docs soak bench bench-pretokenize bench-load bench-generate bench-serve clean
 
 venv: $(STAMP)
 
@@ -51,6 +51,9 @@ bench-generate: $(STAMP)
 
 bench-serve: $(STAMP)
 	$(BIN)/python tests/benchmarks/serve.py
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(STAMP)
 	$(BIN)/ruff format .

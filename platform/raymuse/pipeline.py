@@ -174,12 +174,14 @@ class Pipeline(Networks):
             masks: of `inpaint`: B masks as large as their pictures, white (True) where to draw.
             strength: of `image-to-image`: 0 keeps the picture, 1 ignores it.
             sides: of `outpaint`: pixels that come to the left, top, right and bottom, in whole cells.
-            rounds, share: of `mask-free`: how often, and what share of the ids, is drawn again.
+            rounds: of `mask-free`: how often ids are drawn again.
+            share: of `mask-free`: what share of them each time.
             size: (width, height) that pictures and masks are first resized and cut to; None: as they are.
             paste: of `inpaint` and `outpaint`: outside the mask put the picture's own pixels back, which otherwise are
                 as the VQGAN decodes them.
-            seeds, negative, on_step, options: as for a call. Inpainting unmasks linearly unless `masking` is given
-                (aMUSEd); mask-free editing draws from the 3 likeliest codes unless `top_k` is (Muse).
+
+        The rest is as for a call. Inpainting unmasks linearly unless `masking` is given (aMUSEd); mask-free editing draws
+        from the 3 likeliest codes unless `top_k` is (Muse).
 
         Raises:
             UserError: before any work, for what does not fit together.
