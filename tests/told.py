@@ -8,9 +8,29 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "cluster" / "README.md")
-PROGRAMS = (
-    "raymuse make python pytest ray torchrun pip apt-get docker kubectl aws gcloud curl tar cp mkdir xdg-open test mv chmod export"
-).split()
+PROGRAMS = {
+    "apt-get",
+    "aws",
+    "chmod",
+    "cp",
+    "curl",
+    "docker",
+    "export",
+    "gcloud",
+    "kubectl",
+    "make",
+    "mkdir",
+    "mv",
+    "pip",
+    "pytest",
+    "python",
+    "ray",
+    "raymuse",
+    "tar",
+    "test",
+    "torchrun",
+    "xdg-open",
+}
 
 
 @dataclass(frozen=True)
