@@ -38,9 +38,9 @@ from raymuse.config.edit import RepeatConfig
 from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.generate import GenerateConfig
 from raymuse.pipeline import Pipeline, image_seed
+from raymuse.serving.asked import Drawing, DrawRequest
 from raymuse.serving.checker import open_checker
 from raymuse.serving.engines import TRIES, _measured, actor_engine, ask
-from raymuse.serving.generator import Drawing, DrawRequest
 from raymuse.serving.limit import Limit, measure
 from raymuse.serving.progress import Done, Progress
 from raymuse.stages.edit import repeat

@@ -10,11 +10,12 @@ from typing import cast
 
 import ray
 from ray import serve
-from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError
+from ray.exceptions import RayActorError
 
 from raymuse.clusters.placement import place
 from raymuse.config.generate import GenerateConfig
-from raymuse.serving.generator import Drawing, DrawRequest, GeneratorActor
+from raymuse.serving.asked import LOST, Drawing, DrawRequest
+from raymuse.serving.generator import GeneratorActor
 from raymuse.serving.instance import join_serve
 from raymuse.serving.limit import Limit
 from raymuse.serving.replicas import deployed, placed
@@ -36,8 +37,6 @@ class Engine:
 
 
 TRIES = 5
-LOST = (RayActorError, ObjectLostError, NodeDiedError)
-"""What a replica's end looks like to whoever waits for it: itself gone, or its answer, which lay on its node."""
 
 
 @contextmanager

@@ -30,9 +30,9 @@ from raymuse.drawing.model_folder import model_sha256
 from raymuse.encoding.pictures import decode
 from raymuse.masking import guidance_scales
 from raymuse.pipeline import Pipeline, image_seed
+from raymuse.serving.asked import Drawing, DrawRequest, Editing
 from raymuse.serving.checker import checker_facts, open_checker
 from raymuse.serving.engines import Engine, ask, engine
-from raymuse.serving.generator import Drawing, DrawRequest, Editing
 from raymuse.serving.limit import Limit
 from raymuse.serving.progress import Done, Progress
 from raymuse.serving.replicas import batches_at_a_time
