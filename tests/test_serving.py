@@ -501,6 +501,12 @@ def test_a_batch_job_beside_the_api_leaves_it_serving(
     generate(config, Run.off())
     assert list(serve.status().applications) == [APPLICATION]
     assert serves_http("127.0.0.1", http_port)
+    online = config.model_copy(update={"output": str(tmp_path / "online"), "engine": "online"})
+    generate(online, Run.off())  # by the API's own replicas
+    tars = [Path(one.output, "parts/part-000000.tar").read_bytes() for one in (config, online)]
+    assert tars[0] == tars[1]
+    with pytest.raises(UserError, match=r"none that runs on this cluster serves .* with batch_size=8"):
+        generate(online.model_copy(update={"output": str(tmp_path / "other"), "batch_size": 8}), Run.off())
     np.testing.assert_array_equal(draw(client, extra_body={"seed": 1})[0], before)
 
 

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from raymuse.config.errors import UserError
 from raymuse.config.generate import CheckingConfig
 from raymuse.drawing.drawer import Drawer
+from raymuse.drawing.model_folder import model_sha256
 from raymuse.drawing.scheduler import Picture, Ticket
 from raymuse.drawing.tasks import Ids, Request
 from raymuse.pipeline import Pipeline
 from raymuse.serving.asked import Drawing, DrawRequest
-from raymuse.serving.checker import open_checker
+from raymuse.serving.checker import checker_facts, open_checker
 from raymuse.serving.limit import Limit, measure
 
 
@@ -47,6 +48,7 @@ class GeneratorActor:
     ) -> None:
         self.pipeline = Pipeline.load(model, device=device, batch_size=batch_size, lora=lora)
         self._check = open_checker(checking, device)
+        self._identity = identity(model, lora, batch_size, checking)
         self.styles, self.most_styles = styles, most_styles
         self._plain = Studio(self.pipeline, drawers)
         self._styled: OrderedDict[tuple[str, float], Studio] = OrderedDict()
@@ -59,13 +61,27 @@ class GeneratorActor:
             return (await self._checked(await studio.draw([Ticket(asked, urgent=True)])))[0]
 
     async def draw_batch(self, requests: list[DrawRequest]) -> list[Drawing | Exception]:
-        """Draw the pictures of a batch job, without styles; `batch_size` of them cost what one does.
+        """Draw the pictures of a batch job; `batch_size` of one style cost what one does.
 
         What the model cannot draw comes back as its UserError, in its place.
         """
-        asked = await asyncio.to_thread(_asked, self.pipeline, requests)
-        tickets = [Ticket(one) for one in asked if not isinstance(one, UserError)]
-        drawn = iter(await self._checked(await self._plain.draw(tickets)))
+        places: dict[tuple[str | None, float], list[int]] = {}
+        for place, request in enumerate(requests):
+            places.setdefault((request.style, request.style_scale), []).append(place)
+        drawn = await asyncio.gather(*(self._alike([requests[place] for place in some]) for some in places.values()))
+        answers = {
+            place: answer
+            for some, these in zip(places.values(), drawn, strict=True)
+            for place, answer in zip(some, these, strict=True)
+        }
+        return [answers[place] for place in range(len(requests))]
+
+    async def _alike(self, requests: list[DrawRequest]) -> list[Drawing | Exception]:
+        """Pictures of one style."""
+        async with self._studio(requests[0]) as studio:
+            asked = await asyncio.to_thread(_asked, studio.pipeline, requests)
+            tickets = [Ticket(one) for one in asked if not isinstance(one, UserError)]
+            drawn = iter(await self._checked(await studio.draw(tickets)))
         return [one if isinstance(one, UserError) else next(drawn) for one in asked]
 
     async def draw_stream(self, request: DrawRequest, partials: int) -> AsyncIterator[NDArray[np.uint8] | Drawing]:
@@ -99,6 +115,10 @@ class GeneratorActor:
         """Sides of the pictures, pixels, and how many pictures are asked for and not done."""
         settings, load = self.pipeline.settings, sum(studio.load for studio in (self._plain, *self._styled.values()))
         return {"size": settings.size, "base_size": settings.base_size, "load": load}
+
+    async def identity(self) -> dict[str, object]:
+        """What decides the pictures: two generators of whom this is the same draw the same."""
+        return await asyncio.to_thread(lambda: dict(self._identity))
 
     async def limit(self, peak: float | None) -> Limit:
         """What a picture costs, and what this replica's hardware can do: `peak`, or as measured."""
@@ -169,6 +189,11 @@ class Studio:
             for ticket in tickets:
                 ticket.cancelled = True  # those that are done do not mind
         return [Drawing(picture.pixels, picture.base_pixels) for picture in drawn]
+
+
+def identity(model: str, lora: dict[str, float], batch_size: int, checking: CheckingConfig) -> dict[str, object]:
+    """What decides a generator's pictures."""
+    return {"model": model_sha256(model, lora), "batch_size": batch_size, **checker_facts(checking)}
 
 
 def _asked(pipeline: Pipeline, requests: list[DrawRequest]) -> list[Request | UserError]:
