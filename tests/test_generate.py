@@ -34,13 +34,15 @@ import tiny
 from processes import children_named, wait_until
 from raymuse.cli import batch
 from raymuse.cli.app import main
+from raymuse.cli.words import generate_config
 from raymuse.config.edit import RepeatConfig
 from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.generate import GenerateConfig
+from raymuse.drawing.model_folder import model_sha256
 from raymuse.pipeline import Pipeline, image_seed
+from raymuse.serving.asked import Drawing, DrawRequest
 from raymuse.serving.checker import open_checker
 from raymuse.serving.engines import TRIES, _measured, actor_engine, ask
-from raymuse.serving.generator import Drawing, DrawRequest
 from raymuse.serving.limit import Limit, measure
 from raymuse.serving.progress import Done, Progress
 from raymuse.stages.edit import repeat
@@ -133,18 +135,61 @@ def test_an_empty_prompt_is_a_reject_and_the_counts_add_up(drawn: GenerateConfig
     assert (success["rows"], success["rejects"]) == (22, 2)
 
 
-def test_a_lora_is_merged_where_serve_draws(drawn: GenerateConfig, model: str, tmp_path: Path) -> None:
-    adapter = tiny.write_adapter(tmp_path / "adapter", model)
-    (tmp_path / "prompts.txt").write_text("a red circle\na blue star\n")
+def test_loras_are_merged_where_serve_draws_and_the_job_is_held_against_its_hardwares_limit(
+    drawn: GenerateConfig,
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One LoRA for all rows, others for those that name them."""
+    monkeypatch.setattr("raymuse.stages.generate.MEASURED_FROM", 1)
+    adapter, ink = (tiny.write_adapter(tmp_path / name, model) for name in ("adapter", "ink"))
+    lines: list[dict[str, Any]] = [
+        {"prompt": "a red circle"},
+        {"prompt": "a blue star", "lora": "ink"},
+        {"prompt": "a blue star", "lora": "ink", "lora_scale": 0.5},
+        {"prompt": "a blue star", "lora": "oil"},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = changed(
-        drawn, tmp_path / "styled", prompts=str(tmp_path / "prompts.txt"), samples=1, lora=adapter, lora_scales=[0.5]
+        drawn,
+        tmp_path / "styled",
+        prompts=str(tmp_path / "p.jsonl"),
+        samples=1,
+        lora=adapter,
+        lora_scales=[0.5],
+        styles={"ink": ink},
+        most_styles=1,
+        pictures_per_part=2,
+        price_per_hour=36,
+        max_reject_fraction=0.25,
     )
     generate(config, Run.off())
-    styled = Pipeline.load(model, batch_size=4, lora={adapter: 0.5})
-    wanted = styled(["a red circle", "a blue star"], seeds=[image_seed(SEED, index, 0) for index in range(2)])
     found = pixels(config.output)
-    assert [found[f"{index:09d}-0.png"] for index in range(2)] == [picture.tobytes() for picture in wanted.pixels]
+    merged = [{adapter: 0.5}, {adapter: 0.5, ink: 1.0}, {adapter: 0.5, ink: 0.5}]
+    for index, (line, lora) in enumerate(zip(lines, merged, strict=False)):
+        alone = Pipeline.load(model, batch_size=4, lora=lora)([line["prompt"]], seeds=[image_seed(SEED, index, 0)])
+        assert found[f"{index:09d}-0.png"] == alone.pixels[0].tobytes()
     assert found["000000000-0.png"] != pixels(drawn.output)["000000000-0.png"]
+    assert found["000000001-0.png"] != found["000000002-0.png"]
+    assert [row["model"] for row in rows(config.output)] == [model_sha256(model, lora)[:16] for lora in merged]
+    (reject,) = pq.read_table(f"{config.output}/rejects").to_pylist()
+    assert reject["detail"] == "lora: 'oil' is none of the job's styles, which are: ink"
+    (tmp_path / "a.png").write_bytes(files(config.output)["000000002-0.png"])
+    again = RepeatConfig(
+        model=model,
+        lora=(adapter, ink),
+        lora_scales=(0.5, 0.5),
+        picture=str(tmp_path / "a.png"),
+        output=str(tmp_path / "again.png"),
+    )
+    assert Path(repeat(again)).read_bytes() == files(config.output)["000000002-0.png"]
+    said = capsys.readouterr().out
+    assert re.search(r"a replica can do [\d.]+ TFLOP/s \(measured with a product of fp32 matrices\)", said)
+    told = re.findall(r"([\d.]+)% of the hardware's limit  cost ([\d.]+)", said)
+    assert len(told) == 2
+    assert all(0 < float(share) < 100 and float(cost) >= 0 for share, cost in told)
 
 
 def test_too_many_rejects_are_told_after_the_work(drawn: GenerateConfig) -> None:
@@ -190,23 +235,29 @@ def test_the_contact_sheets_show_the_prompts(drawn: GenerateConfig) -> None:
 # --- the same pictures, whatever happens
 
 
-@pytest.mark.parametrize(
-    ("engine", "title"), [("serve", "ServeReplica:raymuse-generate"), ("actors", "ray::GeneratorActor")]
-)
-def test_a_replica_killed_in_the_middle_other_parts_and_fewer_cores_change_no_picture(
-    engine: str, title: str, drawn: GenerateConfig, tmp_path: Path
+def test_replicas_killed_in_the_middle_other_parts_fewer_cores_and_two_shards_change_no_picture(
+    drawn: GenerateConfig, tmp_path: Path
 ) -> None:
-    killed: list[int] = []
-    killer = threading.Thread(target=_kill_after_the_first_part, args=(tmp_path, title, killed), daemon=True)
-    killer.start()
-    how = {"pictures_per_part": 4, "in_flight": 1, "cpus_per_replica": 1}
-    generate(changed(drawn, tmp_path, engine=engine, **how), Run.off())
-    killer.join()
-    assert len(killed) == 1
-    assert len(list((tmp_path / "parts").glob("*.tar"))) == 6
-    assert [row["key"] for row in rows(tmp_path)] == [row["key"] for row in rows(drawn.output)]
-    assert pixels(tmp_path) == pixels(drawn.output)
-    assert json.loads((tmp_path / "_SUCCESS").read_text())["rejects"] == 2
+    """Half of the job by each engine, each of which is killed once."""
+    how: dict[str, Any] = {"pictures_per_part": 4, "in_flight": 1, "cpus_per_replica": 1}
+    engines = {"serve": "ServeReplica:raymuse-generate", "actors": "ray::GeneratorActor"}
+    shards = []
+    for number, (engine, title) in enumerate(engines.items(), 1):
+        folder, killed = tmp_path / engine, list[int]()
+        killer = threading.Thread(target=_kill_after_the_first_part, args=(folder, title, killed), daemon=True)
+        killer.start()
+        generate(changed(drawn, folder, engine=engine, shard=f"{number}/2", **how), Run.off())
+        killer.join()
+        assert len(killed) == 1
+        shards.append(folder)
+    parts = [sorted(path.stem for path in (shard / "parts").glob("*.tar")) for shard in shards]
+    assert parts == [[f"part-{number:06d}" for number in of] for of in ((0, 2, 4), (1, 3, 5))]
+    assert sorted(row["key"] for shard in shards for row in rows(shard)) == [row["key"] for row in rows(drawn.output)]
+    assert pixels(shards[0]) | pixels(shards[1]) == pixels(drawn.output)
+    assert [batch_state(str(shard)).planned for shard in shards] == [12, 12]
+    assert sum(json.loads((shard / "_SUCCESS").read_text())["rejects"] for shard in shards) == 2
+    with pytest.raises(ValidationError, match="3/2 names a shard beyond the last"):
+        changed(drawn, tmp_path, shard="3/2")
 
 
 def _kill_after_the_first_part(folder: Path, title: str, killed: list[int]) -> None:
@@ -222,6 +273,9 @@ def test_a_request_that_fails_costs_its_neighbours_nothing(drawn: GenerateConfig
     with actor_engine(drawn, "neighbours") as draw:
         together = ask(draw, good)
         answers = ask(draw, [good[0], bad, good[1]])
+        limit = draw.limit(None)
+    assert limit is not None
+    assert limit.peak > 1e9
     wait_until(lambda: not children_named("ray::GeneratorActor"), 20)
     assert isinstance(answers[1], Exception)
     for answer, expected in zip((answers[0], answers[2]), together, strict=True):
@@ -413,19 +467,6 @@ def test_progress_is_told_to_the_terminal_and_to_mlflow(capsys: pytest.CaptureFi
     )
 
 
-def test_a_job_is_held_against_its_hardwares_limit(
-    drawn: GenerateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("raymuse.stages.generate.MEASURED_FROM", 1)
-    (tmp_path / "p.txt").write_text("a\n" * 6)
-    generate(changed(drawn, tmp_path / "images", prompts=str(tmp_path / "p.txt"), engine="actors"), Run.off())
-    said = capsys.readouterr().out
-    assert re.search(r"a replica can do [\d.]+ TFLOP/s \(measured with a product of fp32 matrices\)", said)
-    shares = [float(share) for share in re.findall(r"([\d.]+)% of the hardware's limit", said)]
-    assert len(shares) == 2
-    assert all(0 < share < 100 for share in shares)
-
-
 def test_a_replica_that_dies_while_it_is_measured_costs_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raymuse.serving.engines.time", SimpleNamespace(sleep=lambda seconds: None))
     asked: list[int] = []
@@ -454,18 +495,6 @@ def test_the_cost_of_a_picture_is_that_of_its_network_calls(drawn: GenerateConfi
 
 
 # --- a part of a job, and what was done
-
-
-def test_shards_of_a_job_draw_its_pictures_between_them(drawn: GenerateConfig, tmp_path: Path) -> None:
-    shards = [changed(drawn, tmp_path / f"images-{number}", shard=f"{number}/2") for number in (1, 2)]
-    for shard in shards:
-        generate(shard, Run.off())
-    parts = [sorted(path.stem for path in Path(shard.output, "parts").glob("*.tar")) for shard in shards]
-    assert parts == [["part-000000", "part-000002"], ["part-000001"]]
-    assert files(shards[0].output) | files(shards[1].output) == files(drawn.output)
-    assert [batch_state(shard.output).planned for shard in shards] == [16, 8]
-    with pytest.raises(ValidationError, match="3/2 names a shard beyond the last"):
-        changed(drawn, tmp_path, shard="3/2")
 
 
 def test_a_whole_batch_is_whole(drawn: GenerateConfig) -> None:
@@ -602,6 +631,25 @@ def test_a_prompt_file_that_cannot_be_read_is_refused_in_a_sentence(
         (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=said):
         list(read_prompts(str(tmp_path / name)))
+
+
+def test_a_command_names_its_prompts_or_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["output=images", "model=runs/demo/model", "shard=2/8"]
+    for first in ("my.txt", "s3://bucket/my.parquet", "prompts=my.csv"):
+        config = generate_config([first, *words])
+        assert config.prompts.endswith(first.removeprefix("prompts="))
+        assert (config.output, config.model, config.split) == ("images", "runs/demo/model", (1, 8))
+    datasets.Dataset.from_list([{"prompt": "a"}]).save_to_disk(tmp_path / "set")
+    assert generate_config([str(tmp_path / "set"), *words]).prompts == str(tmp_path / "set")
+    assert generate_config(["demo:generate", *words]).samples == 1
+    (tmp_path / "my.txt").write_text("a\n")
+    options = ["--out", str(tmp_path / "out"), "--model", str(tmp_path / "none"), "--shard", "1/2"]
+    assert main(["generate", str(tmp_path / "my.txt"), *options]) == 2
+    assert "none" in capsys.readouterr().err
+    assert main(["generate", str(tmp_path / "my.txt")]) == 2
+    said = capsys.readouterr().err
+    assert "output" in said
+    assert "model" in said
 
 
 def test_prompts_come_from_a_saved_data_set(tmp_path: Path) -> None:

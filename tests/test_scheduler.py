@@ -206,7 +206,7 @@ def test_rows_at_other_steps_of_longer_courses_change_nothing(pipeline: Pipeline
     few, many = (Course.of(SamplingConfig(steps=steps, guidance=1.0), side * side) for steps in (3, 40))
 
     def drawn(late: int) -> torch.Tensor:
-        rows = Rows(network, (4, side, side))
+        rows = Rows(network, (4, side, side), at_once=2)
         rows.admit([2], condition, None, ids=blank[:1], seeds=[7], courses=[few])
         for step in range(50):
             if step == late:
@@ -220,6 +220,29 @@ def test_rows_at_other_steps_of_longer_courses_change_nothing(pipeline: Pipeline
     assert torch.equal(early[1], early[2])
     assert not (early == network.config.mask_id).any()
     assert (early[3] == 0).all()
+
+
+def test_a_pass_of_rows_without_a_picture_is_left_out(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a core; and pictures that come later go where a pass is made anyway."""
+    cells = (pipeline.settings.base_size // pipeline.vqgan.factor) ** 2
+    monkeypatch.setattr("raymuse.drawing.sampler.CORE_CELLS", 2 * cells)  # two rows of the base
+    passes, features = [], pipeline.base.features
+    monkeypatch.setattr(
+        pipeline.base, "features", lambda ids, condition: (passes.append(len(ids)), features(ids, condition))[1]
+    )
+    scheduler = Scheduler(pipeline)
+    tickets = [Ticket(pipeline.request("a star", seed, steps=5)) for seed in range(4)]
+    counts = []
+    for now in (tickets[:1], tickets[1:2], [], tickets[2:]):
+        for ticket in now:
+            scheduler.submit(ticket)
+        passes.clear()
+        assert scheduler.advance() == []
+        counts.append(list(passes))
+    assert counts == [[4], [4], [4], [4, 4]]  # each with its guidance
+    done = finish(scheduler)
+    alone = pipeline.draw([ticket.request for ticket in tickets])
+    assert all(same(done[ticket], picture) for ticket, picture in zip(tickets, alone, strict=True))
 
 
 # --- the thread

@@ -437,7 +437,7 @@ def test_health_and_documentation_need_no_key(address: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium: apt-get install chromium")
-def test_the_page_draws_and_inpaints(address: str, model: str, tmp_path: Path) -> None:
+def test_the_page_draws_inpaints_and_extends(address: str, model: str, tmp_path: Path) -> None:
     other = "a small red circle on a black background"
     with Browser(tmp_path / "home") as page:
         page.open(f"{address}/")
@@ -451,16 +451,24 @@ def test_the_page_draws_and_inpaints(address: str, model: str, tmp_path: Path) -
         page.screenshot(tmp_path / "page.png")
         page.evaluate("document.getElementById('draw').click()")
         page.wait_for("document.body.dataset.done === '2'")
-        sources = page.evaluate("[...document.querySelectorAll('figure img')].map((image) => image.src)")
         note = page.evaluate("document.getElementById('note').textContent")
-    assert note == f"seed {2**62 + 1}, 64x64"
+        fill(page, task="outpaint", side="right")
+        page.evaluate("document.getElementById('draw').click()")
+        page.wait_for("document.body.dataset.done === '3'")
+        wider = page.evaluate("document.getElementById('note').textContent")
+        sources = page.evaluate("[...document.querySelectorAll('figure img')].map((image) => image.src)")
+    assert (note, wider) == (f"seed {2**62 + 1}, 64x64", f"seed {2**62 + 1}, 96x64")
     drawn = [pixels(source.removeprefix("data:image/png;base64,")) for source in sources]
     pipeline = Pipeline.load(model, batch_size=4)
     first = pipeline([PROMPT], seeds=[2**62 + 1])
     area = np.zeros((64, 64), dtype=bool)
     area[:, :32] = True
     second = pipeline.edit("inpaint", [other], [first.pixels[0]], masks=[area], seeds=[2**62 + 1])
-    np.testing.assert_array_equal(drawn, [second.pixels[0], first.pixels[0]])
+    np.testing.assert_array_equal(drawn[1:], [second.pixels[0], first.pixels[0]])
+    # Beyond a side it draws windows of the model's size, half of which is known: a cascade draws nothing larger.
+    window = np.hstack([second.pixels[0][:, 32:], np.full((64, 32, 3), 128, np.uint8)])
+    third = pipeline.edit("inpaint", [other], [window], masks=[~area], seeds=[2**62 + 1])
+    np.testing.assert_array_equal(drawn[0], np.hstack([second.pixels[0], third.pixels[0][:, 32:]]))
     assert len(np.unique(np.asarray(Image.open(tmp_path / "page.png")))) > 50
 
 
@@ -493,6 +501,12 @@ def test_a_batch_job_beside_the_api_leaves_it_serving(
     generate(config, Run.off())
     assert list(serve.status().applications) == [APPLICATION]
     assert serves_http("127.0.0.1", http_port)
+    online = config.model_copy(update={"output": str(tmp_path / "online"), "engine": "online"})
+    generate(online, Run.off())  # by the API's own replicas
+    tars = [Path(one.output, "parts/part-000000.tar").read_bytes() for one in (config, online)]
+    assert tars[0] == tars[1]
+    with pytest.raises(UserError, match=r"none that runs on this cluster serves .* with batch_size=8"):
+        generate(online.model_copy(update={"output": str(tmp_path / "other"), "batch_size": 8}), Run.off())
     np.testing.assert_array_equal(draw(client, extra_body={"seed": 1})[0], before)
 
 

@@ -6,7 +6,6 @@ drawn.images[0].save("circle.png")
 again = pipeline.edit("inpaint", ["a small blue star on a white background"], [picture], masks=[mask], seeds=[7])
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack, get_args
@@ -25,6 +24,7 @@ from raymuse.drawing.batches import OnStep
 from raymuse.drawing.inputs import Mask, PictureLike, Pixels, fit, fit_mask, grown, read_mask, read_picture
 from raymuse.drawing.networks import Grid, Networks, Size
 from raymuse.drawing.scheduler import Picture
+from raymuse.drawing.seeds import image_seed as image_seed
 from raymuse.drawing.tasks import UNKNOWN, Ids, Request, Stage
 from raymuse.encoding.pictures import downscale
 from raymuse.models.clip import Clip
@@ -59,12 +59,6 @@ class Drawn:
     @property
     def base_ids(self) -> Ids:
         return np.stack([picture.base_ids for picture in self.pictures])
-
-
-def image_seed(run_seed: int, prompt: int, sample: int) -> int:
-    """The seed of one picture of a run, from the run's seed and its place: 63 bits."""
-    digest = hashlib.blake2b(f"{run_seed}/{prompt}/{sample}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 class Pipeline(Networks):

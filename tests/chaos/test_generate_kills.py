@@ -20,7 +20,7 @@ from raymuse.storage.batch_check import check_batch
 from raymuse.tracking.run import Run
 
 KILLS, SEED, PROMPTS = 20, 5, 1500
-WORK = ("ServeReplica:raymuse-generate", "GeneratorActor", "_write_part")  # who draws and writes, by their titles
+WORK = ("ServeReplica:raymuse-generate", "GeneratorActor", "ray::write_part")  # who draws and writes, by their titles
 GENERATE = """
 import sys
 from raymuse.clusters.local import session

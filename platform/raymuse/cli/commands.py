@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from raymuse.cli import batch, cluster, config, doctor, submit, tokens
-from raymuse.cli.words import TRAININGS, config_for, data_config, is_data, split
+from raymuse.cli.words import TRAININGS, config_for, data_config, generate_config, is_data, split
 
 
 class InOrder(TyperGroup):
@@ -145,27 +145,37 @@ def export(words: Words = None, mlflow: Mlflow = None) -> None:
 
 @app.command()
 def generate(
-    words: Words = None,
+    words: Annotated[list[str] | None, _words("PROMPTS|RECIPE KEY=VALUE")] = None,
+    out: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Where the pictures go: output=.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A folder, or models:/NAME@ALIAS of MLflow's registry: model=.")
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Every N-th part from the I-th alone, in an output of its own.")
+    ] = None,
     mlflow: Mlflow = None,
     from_png: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw this picture once more: with model=FOLDER output=FILE.")
     ] = None,
 ) -> None:
-    """Draw every prompt of a file, exactly once."""
+    """Draw every prompt of a file, exactly once.
+
+    raymuse generate my.txt --model runs/demo/model --out my-images samples=4
+    """
+    options = {"output": out, "model": model, "shard": shard}
+    words = [*(words or []), *(f"{name}={value}" for name, value in options.items() if value is not None)]
     if from_png is not None:
         from raymuse.config.edit import RepeatConfig
         from raymuse.config.load import from_values
         from raymuse.stages.edit import repeat
 
-        again = from_values("repeat", {"picture": str(from_png)}, words or [])
+        again = from_values("repeat", {"picture": str(from_png)}, words)
         assert isinstance(again, RepeatConfig)
         from raymuse.tracking.registry import with_model
 
         typer.echo(repeat(with_model(again, mlflow)))
         return
-    from raymuse.config.generate import GenerateConfig
-
-    loaded = config_for(GenerateConfig, "generate", words, ("generate",))
+    loaded = generate_config(words)
     from raymuse.cli.launch import run_stage
     from raymuse.stages import generate as stage
 

@@ -9,6 +9,7 @@ from raymuse.config.errors import UserError
 if TYPE_CHECKING:
     from raymuse.config.base import Config
     from raymuse.config.data import DataConfig
+    from raymuse.config.generate import GenerateConfig
 
     C = TypeVar("C", bound=Config)
 
@@ -47,6 +48,21 @@ def config_for(model: "type[C]", command: str, words: Sequence[str] | None, stag
     word, changes = split(words)
     config = load(word or _no_recipe(command, stages), changes, stages)
     assert isinstance(config, model)
+    return config
+
+
+def generate_config(words: Sequence[str] | None) -> "GenerateConfig":
+    """The checked config of `raymuse generate`, whose first word may be a file of prompts instead of a recipe."""
+    from raymuse.config.generate import GenerateConfig
+    from raymuse.config.load import from_values
+    from raymuse.storage.prompts import is_prompts
+
+    word, changes = split(words)
+    given = word is None and any(change.startswith("prompts=") for change in changes)
+    if not given and not (word is not None and is_prompts(word)):
+        return config_for(GenerateConfig, "generate", words, ("generate",))
+    config = from_values("generate", {} if word is None else {"prompts": word}, changes)
+    assert isinstance(config, GenerateConfig)
     return config
 
 

@@ -41,7 +41,9 @@ class GenerateConfig(StageConfig, DrawingConfig, CheckingConfig):
     """Draw every prompt of a file, exactly once, with a manifest and a contact sheet."""
 
     stage: Literal["generate"] = "generate"
-    prompts: Address = Field(description="txt (a prompt a line), jsonl or csv with a column `prompt`")
+    prompts: Address = Field(
+        description="txt (a prompt a line), jsonl, csv or parquet with a column `prompt`, or a folder of save_to_disk"
+    )
     samples: int = Field(1, ge=1, description="pictures a prompt")
     seed: int = Field(0, description="run seed; a picture's own seed follows from it and its index")
     steps: int | None = Field(None, ge=1, description="None: the model's own default, as for all below")
@@ -60,9 +62,13 @@ class GenerateConfig(StageConfig, DrawingConfig, CheckingConfig):
         description="I/N: every N-th part from the I-th alone, of a job split by hand",
     )
     batch_size: int = Field(16, ge=1, description="one padded batch; part of the numerics, so it is fixed")
-    engine: Literal["serve", "actors"] = runtime(
-        "serve", "who draws: replicas of the cluster's Serve, or actors of this job alone, which start sooner"
+    engine: Literal["serve", "actors", "online"] = runtime(
+        "serve",
+        "who draws: replicas of the cluster's Serve for this job, actors of this job alone, which start sooner, or "
+        "the replicas of the `raymuse serve` that runs on the cluster, which begin what people ask for first",
     )
+    styles: dict[str, Address] = runtime({}, "LoRAs by name, of which a row's column `lora` names one")
+    most_styles: int = runtime(4, "styles that a replica holds at a time, each with its own weights", ge=1)
     replicas: int = runtime(1, "Serve replicas, or actors", ge=1)
     cpus_per_replica: float = runtime(2, "cores a replica: so many batches at a time, without a GPU", gt=0)
     gpus_per_replica: float = runtime(0.0, "share of a GPU a replica", ge=0)
@@ -73,6 +79,7 @@ class GenerateConfig(StageConfig, DrawingConfig, CheckingConfig):
     peak_tflops: float | None = runtime(
         None, "what one replica's hardware can do, in TFLOP/s, to say how much of it is used; null: measured", gt=0
     )
+    price_per_hour: float = runtime(0.0, "of all machines together, for the cost that is told; 0: none is", ge=0)
     max_reject_fraction: float = runtime(0.05, "more failures than this share: exit code 3", ge=0, le=1)
 
     @property

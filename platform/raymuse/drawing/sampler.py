@@ -28,6 +28,7 @@ from raymuse.masking import (
 )
 
 DOUBLED_CELLS = 4096  # ids up to which a guided step is one pass over twice the rows: beyond, two passes are as quick
+CORE_CELLS = 256  # ids of a pass on a core: what a layer makes of more leaves its cache, and no row gets any quicker
 
 
 class TokenTransformer(Protocol):
@@ -122,12 +123,13 @@ def sample_ids(
 class Rows:
     """B rows of ids that one network draws, each from a prompt of its own, on its own course, at its own step.
 
-    A step is one pass of all rows whatever they hold, of the same shapes always, and nothing in it waits for the
-    device. Between steps pictures are admitted to rows. A row whose course has ended, or that is still empty, stays as
-    it is.
+    A step is passes of `at_once` rows each, whatever they hold, of the same shapes always, and nothing in them waits
+    for the device; passes none of whose rows has a step left are left out. Between steps pictures are admitted to rows.
+    A row whose course has ended, or that is still empty, stays as it is.
 
     Args:
         shape: (B, h, w).
+        at_once: divides B; None: all.
         draws, streams: see `sample_ids`.
         critic: where `draws.order` is "critic": a U-ViT with one logit an id.
 
@@ -143,15 +145,18 @@ class Rows:
         streams: tuple[int, int] = (CHOICE, CONFIDENCE),
         critic: TokenTransformer | None = None,
         device: torch.device | str = "cpu",
+        at_once: int | None = None,
     ) -> None:
         self.network, self.critic, self.draws, self.streams = network, critic, draws or Draws(), streams
         assert (self.draws.order == "critic") == (critic is not None)
         count, length = shape[0], math.prod(shape[1:])
+        self.at_once = at_once or count
+        assert count % self.at_once == 0
         self.ids = torch.zeros(tuple(shape), dtype=torch.int64, device=device)
         self._courses, self._at = [Course([], [], [])] * count, [0] * count
         self._steps = torch.zeros(count, dtype=torch.int64, device=device)  # as _at
-        self._doubles = count * length <= DOUBLED_CELLS
-        self._conditions = _Conditions(2 * count)  # of the prompts, then of the negative ones
+        self._doubles = self.at_once * length <= DOUBLED_CELLS
+        self._conditions = _Conditions(2 * count)  # a pass after the other: of the prompts, then of the negative ones
         self._judged = _Conditions(count)
         self._choice = _Table(count, (length,), torch.float64, 0.5, device)
         self._confidence = _Table(count, (length,), torch.float64, 0.5, device)
@@ -190,9 +195,10 @@ class Rows:
             ids: (N, h, w).
         """
         index = torch.tensor(list(rows), device=self.ids.device)
-        self._conditions.put(index, self.network.precompute(conditional))
+        place = index + index // self.at_once * self.at_once
+        self._conditions.put(place, self.network.precompute(conditional))
         if unconditional is not None:
-            self._conditions.put(index + len(self.ids), self.network.precompute(unconditional))
+            self._conditions.put(place + self.at_once, self.network.precompute(unconditional))
         if self.critic is not None:
             self._judged.put(index, self.critic.precompute(judged))
         self.ids[index] = ids
@@ -214,47 +220,65 @@ class Rows:
     @torch.no_grad()
     def step(self) -> None:
         """Every row that has a step left goes one on."""
-        shape, mask_id = self.ids.shape, int(self.network.config.mask_id)
-        known, hides, guided = self.ids.flatten(1), False, False
-        for row, course in enumerate(self._courses):
-            if not self.ended(row):
-                hides |= course.hide is not None
-                guided |= course.guidance[self._at[row]] != 1
-                self._at[row] += 1
+        for first in range(0, len(self.ids), self.at_once):
+            rows = range(first, first + self.at_once)
+            if going := [row for row in rows if not self.ended(row)]:
+                self._pass(slice(rows.start, rows.stop), going)
+        self._steps += 1
+
+    def _pass(self, rows: slice, going: Sequence[int]) -> None:
+        """The step of some rows, of which those `going` have one left."""
+        before, mask_id = self.ids[rows], int(self.network.config.mask_id)
+        known, steps = before.flatten(1), self._steps[rows]
+        hides = any(self._courses[row].hide is not None for row in going)
+        guided = any(self._courses[row].guidance[self._at[row]] != 1 for row in going)
+        for row in going:
+            self._at[row] += 1
         if hides:
-            known = torch.where(self._hide.now(self._steps), mask_id, known)
+            known = torch.where(self._hide.now(steps, rows), mask_id, known)
         ordered = self.draws.order not in ("confidence", "critic")
-        self.ids = reveal(
-            self._predict(known.view(shape), guided).flatten(1, 2),
+        self.ids[rows] = reveal(
+            self._predict(known.view_as(before), rows, guided).flatten(1, 2),
             known,
-            self._choice.now(self._steps),
-            self._confidence.now(self._steps),
-            self._remaining.now(self._steps),
-            self._heat.now(self._steps),
+            self._choice.now(steps, rows),
+            self._confidence.now(steps, rows),
+            self._remaining.now(steps, rows),
+            self._heat.now(steps, rows),
             mask_id=mask_id,
             top_p=self.draws.top_p,
             top_k=self.draws.top_k,
-            priority=self._priority if ordered else None,
-            critic=None if self.critic is None else lambda drawn: self._judge(drawn.view(shape)).flatten(1),
-        ).view(shape)
-        self._steps += 1
+            priority=self._priority[rows] if ordered else None,
+            critic=None if self.critic is None else lambda drawn: self._judge(drawn.view_as(before), rows).flatten(1),
+        ).view_as(before)
 
-    def _predict(self, ids: Tensor, guided: bool) -> Tensor:
-        """Logits (B, h, w, C) for ids (B, h, w); `guided` where a row has guidance at this step."""
-        network, batch = self.network, len(ids)
+    def _predict(self, ids: Tensor, rows: slice, guided: bool) -> Tensor:
+        """Logits (N, h, w, C) for ids (N, h, w) of some rows; `guided` where one has guidance at this step."""
+        network, count = self.network, self.at_once
+        conditions = [self._conditions.part(2 * rows.start + first, count) for first in (0, count)]
         if not guided:
-            return _logits(network, ids, self._conditions.part(0, batch))
+            return _logits(network, ids, conditions[0])
         if self._doubles:
-            both = _logits(network, torch.cat([ids, ids]), self._conditions.part(0, 2 * batch))
+            both = _logits(network, torch.cat([ids, ids]), self._conditions.part(2 * rows.start, 2 * count))
             conditional, free = both.chunk(2)
         else:
-            conditional, free = (_logits(network, ids, self._conditions.part(first, batch)) for first in (0, batch))
-        scale = self._scale.now(self._steps).view(-1, *[1] * (conditional.ndim - 1))
+            conditional, free = (_logits(network, ids, condition) for condition in conditions)
+        scale = self._scale.now(self._steps[rows], rows).view(-1, *[1] * (conditional.ndim - 1))
         return torch.where(scale == 1, conditional, guide(conditional, free, scale.to(conditional.dtype)))
 
-    def _judge(self, ids: Tensor) -> Tensor:
+    def _judge(self, ids: Tensor, rows: slice) -> Tensor:
         assert self.critic is not None
-        return _logits(self.critic, ids, self._judged.part(0, len(ids))).squeeze(-1)
+        return _logits(self.critic, ids, self._judged.part(rows.start, self.at_once)).squeeze(-1)
+
+
+def rows_at_once(count: int, length: int, device: torch.device) -> int:
+    """Rows of `length` ids each that a pass is best made of, of `count`: all on a GPU; on a core as many as it caches.
+
+    Passes of few rows also cost less where not all rows hold a picture.
+    """
+    if device.type != "cpu":
+        return count
+    most = max(1, CORE_CELLS // length)
+    return next(rows for rows in range(min(most, count), 0, -1) if count % rows == 0)
 
 
 def _logits(network: TokenTransformer, ids: Tensor, condition: Any) -> Tensor:
@@ -302,10 +326,10 @@ class _Table:
                 new[: len(row), number] = torch.as_tensor(row).to(new)
         self.values[:, index] = new.to(self.values)
 
-    def now(self, steps: Tensor) -> Tensor:
-        """(B, ...): what holds for each row at the step (B,) it is at."""
+    def now(self, steps: Tensor, rows: slice) -> Tensor:
+        """(N, ...): what holds for each of some rows at the step (N,) it is at."""
         last = steps.clamp(max=len(self.values) - 1)
-        return self.values[last, torch.arange(len(last), device=last.device)]
+        return self.values[last, torch.arange(rows.start, rows.stop, device=last.device)]
 
     def _empty(self, steps: int, rows: int) -> Tensor:
         return self.values.new_full((steps, rows, *self.values.shape[2:]), self.after)

@@ -6,7 +6,7 @@ Scheduling by the step is Orca's (Yu et al., OSDI 2022: iteration-level scheduli
 is done for a picture is done in calls of a fixed number of rows, so that the picture does not depend on its neighbours.
 """
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from raymuse.drawing.attention import attention_by
 from raymuse.drawing.networks import Networks
-from raymuse.drawing.sampler import Rows
+from raymuse.drawing.sampler import Rows, TokenTransformer, rows_at_once
 from raymuse.drawing.tasks import UNKNOWN, Ids, Request, Stage
 from raymuse.masking import CHOICE, CONFIDENCE, HIGH_CHOICE, HIGH_CONFIDENCE
 from raymuse.models.vqgan import Vqgan
@@ -130,14 +130,11 @@ class _Lane:
         self.waiting, self.between = _Queue(), deque[_Begun]()
         count, device = networks.batch_size, networks.vqgan.network.device
         self.critic = networks.critic if like.base.draws.order == "critic" else None
-        base = Rows(
-            networks.base, (count, *like.base.ids.shape), like.base.draws, (CHOICE, CONFIDENCE), self.critic, device
-        )
+        base = _rows(networks.base, count, like.base, (CHOICE, CONFIDENCE), self.critic, device)
         self.base = _Seats(base, networks.vqgan, networks.group, tells=True)
         self.high = None
         if like.high is not None and networks.superres is not None and networks.superres_vqgan is not None:
-            shape = (count, *like.high.ids.shape)
-            high = Rows(networks.superres, shape, like.high.draws, (HIGH_CHOICE, HIGH_CONFIDENCE), None, device)
+            high = _rows(networks.superres, count, like.high, (HIGH_CHOICE, HIGH_CONFIDENCE), None, device)
             self.high = _Seats(high, networks.superres_vqgan, networks.group, tells=False)
         self.micro = _micro(networks, like.base.ids.shape)
 
@@ -229,6 +226,8 @@ class _Seats:
                 self.begun[row] = None
                 self.rows.clear(row)
         rows = [row for row, begun in enumerate(self.begun) if begun is None]
+        taken = Counter(row // self.rows.at_once for row, begun in enumerate(self.begun) if begun is not None)
+        rows.sort(key=lambda row: -taken[row // self.rows.at_once])  # those of passes that are made anyway
         return (rows[first : first + self.group] for first in range(0, len(rows) - self.group + 1, self.group))
 
     def begin(
@@ -271,6 +270,19 @@ class _Seats:
             for row in rows:
                 self.begun[row] = None
             yield from ((begun, ids[place], pixels[place]) for place, (_, begun) in enumerate(some))
+
+
+def _rows(
+    network: TokenTransformer,
+    count: int,
+    like: Stage,
+    streams: tuple[int, int],
+    critic: TokenTransformer | None,
+    device: torch.device,
+) -> Rows:
+    """Rows of a stage's shape."""
+    at_once = rows_at_once(count, like.ids.size, device)
+    return Rows(network, (count, *like.ids.shape), like.draws, streams, critic, device, at_once)
 
 
 class _Queue:

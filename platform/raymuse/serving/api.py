@@ -21,8 +21,8 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from raymuse.drawing.inputs import read_picture
+from raymuse.serving.asked import Drawing, DrawRequest, Editing
 from raymuse.serving.bodies import read_form, read_json
-from raymuse.serving.generator import Drawing, DrawRequest, Editing
 from raymuse.serving.instance import QUIET
 from raymuse.serving.once import Once
 from raymuse.serving.protocol import (

@@ -16,12 +16,11 @@ from raymuse.config.load import from_values
 from raymuse.pipeline import Pipeline
 from raymuse.serving.api import Api, ServedAs
 from raymuse.serving.checker import open_checker
+from raymuse.serving.instance import ONLINE as APPLICATION
 from raymuse.serving.instance import leave_serve, serves_http, start_http
 from raymuse.serving.replicas import most_pictures, served
 from raymuse.storage.prompts import DenyList
 from raymuse.tracking.registry import with_model
-
-APPLICATION = "raymuse"
 
 
 def serve(config: ServeConfig) -> None:

@@ -10,12 +10,15 @@ from typing import cast
 
 import ray
 from ray import serve
-from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError
+from ray.exceptions import RayActorError
+from ray.serve.handle import DeploymentHandle
 
 from raymuse.clusters.placement import place
+from raymuse.config.errors import UserError
 from raymuse.config.generate import GenerateConfig
-from raymuse.serving.generator import Drawing, DrawRequest, GeneratorActor
-from raymuse.serving.instance import join_serve
+from raymuse.serving.asked import LOST, Drawing, DrawRequest
+from raymuse.serving.generator import GeneratorActor, identity
+from raymuse.serving.instance import ONLINE, join_serve, runs
 from raymuse.serving.limit import Limit
 from raymuse.serving.replicas import deployed, placed
 
@@ -36,8 +39,6 @@ class Engine:
 
 
 TRIES = 5
-LOST = (RayActorError, ObjectLostError, NodeDiedError)
-"""What a replica's end looks like to whoever waits for it: itself gone, or its answer, which lay on its node."""
 
 
 @contextmanager
@@ -47,7 +48,8 @@ def engine(config: GenerateConfig, name: str) -> Iterator[Engine]:
     Args:
         name: of the Serve application, which no other job may have.
     """
-    with (serve_engine if config.engine == "serve" else actor_engine)(config, name) as drawing:
+    engines = {"serve": serve_engine, "actors": actor_engine, "online": online_engine}
+    with engines[config.engine](config, name) as drawing:
         yield drawing
 
 
@@ -57,12 +59,38 @@ def serve_engine(config: GenerateConfig, name: str) -> Iterator[Engine]:
     join_serve()
     handle = serve.run(deployed(config), name=name, route_prefix=None)
     try:
-        yield Engine(
-            lambda requests: list(handle.draw_batch.remote(requests).result()),
-            lambda peak: _measured(lambda: cast(Limit, handle.limit.remote(peak).result())),
-        )
+        yield _of(handle)
     finally:
         serve.delete(name)
+
+
+@contextmanager
+def online_engine(config: GenerateConfig, name: str) -> Iterator[Engine]:
+    """The replicas that answer people: what these ask for is urgent, and takes the next free row.
+
+    `name` is not needed: the application is there already, and stays.
+
+    Raises:
+        UserError: no model that is served on this cluster draws what the job is to draw.
+    """
+    wanted = identity(config.model, config.adapters, config.batch_size, config)
+    running = serve.status().applications.get(ONLINE) if runs() else None
+    for deployment in [one for one in running.deployments if one.startswith("Generator")] if running else []:
+        handle = serve.get_deployment_handle(deployment, ONLINE)
+        if handle.identity.remote().result() == wanted:
+            yield _of(handle)
+            return
+    raise UserError(
+        f"engine=online draws with the replicas of `raymuse serve`, and none that runs on this cluster serves "
+        f"{config.model} with batch_size={config.batch_size} and the same lora and checker."
+    )
+
+
+def _of(handle: DeploymentHandle) -> Engine:
+    return Engine(
+        lambda requests: list(handle.draw_batch.remote(requests).result()),
+        lambda peak: _measured(lambda: cast(Limit, handle.limit.remote(peak).result())),
+    )
 
 
 @contextmanager

@@ -4,89 +4,21 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raymuse.config.edit import STRENGTH, Task
 from raymuse.config.errors import UserError
 from raymuse.config.generate import CheckingConfig
-from raymuse.config.sampling import Options
 from raymuse.drawing.drawer import Drawer
+from raymuse.drawing.model_folder import model_sha256
 from raymuse.drawing.scheduler import Picture, Ticket
 from raymuse.drawing.tasks import Ids, Request
 from raymuse.pipeline import Pipeline
-from raymuse.serving.checker import open_checker
+from raymuse.serving.asked import Drawing, DrawRequest
+from raymuse.serving.checker import checker_facts, open_checker
 from raymuse.serving.limit import Limit, measure
-
-
-@dataclass(frozen=True)
-class Editing:
-    """What is done to a picture, uint8 (H, W, 3); see `Pipeline.edit`."""
-
-    task: Task
-    picture: NDArray[np.uint8]
-    mask: NDArray[np.bool_] | None = None
-    strength: float = STRENGTH
-    sides: tuple[int, int, int, int] = (0, 0, 0, 0)
-
-
-@dataclass(frozen=True)
-class DrawRequest:
-    """One picture to draw; None takes the model's own default."""
-
-    prompt: str
-    seed: int
-    negative: str = ""
-    steps: int | None = None
-    guidance: float | None = None
-    temperature: float | None = None
-    size: tuple[int, int] | None = None
-    editing: Editing | None = None
-    style: str | None = None
-    style_scale: float = 1.0
-
-    @property
-    def options(self) -> Options:
-        given = {"steps": self.steps, "guidance": self.guidance, "temperature": self.temperature}
-        return cast(Options, {name: value for name, value in given.items() if value is not None})
-
-    def of(self, pipeline: Pipeline) -> Request:
-        """The same as `pipeline` draws it. A picture to edit is fitted to `size`, or else to the model's own.
-
-        Raises:
-            UserError: for what the model cannot draw.
-        """
-        if self.editing is None:
-            return pipeline.request(self.prompt, self.seed, self.negative, self.size, **self.options)
-        settings, editing = pipeline.settings, self.editing
-        side = settings.base_size if editing.task == "super-resolution" else settings.size
-        how: Any = {"strength": editing.strength, "sides": editing.sides, "size": self.size or (side, side)}
-        return pipeline.edit_request(
-            editing.task,
-            self.prompt,
-            editing.picture,
-            self.seed,
-            self.negative,
-            editing.mask,
-            **how,
-            **self.options,
-        )
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """One drawn picture, uint8 (H, W, 3), and the base's own.
-
-    Attributes:
-        refused: why the checker says that nobody may get it.
-    """
-
-    pixels: NDArray[np.uint8]
-    base_pixels: NDArray[np.uint8]
-    refused: str | None = None
 
 
 class GeneratorActor:
@@ -116,6 +48,7 @@ class GeneratorActor:
     ) -> None:
         self.pipeline = Pipeline.load(model, device=device, batch_size=batch_size, lora=lora)
         self._check = open_checker(checking, device)
+        self._identity = identity(model, lora, batch_size, checking)
         self.styles, self.most_styles = styles, most_styles
         self._plain = Studio(self.pipeline, drawers)
         self._styled: OrderedDict[tuple[str, float], Studio] = OrderedDict()
@@ -128,13 +61,27 @@ class GeneratorActor:
             return (await self._checked(await studio.draw([Ticket(asked, urgent=True)])))[0]
 
     async def draw_batch(self, requests: list[DrawRequest]) -> list[Drawing | Exception]:
-        """Draw the pictures of a batch job, without styles; `batch_size` of them cost what one does.
+        """Draw the pictures of a batch job; `batch_size` of one style cost what one does.
 
         What the model cannot draw comes back as its UserError, in its place.
         """
-        asked = await asyncio.to_thread(_asked, self.pipeline, requests)
-        tickets = [Ticket(one) for one in asked if not isinstance(one, UserError)]
-        drawn = iter(await self._checked(await self._plain.draw(tickets)))
+        places: dict[tuple[str | None, float], list[int]] = {}
+        for place, request in enumerate(requests):
+            places.setdefault((request.style, request.style_scale), []).append(place)
+        drawn = await asyncio.gather(*(self._alike([requests[place] for place in some]) for some in places.values()))
+        answers = {
+            place: answer
+            for some, these in zip(places.values(), drawn, strict=True)
+            for place, answer in zip(some, these, strict=True)
+        }
+        return [answers[place] for place in range(len(requests))]
+
+    async def _alike(self, requests: list[DrawRequest]) -> list[Drawing | Exception]:
+        """Pictures of one style."""
+        async with self._studio(requests[0]) as studio:
+            asked = await asyncio.to_thread(_asked, studio.pipeline, requests)
+            tickets = [Ticket(one) for one in asked if not isinstance(one, UserError)]
+            drawn = iter(await self._checked(await studio.draw(tickets)))
         return [one if isinstance(one, UserError) else next(drawn) for one in asked]
 
     async def draw_stream(self, request: DrawRequest, partials: int) -> AsyncIterator[NDArray[np.uint8] | Drawing]:
@@ -168,6 +115,10 @@ class GeneratorActor:
         """Sides of the pictures, pixels, and how many pictures are asked for and not done."""
         settings, load = self.pipeline.settings, sum(studio.load for studio in (self._plain, *self._styled.values()))
         return {"size": settings.size, "base_size": settings.base_size, "load": load}
+
+    async def identity(self) -> dict[str, object]:
+        """What decides the pictures: two generators of whom this is the same draw the same."""
+        return await asyncio.to_thread(lambda: dict(self._identity))
 
     async def limit(self, peak: float | None) -> Limit:
         """What a picture costs, and what this replica's hardware can do: `peak`, or as measured."""
@@ -238,6 +189,11 @@ class Studio:
             for ticket in tickets:
                 ticket.cancelled = True  # those that are done do not mind
         return [Drawing(picture.pixels, picture.base_pixels) for picture in drawn]
+
+
+def identity(model: str, lora: dict[str, float], batch_size: int, checking: CheckingConfig) -> dict[str, object]:
+    """What decides a generator's pictures."""
+    return {"model": model_sha256(model, lora), "batch_size": batch_size, **checker_facts(checking)}
 
 
 def _asked(pipeline: Pipeline, requests: list[DrawRequest]) -> list[Request | UserError]:

@@ -9,6 +9,7 @@ from ray.serve.schema import LoggingConfig
 
 from raymuse.config.errors import UserError
 
+ONLINE = "raymuse"  # the application that answers people
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)  # a batch job is a million requests
 
 
@@ -17,6 +18,12 @@ def join_serve() -> None:
     _quiet_here()
     if _get_global_client(raise_if_no_controller_running=False) is None:
         serve.start(proxy_location=ProxyLocation.Disabled, logging_config=QUIET)
+
+
+def runs() -> bool:
+    """Whether the cluster has a Serve."""
+    _quiet_here()
+    return _get_global_client(raise_if_no_controller_running=False) is not None
 
 
 def serves_http(host: str, port: int) -> bool:

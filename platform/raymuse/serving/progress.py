@@ -30,10 +30,11 @@ class Progress:
         total: pictures that are still to be drawn.
         replicas: that draw at a time.
         limit: what a picture costs and a replica can do; None: the share is not told.
+        price: of an hour of all machines; 0: the cost is not told.
     """
 
-    def __init__(self, total: int, replicas: int, limit: Limit | None, run: Run) -> None:
-        self.left, self.replicas, self.limit, self.run = total, replicas, limit, run
+    def __init__(self, total: int, replicas: int, limit: Limit | None, run: Run, price: float = 0.0) -> None:
+        self.left, self.replicas, self.limit, self.run, self.price = total, replicas, limit, run, price
         self.drawn = self.failed = 0
         self._operations = 0.0
         self._began = time.perf_counter()
@@ -59,6 +60,8 @@ class Progress:
             "queue": self.left,
             "seconds_left": self.left / max(rate, 1e-9),
         }
+        if self.price:
+            told["cost"] = self.price * seconds / 3600
         if self.limit is not None:
             told["share_of_limit"] = self._operations / seconds / (self.limit.peak * self.replicas)
         return told
@@ -67,10 +70,11 @@ class Progress:
         """What people are told."""
         told = self.numbers()
         share = f"  {told['share_of_limit']:.1%} of the hardware's limit" if self.limit is not None else ""
+        cost = f"  cost {told['cost']:,.2f}" if self.price else ""
         left = timedelta(seconds=round(told["seconds_left"]))
         return (
-            f"{self.drawn:,} pictures  {self.failed:,} failed  {told['pictures_per_second']:.1f} pictures/s{share}  "
-            f"{self.left:,} left, {left}"
+            f"{self.drawn:,} pictures  {self.failed:,} failed  {told['pictures_per_second']:.1f} pictures/s{share}"
+            f"{cost}  {self.left:,} left, {left}"
         )
 
     def _say(self, line: str) -> None:

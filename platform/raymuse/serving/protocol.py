@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from raymuse.config.edit import STRENGTH, Task
 from raymuse.drawing.inputs import read_mask
+from raymuse.drawing.seeds import image_seed
 from raymuse.encoding.pictures import FORMATS
-from raymuse.pipeline import image_seed
 from raymuse.storage.pictures import png_bytes
 
 MOST_PICTURES = 16

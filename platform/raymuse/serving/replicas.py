@@ -55,10 +55,10 @@ def _bound(
 def placed(config: GenerateConfig | ServedModel, checking: CheckingConfig) -> tuple[Any, ...]:
     """The arguments of a `GeneratorActor`."""
     cpus, gpus = config.cpus_per_replica, config.gpus_per_replica
-    styles, most = (config.styles, config.most_styles) if isinstance(config, ServedModel) else ({}, 1)
     drawers, device = batches_at_a_time(cpus, gpus), "cuda" if gpus else "cpu"
     checks = CheckingConfig(**{name: getattr(checking, name) for name in CheckingConfig.model_fields})
-    return config.model, config.adapters, config.batch_size, drawers, device, styles, most, checks
+    styles = (config.styles, config.most_styles)
+    return config.model, config.adapters, config.batch_size, drawers, device, *styles, checks
 
 
 def most_pictures(config: GenerateConfig | ServedModel) -> int:

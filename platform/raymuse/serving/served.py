@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from ray.serve.handle import DeploymentHandle
 
 from raymuse.config.errors import UserError
-from raymuse.serving.engines import LOST
-from raymuse.serving.generator import Drawing, DrawRequest
+from raymuse.serving.asked import LOST, Drawing, DrawRequest
 from raymuse.serving.protocol import Refused
 from raymuse.serving.room import Room
 from raymuse.serving.watch import metrics

@@ -12,7 +12,7 @@ import json
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +29,21 @@ from raymuse.drawing.inputs import read_mask
 from raymuse.drawing.model_folder import model_sha256
 from raymuse.encoding.pictures import decode
 from raymuse.masking import guidance_scales
+from raymuse.models.lora import adapter_sha256
 from raymuse.pipeline import Pipeline, image_seed
+from raymuse.serving.asked import Drawing, DrawRequest, Editing
 from raymuse.serving.checker import checker_facts, open_checker
 from raymuse.serving.engines import Engine, ask, engine
-from raymuse.serving.generator import Drawing, DrawRequest, Editing
 from raymuse.serving.limit import Limit
+from raymuse.serving.parts import write_part
 from raymuse.serving.progress import Done, Progress
 from raymuse.serving.replicas import batches_at_a_time
 from raymuse.storage.batch_check import PLAN
 from raymuse.storage.contact_sheet import Entry, sheet_html, sheet_png
-from raymuse.storage.folder import Folder
-from raymuse.storage.generated import ROWS_SCHEMA, Generated, PictureRow, read_part, rows_table
-from raymuse.storage.manifest import FileRecord, Manifest, PartRecord
-from raymuse.storage.pictures import png_bytes
-from raymuse.storage.prompts import DenyList, Prompt, read_beside, read_prompts
-from raymuse.storage.rejects import Reason, Reject, Unreadable, to_table
-from raymuse.storage.tokens import parquet_bytes
-from raymuse.storage.webdataset_writer import write_tar
+from raymuse.storage.generated import ROWS_SCHEMA, Generated, PictureRow, read_part
+from raymuse.storage.manifest import Manifest, PartRecord
+from raymuse.storage.prompts import Asked, DenyList, Prompt, read_beside, read_prompts
+from raymuse.storage.rejects import Reason, Reject, Unreadable
 from raymuse.tracking.run import Run
 
 SHEET_PICTURES = 36
@@ -90,13 +88,16 @@ def generate(config: GenerateConfig, run: Run) -> str:
     facts = {"model_sha256": model_sha256(config.model, config.adapters), "prompts": asked.sha256}
     if config.deny is not None:
         facts["denied"] = hashlib.sha256(repr(DenyList.read(config.deny)).encode()).hexdigest()
+    if config.styles:
+        facts["styles"] = {name: adapter_sha256(address) for name, address in config.styles.items()}
     open_checker(config)  # what is wrong with it shows here, before anything is drawn
     facts |= checker_facts(config)
     manifest = Manifest.open(config.output, {**config.identity(), **facts})
     if not manifest.finished:
         manifest.folder.write(PLAN, json.dumps({"pictures": asked.pictures}).encode())
         run.params({**config.model_dump(mode="json"), **facts})
-        sampling = Pipeline.load(config.model, lora=config.adapters).settings.base
+        every = {**config.adapters, **dict.fromkeys(config.styles.values(), 1.0)}  # what does not fit shows here
+        sampling = Pipeline.load(config.model, lora=every).settings.base
         if config.checker is None:
             print("pictures are not looked at before they are written: checker=... has them checked", flush=True)
         rest: dict[str, Any] = {
@@ -174,7 +175,8 @@ def _draw_pending(
     missing = ((part, wanted) for part, wanted in plan if part not in manifest.done)
     name = f"raymuse-generate-{hashlib.sha256(manifest.folder.address.encode()).hexdigest()[:8]}"
     with engine(config, name) as drawing:
-        progress = Progress(left, config.replicas, _limit(drawing, config, left, run), run)
+        limit = _limit(drawing, config, left, run)
+        progress = Progress(left, config.replicas, limit, run, config.price_per_hour)
         for record, passes in _Job(drawing, config, facts, sampling).records(missing):
             manifest.record(record)
             progress.add(Done(record.rows, record.rejects, passes), len(manifest.done))
@@ -211,6 +213,7 @@ class _Job:
     ) -> None:
         self.drawing, self.config, self.facts, self.sampling = drawing, config, facts, sampling
         self.denied = DenyList.read(config.deny)
+        self.styled: dict[tuple[str, float], str] = {}
         # Two with the replicas for each that they draw at a time: the next is at hand, and Serve's router never has to
         # make one wait. Where it has to, it tries again after half a second, and replicas draw a few pictures a batch.
         batches = batches_at_a_time(config.cpus_per_replica, config.gpus_per_replica)
@@ -265,8 +268,18 @@ class _Job:
             strength = STRENGTH if asked.strength is None else asked.strength
             area = None if asked.mask is None else read_mask(self._picture(asked.mask))
             editing = Editing(asked.what, np.asarray(self._picture(asked.image)), area, strength, asked.grown)
-        size = asked.pixels or self.config.size
-        return DrawRequest(one.prompt.prompt, one.seed, **self._options(one.prompt), size=size, editing=editing)
+        if asked.lora is not None and asked.lora not in self.config.styles:
+            known = ", ".join(self.config.styles) or "none"
+            raise UserError(f"lora: {asked.lora!r} is none of the job's styles, which are: {known}")
+        return DrawRequest(
+            one.prompt.prompt,
+            one.seed,
+            **self._options(one.prompt),
+            size=asked.pixels or self.config.size,
+            editing=editing,
+            style=asked.lora,
+            style_scale=asked.lora_scale,
+        )
 
     def _picture(self, name: str) -> Image.Image:
         """A picture that a row names."""
@@ -296,7 +309,7 @@ class _Job:
             rows.append(self._row(one, answer, begun.part))
             drawings.append(answer)
         address, keep_base = self.config.output, self.config.keep_base
-        record: PartRecord = ray.get(_write_part.remote(address, begun.part, rows, drawings, rejects, keep_base))
+        record: PartRecord = ray.get(write_part.remote(address, begun.part, rows, drawings, rejects, keep_base))
         return record, passes
 
     def _row(self, one: Wanted, drawing: Drawing, part: str) -> PictureRow:
@@ -313,8 +326,18 @@ class _Job:
             height=height,
             part=part,
             task=one.prompt.asked.what or "",
-            **{**self.facts, **options},
+            **{**self.facts, **options, "model": self._model(one.prompt.asked)},
         )
+
+    def _model(self, asked: Asked) -> str:
+        """What tells the weights apart that a row was drawn with."""
+        if asked.lora is None:
+            return str(self.facts["model"])
+        key = (asked.lora, asked.lora_scale)
+        if key not in self.styled:
+            merged = {**self.config.adapters, self.config.styles[asked.lora]: asked.lora_scale}
+            self.styled[key] = model_sha256(self.config.model, merged)[:16]
+        return self.styled[key]
 
 
 def _judged(answer: Drawing | Exception) -> Drawing | Exception:
@@ -330,32 +353,6 @@ def _fault(error: Exception) -> tuple[Reason, str]:
         return error.reason, error.detail
     reason = Reason.BAD_PARAMETER if isinstance(error, UserError) else Reason.GENERATION_FAILED
     return reason, str(getattr(error, "cause", error))[:500]
-
-
-@ray.remote(num_cpus=0.5)
-def _write_part(
-    address: str, part: str, rows: list[PictureRow], drawings: list[Drawing], rejects: list[Reject], keep_base: bool
-) -> PartRecord:
-    """Encode and put in place one part's tar, rows and rejects."""
-    folder = Folder(address)
-    members: list[tuple[str, bytes]] = []
-    for row, drawing in zip(rows, drawings, strict=True):
-        facts = asdict(row)
-        members.append((f"{row.key}.png", png_bytes(drawing.pixels, facts)))
-        if keep_base and drawing.base_pixels.shape != drawing.pixels.shape:
-            height, width = drawing.base_pixels.shape[:2]
-            own = {**facts, "width": width, "height": height, "base": True}
-            members.append((f"{row.key}.base.png", png_bytes(drawing.base_pixels, own)))
-        members.append((f"{row.key}.json", json.dumps(facts, sort_keys=True).encode()))
-    (folder / "parts").create()
-    write_tar((folder / "parts" / f"{part}.tar").address, members)
-    tables = {f"rows/{part}.parquet": rows_table(rows)}
-    if rejects:
-        tables[f"rejects/{part}.parquet"] = to_table(rejects)
-    for name, table in tables.items():
-        folder.write(name, parquet_bytes(table, {}))
-    files = [FileRecord.of(name, folder.read(name)) for name in (f"parts/{part}.tar", *tables)]
-    return PartRecord(part, len(rows), len(rejects), "", files)
 
 
 def _write_table(manifest: Manifest) -> None:

@@ -42,6 +42,8 @@ class Asked(Config):
     mask: str | None = Field(None, description="inpaint: a picture as large, white where to draw")
     strength: float | None = Field(None, ge=0, le=1, description="image-to-image")
     sides: str = Field("0,0,0,0", pattern=r"^\d{1,4}(,\d{1,4}){3}$", description="outpaint: left,top,right,bottom")
+    lora: str | None = Field(None, description="one of the job's styles, by its name")
+    lora_scale: float = Field(1.0, ge=0, le=2, description="how much of it")
 
     @model_validator(mode="after")
     def _edits_start_from_an_image(self) -> "Asked":
@@ -85,6 +87,11 @@ class Prompt:
     key: str
     asked: Asked
     fault: tuple[Reason, str] | None = None
+
+
+def is_prompts(word: str) -> bool:
+    """Whether a word names prompts, by what `read_prompts` reads."""
+    return word.endswith(KINDS) or ("/" in word and Folder(word).exists("state.json"))
 
 
 def read_prompts(address: str) -> Iterator[Prompt]:

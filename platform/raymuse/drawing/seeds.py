@@ -1,0 +1,9 @@
+"""The seeds of a run's pictures."""
+
+import hashlib
+
+
+def image_seed(run_seed: int, prompt: int, sample: int) -> int:
+    """The seed of one picture of a run, from the run's seed and its place: 63 bits."""
+    digest = hashlib.blake2b(f"{run_seed}/{prompt}/{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
