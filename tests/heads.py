@@ -33,6 +33,7 @@ class Head:
     environment: dict[str, str]
     folder: Path
     metrics_port: int
+    gcs: str
 
     def nodes(self, state: str) -> list[dict[str, float]]:
         """Resources of the nodes that are ALIVE, or DEAD by now, but of the head."""
@@ -79,10 +80,13 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def running_head(num_cpus: int = 4, grows: Grows | None = None) -> Iterator[Head]:
+def running_head(
+    num_cpus: int = 4, grows: Grows | None = None, variables: dict[str, str] | None = None
+) -> Iterator[Head]:
     """A head of one node on free ports; ended with all of its processes.
 
     Args:
+        variables: of the environment of all that runs there.
         grows: takes the address of the cluster and its folder; gives further words and environment of `ray start`.
     """
     with tempfile.TemporaryDirectory(prefix="rm-", dir="/tmp", ignore_cleanup_errors=True) as folder:
@@ -91,15 +95,17 @@ def running_head(num_cpus: int = 4, grows: Grows | None = None) -> Iterator[Head
         path.touch(mode=0o600)
         path.write_text(token)
         gcs, dashboard, agent, client, metrics = free_ports(5)
-        more, variables = grows(f"{get_node_ip_address()}:{gcs}", Path(folder)) if grows else ([], {})
+        more, own = grows(f"{get_node_ip_address()}:{gcs}", Path(folder)) if grows else ([], {})
         clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         environment = clean | {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(path),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_metrics_report_interval_ms": "500",
+            "RAY_raylet_start_wait_time_s": "300",  # whatever else the machine does
             "PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}",  # for `python` in the jobs' command
-            **variables,
+            **own,
+            **(variables or {}),
         }
         words = ["--head", "--block", f"--num-cpus={num_cpus}", f"--temp-dir={folder}", *more]
         words += ["--object-store-memory=200000000", f"--metrics-export-port={metrics}"]
@@ -111,7 +117,8 @@ def running_head(num_cpus: int = 4, grows: Grows | None = None) -> Iterator[Head
                 [RAY, "start", *words], env=environment, stdout=out, stderr=out, start_new_session=True
             )
         try:
-            found = Head(f"http://127.0.0.1:{dashboard}", token, environment, Path(folder), metrics)
+            at = f"{get_node_ip_address()}:{gcs}"
+            found = Head(f"http://127.0.0.1:{dashboard}", token, environment, Path(folder), metrics, at)
             wait_until_it_takes_jobs(found, agent, process, log)
             yield found
         finally:
