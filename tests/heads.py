@@ -50,15 +50,14 @@ class Head:
 
     def submit(self, submission: str, *command: str) -> subprocess.CompletedProcess[str]:
         words = ["job", "submit", "--address", self.address, "--submission-id", submission]
-        words += ["--working-dir", ".", "--runtime-env", "jobs/env.yaml"]
-        return subprocess.run(
-            [RAY, *words, "--", *command],
-            cwd=ROOT,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=180,
-        )
+        words += ["--working-dir", ".", "--runtime-env", "jobs/env.yaml", "--", *command]
+        while True:
+            done = subprocess.run(
+                [RAY, *words], cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=600
+            )
+            if "No available agent to submit job" not in done.stderr:
+                return done
+            time.sleep(1)  # the agent listens, and has not told the head so
 
     def exit_code(self, submission: str) -> int:
         """What the job's driver ended with; `ray job submit` itself knows only 0 and 1."""
@@ -94,7 +93,7 @@ def running_head(
         path = Path(folder) / "token"
         path.touch(mode=0o600)
         path.write_text(token)
-        gcs, dashboard, agent, client, metrics = free_ports(5)
+        gcs, dashboard, agent, client, metrics, inner, environments = free_ports(7)
         more, own = grows(f"{get_node_ip_address()}:{gcs}", Path(folder)) if grows else ([], {})
         clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         environment = clean | {
@@ -111,6 +110,8 @@ def running_head(
         words += ["--object-store-memory=200000000", f"--metrics-export-port={metrics}"]
         words += [f"--port={gcs}", f"--ray-client-server-port={client}", "--dashboard-host=127.0.0.1"]
         words += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+        # Ports that Ray would choose itself it waits for, fifteen seconds and no longer.
+        words += [f"--dashboard-agent-grpc-port={inner}", f"--runtime-env-agent-port={environments}"]
         log = Path(folder) / "head.log"
         with log.open("w") as out:
             process = subprocess.Popen(
@@ -134,12 +135,11 @@ def wait_until_it_takes_jobs(head: Head, agent: int, process: "subprocess.Popen[
     """Until the dashboard answers, and the agent that it hands jobs to."""
     request = urllib.request.Request(f"{head.address}/api/jobs/")
     request.add_header("Authorization", f"Bearer {head.token}")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()
-        with suppress(OSError), urllib.request.urlopen(request, timeout=5):
-            socket.create_connection((get_node_ip_address(), agent), timeout=5).close()
-            time.sleep(2)  # it tells the head of itself once it listens
+        with suppress(OSError), urllib.request.urlopen(request, timeout=60):
+            socket.create_connection((get_node_ip_address(), agent), timeout=60).close()
             return
         time.sleep(0.2)
     raise AssertionError(log.read_text())

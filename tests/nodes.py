@@ -68,10 +68,13 @@ class Nodes:
         """Start one, and return when the head knows it. Two at once would take the same name for their sockets."""
         wanted = len(nodes_of(self.head)) + 1
         self.made += 1
-        (agent,) = free_ports(1)
+        # Those that Ray would choose itself it waits for, fifteen seconds and no longer.
+        agent, inner, metrics, environments = free_ports(4)
         words = ["start", f"--address={self.head.gcs}", f"--node-ip-address=127.0.0.{self.made + 1}"]
         words += [f"--num-cpus={self.num_cpus}", "--object-store-memory=100000000"]
-        words += ["--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={agent}"]
+        words += ["--min-worker-port=0", "--max-worker-port=0", f"--metrics-export-port={metrics}"]
+        words += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={inner}"]
+        words += [f"--runtime-env-agent-port={environments}"]
         with (self.head.folder / f"node-{self.made}.log").open("w") as log:
             done = subprocess.run(
                 [RAY, *words],

@@ -5,10 +5,13 @@ import re
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
+from ray.autoscaler._private.prom_metrics import AutoscalerPrometheusMetrics
 from ray.cluster_utils import Cluster
+from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
 import tiny
 from raymuse.clusters import watching
@@ -132,5 +135,16 @@ def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
     assert {name.removeprefix("ray_raymuse_").removesuffix("_total") for name in counters | gauges} - {"rate"} == (
         set(watching._MEANING) - {"rate"}
     )
+    nodes = {f"ray_{name}" for name in METRICS_GAUGES} | {
+        family.name for family in AutoscalerPrometheusMetrics().registry.collect()
+    }
+    rays = {
+        name for panel in dashboard["panels"] for name in words_of(panel) if name.startswith(("ray_", "autoscaler_"))
+    }
+    assert {name for name in rays if not name.startswith("ray_raymuse_")} <= nodes
     places = [tuple(panel["gridPos"].values()) for panel in dashboard["panels"]]
     assert len(set(places)) == len(places)
+
+
+def words_of(panel: dict[str, Any]) -> list[str]:
+    return [word for target in panel["targets"] for word in re.findall(r"\w+", target["expr"])]
