@@ -85,12 +85,20 @@ class Nodes:
                 timeout=PATIENCE,
             )
         assert done.returncode == 0, (self.head.folder / f"node-{self.made}.log").read_text()
+        until = time.monotonic() + PATIENCE  # of a node that crashed the head hears late
         while len(self.head.nodes("ALIVE")) != wanted:
-            time.sleep(0.2)
+            assert time.monotonic() < until, self.head.nodes("ALIVE")
+            time.sleep(0.5)
 
     def end(self) -> None:
+        """Of a node's log monitor its raylet is no parent; it, too, names the head's folder."""
         for node in nodes_of(self.head):
             node.crash()
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                words = " ".join(process.cmdline())
+                if "log_monitor.py" in words and f"{self.head.folder}/" in words:
+                    process.kill()
 
 
 @contextmanager
