@@ -28,7 +28,7 @@ class Node:
         with suppress(psutil.NoSuchProcess):
             for process in self.raylet.children():
                 with suppress(psutil.Error):
-                    title = " ".join(process.cmdline())
+                    title = " ".join(process.cmdline()).strip()
                     if title.startswith("ray::") and not title.removeprefix("ray::").startswith(NO_WORK):
                         found.append(title)
         return found

@@ -123,7 +123,7 @@ def test_a_browser_shows_the_runs(mlflow: Mlflow, written: str, tmp_path: Path) 
     with Browser(tmp_path) as page:
         page.open(f"{mlflow.uri}/#/experiments/{written}/runs?workflowType=machine_learning")
         for number in range(WRITERS):
-            page.wait_for(f"document.body.innerText.includes('writer {number}')", 300)
+            page.wait_for(f"document.body?.innerText.includes('writer {number}')", 300)
 
 
 def test_the_doctor_knows_it_and_the_password_is_nowhere_to_be_read(
