@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import secrets
 import signal
 import socket
@@ -11,7 +12,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ Grows = Callable[[str, Path], tuple[list[str], dict[str, str]]]
 
 ROOT = Path(__file__).parents[1]
 RAY = Path(sys.executable).with_name("ray")
-WORKER_PORTS = range(10002, 20000)  # Ray gives these to workers, and refuses to start where it finds one taken
+PORTS = range(20000, 32768)  # above those that Ray gives to workers, below those that the kernel gives
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,15 @@ class Head:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on and that are not Ray's workers'."""
-    with ExitStack() as held:
-        probes = [held.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        found = [int(probe.getsockname()[1]) for probe in probes]
-    assert not set(found) & set(WORKER_PORTS)
-    return found
+    """Ports that nothing listens on, and that nobody is given who asks for any: Ray's workers, or who binds to 0."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise AssertionError(f"no {count} of {PORTS} are free")
 
 
 @contextmanager

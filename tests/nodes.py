@@ -3,7 +3,7 @@
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 
 import psutil
 
@@ -105,8 +105,9 @@ class Nodes:
 def running_nodes(head: Head, count: int, num_cpus: int) -> Iterator[Nodes]:
     """Nodes beside a head; ended with all of their processes."""
     nodes = Nodes(head, num_cpus)
-    with ExitStack() as ending:
-        ending.callback(nodes.end)
+    try:
         for _ in range(count):
             nodes.add()
         yield nodes
+    finally:
+        nodes.end()
