@@ -15,7 +15,7 @@ from heads import ROOT, Grows, Head
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 HEAD = "ray.head.default"  # what the provider says that its head is
 HEAD_ID = "f" * 51 + "00000"
-IDLE_SECONDS = 8
+IDLE_SECONDS = 6
 # What the machines are taken to have: work that asks for more than 2 CPUs fits on a trainer alone.
 RESOURCES = {"decoders": {"CPU": 2}, "trainers": {"CPU": 4, "GPU": 1}}
 EMPTY = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands")

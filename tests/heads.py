@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import secrets
 import signal
 import socket
@@ -11,7 +12,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ Grows = Callable[[str, Path], tuple[list[str], dict[str, str]]]
 
 ROOT = Path(__file__).parents[1]
 RAY = Path(sys.executable).with_name("ray")
-WORKER_PORTS = range(10002, 20000)  # Ray gives these to workers, and refuses to start where it finds one taken
+PORTS = range(20000, 32768)  # above those that Ray gives to workers, below those that the kernel gives
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Head:
     environment: dict[str, str]
     folder: Path
     metrics_port: int
+    gcs: str
 
     def nodes(self, state: str) -> list[dict[str, float]]:
         """Resources of the nodes that are ALIVE, or DEAD by now, but of the head."""
@@ -49,15 +51,14 @@ class Head:
 
     def submit(self, submission: str, *command: str) -> subprocess.CompletedProcess[str]:
         words = ["job", "submit", "--address", self.address, "--submission-id", submission]
-        words += ["--working-dir", ".", "--runtime-env", "jobs/env.yaml"]
-        return subprocess.run(
-            [RAY, *words, "--", *command],
-            cwd=ROOT,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=180,
-        )
+        words += ["--working-dir", ".", "--runtime-env", "jobs/env.yaml", "--", *command]
+        while True:
+            done = subprocess.run(
+                [RAY, *words], cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=600
+            )
+            if "No available agent to submit job" not in done.stderr:
+                return done
+            time.sleep(1)  # the agent listens, and has not told the head so
 
     def exit_code(self, submission: str) -> int:
         """What the job's driver ended with; `ray job submit` itself knows only 0 and 1."""
@@ -68,21 +69,25 @@ class Head:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on and that are not Ray's workers'."""
-    with ExitStack() as held:
-        probes = [held.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        found = [int(probe.getsockname()[1]) for probe in probes]
-    assert not set(found) & set(WORKER_PORTS)
-    return found
+    """Ports that nothing listens on, and that nobody is given who asks for any: Ray's workers, or who binds to 0."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise AssertionError(f"no {count} of {PORTS} are free")
 
 
 @contextmanager
-def running_head(num_cpus: int = 4, grows: Grows | None = None) -> Iterator[Head]:
+def running_head(
+    num_cpus: int = 4, grows: Grows | None = None, variables: dict[str, str] | None = None
+) -> Iterator[Head]:
     """A head of one node on free ports; ended with all of its processes.
 
     Args:
+        variables: of the environment of all that runs there.
         grows: takes the address of the cluster and its folder; gives further words and environment of `ray start`.
     """
     with tempfile.TemporaryDirectory(prefix="rm-", dir="/tmp", ignore_cleanup_errors=True) as folder:
@@ -90,28 +95,33 @@ def running_head(num_cpus: int = 4, grows: Grows | None = None) -> Iterator[Head
         path = Path(folder) / "token"
         path.touch(mode=0o600)
         path.write_text(token)
-        gcs, dashboard, agent, client, metrics = free_ports(5)
-        more, variables = grows(f"{get_node_ip_address()}:{gcs}", Path(folder)) if grows else ([], {})
+        gcs, dashboard, agent, client, metrics, inner, environments = free_ports(7)
+        more, own = grows(f"{get_node_ip_address()}:{gcs}", Path(folder)) if grows else ([], {})
         clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         environment = clean | {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(path),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_metrics_report_interval_ms": "500",
+            "RAY_raylet_start_wait_time_s": "300",  # whatever else the machine does
             "PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}",  # for `python` in the jobs' command
-            **variables,
+            **own,
+            **(variables or {}),
         }
         words = ["--head", "--block", f"--num-cpus={num_cpus}", f"--temp-dir={folder}", *more]
         words += ["--object-store-memory=200000000", f"--metrics-export-port={metrics}"]
         words += [f"--port={gcs}", f"--ray-client-server-port={client}", "--dashboard-host=127.0.0.1"]
         words += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+        # Ports that Ray would choose itself it waits for, fifteen seconds and no longer.
+        words += [f"--dashboard-agent-grpc-port={inner}", f"--runtime-env-agent-port={environments}"]
         log = Path(folder) / "head.log"
         with log.open("w") as out:
             process = subprocess.Popen(
                 [RAY, "start", *words], env=environment, stdout=out, stderr=out, start_new_session=True
             )
         try:
-            found = Head(f"http://127.0.0.1:{dashboard}", token, environment, Path(folder), metrics)
+            at = f"{get_node_ip_address()}:{gcs}"
+            found = Head(f"http://127.0.0.1:{dashboard}", token, environment, Path(folder), metrics, at)
             wait_until_it_takes_jobs(found, agent, process, log)
             yield found
         finally:
@@ -127,12 +137,11 @@ def wait_until_it_takes_jobs(head: Head, agent: int, process: "subprocess.Popen[
     """Until the dashboard answers, and the agent that it hands jobs to."""
     request = urllib.request.Request(f"{head.address}/api/jobs/")
     request.add_header("Authorization", f"Bearer {head.token}")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()
-        with suppress(OSError), urllib.request.urlopen(request, timeout=5):
-            socket.create_connection((get_node_ip_address(), agent), timeout=5).close()
-            time.sleep(2)  # it tells the head of itself once it listens
+        with suppress(OSError), urllib.request.urlopen(request, timeout=60):
+            socket.create_connection((get_node_ip_address(), agent), timeout=60).close()
             return
         time.sleep(0.2)
     raise AssertionError(log.read_text())

@@ -8,12 +8,16 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+import ray
+from ray.cluster_utils import Cluster
 
 from processes import wait_until
+from raymuse.clusters.placement import ROLE, place
 from raymuse.config.errors import UserError
 
 WORK = """
@@ -43,7 +47,7 @@ print("ended", flush=True)
 
 
 class Working:
-    """A process that holds a local Ray, with what it says of it."""
+    """A process that holds a local Ray."""
 
     def __init__(self, *words: str) -> None:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "OMP_"))}
@@ -56,6 +60,9 @@ class Working:
             start_new_session=True,
             env=clean,
         )
+
+    def wait(self) -> None:
+        """Until it has started, and says what it found."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, self.process.communicate()[1]
@@ -70,12 +77,24 @@ class Working:
         return self.process.returncode, out, err
 
     def leftovers(self) -> list[psutil.Process]:
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while left := [child for child in self.children if child.is_running()]:
             if time.monotonic() > deadline:
                 break
             time.sleep(0.1)
         return left
+
+
+@pytest.fixture(scope="module")
+def started() -> Iterator[dict[str, Working]]:
+    """Three at once, since a start is mostly waiting; by what becomes of them."""
+    found = {"ends": Working("dashboard"), "is interrupted": Working(), "is killed": Working("dashboard")}
+    try:
+        yield found
+    finally:
+        for working in found.values():
+            with working.process:
+                working.process.kill()
 
 
 def status(url: str, token: str | None) -> int:
@@ -86,8 +105,9 @@ def status(url: str, token: str | None) -> int:
         return error.code
 
 
-def test_a_private_ray_asks_for_its_token_and_leaves_nothing() -> None:
-    working = Working("dashboard")
+def test_a_private_ray_asks_for_its_token_and_leaves_nothing(started: dict[str, Working]) -> None:
+    working = started["ends"]
+    working.wait()
     assert len(working.children) > 3
     assert working.facts["mode"] == "0o600"
     assert working.facts["workers"]["RAY_AUTH_MODE"] == "token"
@@ -101,8 +121,9 @@ def test_a_private_ray_asks_for_its_token_and_leaves_nothing() -> None:
     assert not working.folder.exists()
 
 
-def test_nothing_stays_behind_after_ctrl_c() -> None:
-    working = Working()
+def test_nothing_stays_behind_after_ctrl_c(started: dict[str, Working]) -> None:
+    working = started["is interrupted"]
+    working.wait()
     code, _, err = working.finish(interrupt=True)
     assert code != 0
     assert "KeyboardInterrupt" in err
@@ -110,12 +131,13 @@ def test_nothing_stays_behind_after_ctrl_c() -> None:
     assert not working.folder.exists()
 
 
-def test_nothing_stays_behind_after_sigkill() -> None:
-    working = Working("dashboard")
+def test_nothing_stays_behind_after_sigkill(started: dict[str, Working]) -> None:
+    working = started["is killed"]
+    working.wait()
     working.process.kill()
     working.process.communicate(timeout=60)
     assert working.leftovers() == []
-    wait_until(lambda: not working.folder.exists(), 10)
+    wait_until(lambda: not working.folder.exists(), 60)
 
 
 @pytest.mark.parametrize(
@@ -137,9 +159,8 @@ import ray
 from ray.cluster_utils import Cluster
 from raymuse.clusters.placement import ROLE, place
 
-roles = sys.argv[1:]
-nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "labels": {ROLE: "head"} if roles else {}})
-for role in roles:
+nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "labels": {ROLE: "head"}})
+for role in sys.argv[1:]:
     nodes.add_node(num_cpus=1, num_gpus=0 if role == "cpu" else 1, labels={ROLE: role})
 nodes.wait_for_nodes()
 ray.init(address=nodes.address, log_to_driver=False)
@@ -149,9 +170,8 @@ def where():
     return ray.get_runtime_context().get_node_id()
 
 names = {node["NodeID"]: node["Labels"].get(ROLE) for node in ray.nodes()}
-works = {"decode": 0, "encode": 1, "train": 1, "draw": 1, "encode ": 0} if roles else {"decode": 0}
 found = {}
-for work, gpus in works.items():
+for work, gpus in {"decode": 0, "encode": 1, "train": 1, "draw": 1, "encode ": 0}.items():
     found[work] = names[ray.get(where.options(num_gpus=gpus, label_selector=place(work.strip(), gpus)).remote())]
 print(json.dumps(found))
 ray.shutdown()
@@ -159,22 +179,21 @@ nodes.shutdown()
 """
 
 
-@pytest.mark.parametrize(
-    ("roles", "expected"),
-    [
-        (
-            ("trainer", "generator", "cpu"),
-            {"decode": "cpu", "encode": "trainer", "train": "trainer", "draw": "generator", "encode ": "cpu"},
-        ),
-        ((), {"decode": None}),  # a cluster of other people, without roles, is used as it is
-    ],
-    ids=["by role", "without roles"],
-)
-def test_work_runs_on_machines_of_its_role(roles: tuple[str, ...], expected: dict[str, str | None]) -> None:
+def test_work_runs_on_machines_of_its_role() -> None:
     """On a real cluster of several nodes, in a process of its own."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_AUTH_MODE": "disabled"}
-    done = subprocess.run(
-        [sys.executable, "-c", PLACED, *roles], capture_output=True, text=True, timeout=180, env=clean
-    )
+    words = [sys.executable, "-c", PLACED, "trainer", "generator", "cpu"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=180, env=clean)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == expected
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "decode": "cpu", "encode": "trainer", "train": "trainer", "draw": "generator", "encode ": "cpu",
+    }  # fmt: skip
+
+
+def test_a_cluster_of_other_people_without_roles_is_used_as_it_is(ray_cluster: Cluster) -> None:
+    @ray.remote
+    def where() -> str:
+        return str(ray.get_runtime_context().get_node_id())
+
+    names = {node["NodeID"]: node["Labels"].get(ROLE) for node in ray.nodes()}
+    assert names[ray.get(where.options(num_gpus=0, label_selector=place("decode", 0)).remote())] is None

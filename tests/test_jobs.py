@@ -2,11 +2,13 @@
 
 import os
 import sqlite3
+import subprocess
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from raymuse.tracking.server import Server
 
 Cli = Callable[..., str]
 Samples = dict[tuple[str, str], float]
+ROW = ("row", "row.data", "row.vqgan", "row.clip", "row.export")
 SMALL = ("train=16", "test=4", "pictures_per_shard=8", "resolution=32")
 
 
@@ -66,27 +69,37 @@ def said(capfd: pytest.CaptureFixture[str]) -> Cli:
 
 
 @pytest.fixture(scope="module")
-def made_by_a_job(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Image shards that a job made."""
-    output = tmp_path_factory.mktemp("made") / "data"
-    done = head.submit("right", "python", "jobs/make_data.py", "demo:data", *SMALL, f"output={output}")
+def submitted(head: Head, tmp_path_factory: pytest.TempPathFactory) -> dict[str, "subprocess.CompletedProcess[str]"]:
+    """Two jobs by `ray job submit`, at once: one that makes image shards, and one with a wrong key."""
+    words = {"right": "train=16", "wrong": "trian=16"}
+
+    def submit(name: str) -> "subprocess.CompletedProcess[str]":
+        changes = [word for word in SMALL if not word.startswith("train=")] + [words[name]]
+        output = tmp_path_factory.getbasetemp() / "submitted" / name
+        return head.submit(name, "python", "jobs/make_data.py", "demo:data", *changes, f"output={output}")
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(words, pool.map(submit, words), strict=True))
+
+
+def test_a_stage_runs_as_a_job(head: Head, submitted: dict[str, "subprocess.CompletedProcess[str]"]) -> None:
+    done = submitted["right"]
     assert done.returncode == 0, done.stdout + done.stderr
+    output = Path(done.args[-1].partition("=")[2])
     assert str(output) in done.stdout  # the address that the stage prints
-    return output
-
-
-def test_a_stage_runs_as_a_job(head: Head, made_by_a_job: Path) -> None:
     assert head.exit_code("right") == 0
-    assert (made_by_a_job / "_SUCCESS").exists()
-    assert len(list((made_by_a_job / "train").glob("*.tar"))) == 2
+    assert (output / "_SUCCESS").exists()
+    assert len(list((output / "train").glob("*.tar"))) == 2
 
 
-def test_a_wrong_key_fails_the_job_with_code_2_and_says_so(head: Head, tmp_path: Path) -> None:
-    done = head.submit("wrong", "python", "jobs/make_data.py", "demo:data", "trian=16", f"output={tmp_path / 'no'}")
+def test_a_wrong_key_fails_the_job_with_code_2_and_says_so(
+    head: Head, submitted: dict[str, "subprocess.CompletedProcess[str]"]
+) -> None:
+    done = submitted["wrong"]
     assert done.returncode != 0
     assert head.exit_code("wrong") == 2
     assert "trian: no such key; did you mean train?" in done.stdout
-    assert not (tmp_path / "no").exists()
+    assert not Path(done.args[-1].partition("=")[2]).exists()
 
 
 def test_without_the_token_nothing_is_submitted(head: Head) -> None:
@@ -134,7 +147,7 @@ def test_a_job_takes_its_folder_along_is_stopped_and_goes_on(
 
 def shards_of(output: Path, count: int, server: JobServer, name: str) -> None:
     """Wait until a job has written so many."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(list(output.glob("train/*.tar"))) < count:
         details = jobs.last(server, name)
         assert not JobStatus(details.status).is_terminal(), server.client.get_job_logs(str(details.submission_id))
@@ -169,28 +182,30 @@ def test_a_pipeline_is_a_row_of_jobs_under_one_run_and_is_watched(
 ) -> None:
     changes = [f"data.{change}" for change in SMALL]
     changes += ["vqgan.workers=1", "vqgan.steps=3", "vqgan.warm_steps=0", "vqgan.log_every=2"]
-    words = ("smoke", f"workdir={tmp_path}/flow", *changes, "--stages", "data,vqgan,export")
+    changes += ["clip.workers=0", "clip.steps=2", "clip.batch_size=4", "clip.log_every=2"]
+    words = ("smoke", f"workdir={tmp_path}/flow", *changes, "--stages", "data,vqgan,clip,export")
     with scraping(head) as seen:
         text = said("submit", "--pipeline", *words, "--name", "row", "--mlflow", mlflow.uri, code=2)
     assert f"[data] job row.data -> {tmp_path}/flow/data" in text
     assert f"[vqgan] job row.vqgan -> {tmp_path}/flow/vqgan" in text
     assert "step 3/3" in text
-    assert "flow/clip/model" in text  # it was not trained, so that nothing can be exported
+    assert "flow/base" in text  # it was not trained, so that nothing can be exported
     assert "[export] ended with 2: the pipeline submitted again goes on here" in text
-    states = {name: jobs.last(server, name).status for name in ("row", "row.data", "row.vqgan", "row.export")}
-    assert [str(state) for state in states.values()] == ["FAILED", "SUCCEEDED", "SUCCEEDED", "FAILED"]
+    states = {name: jobs.last(server, name).status for name in ROW}
+    assert [str(state) for state in states.values()] == ["FAILED", *["SUCCEEDED"] * 3, "FAILED"]
     assert "`raymuse jobs resume row` goes on" in said("jobs", "resume", "row.vqgan", "--no-follow", code=2)
     runs = {name: (jobs.last(server, name).metadata or {})["raymuse.mlflow_run"] for name in states}
     with sqlite3.connect(mlflow.folder / "mlflow.db") as records:
         parents = dict(records.execute("SELECT run_uuid, value FROM tags WHERE key = 'mlflow.parentRunId'").fetchall())
         found = dict(records.execute("SELECT run_uuid, status FROM runs").fetchall())
     assert parents == {run: runs["row"] for name, run in runs.items() if name != "row"}
-    assert [found[run] for run in runs.values()] == ["FAILED", "FINISHED", "FINISHED", "FAILED"]
-    # The training ran in a worker of Ray Train; each counts what it did itself.
+    assert [found[run] for run in runs.values()] == ["FAILED", *["FINISHED"] * 3, "FAILED"]
+    # The first training ran in a worker of Ray Train, the second in its driver; each counts what it did itself.
     trained = {name: value for (name, stage), value in seen.items() if stage == "train-vqgan"}
     assert (trained["steps_total"], trained["images_total"], trained["queue"]) == (3, 24, 0)
     assert trained["loss"] > 0
     assert trained["rate"] > 0
+    assert (seen["steps_total", "train-clip"], seen["images_total", "train-clip"]) == (2, 8)
 
 
 def test_each_refusal_is_a_sentence(

@@ -5,11 +5,15 @@ import re
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
+from ray.autoscaler._private.prom_metrics import AutoscalerPrometheusMetrics
 from ray.cluster_utils import Cluster
+from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
+import tiny
 from raymuse.clusters import watching
 from raymuse.clusters.watching import PRICE_LABEL, Meter, price_per_hour
 from raymuse.serving.watch import Metrics
@@ -55,6 +59,27 @@ def test_a_training_counts_the_steps_of_this_attempt(began: int, logged: tuple[i
             Run.off().metrics({"loss": 2.0}, step)
     done = 65 - began
     assert (meter.sums["steps"], meter.sums["images"], meter.sums["queue"]) == (done, 8 * done, 35)
+
+
+@pytest.mark.parametrize(("workers", "counted"), [(0, {"steps": 20, "images": 160, "queue": 0}), (2, {})], ids=str)
+def test_a_driver_counts_the_steps_of_a_training_that_it_does_itself(
+    workers: int, counted: dict[str, float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Workers of Ray Train count their own."""
+    meters: list[Noted] = []
+    monkeypatch.setattr(watching, "Meter", lambda *words: meters.append(Noted(*words)) or meters[-1])
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(watching, "price_per_hour", lambda: 0.0)
+    config = tiny.base_config(tmp_path, "nowhere", workers=workers, steps=20, batch_size=8)
+    with watching.watching_driver(config):
+        if workers == 0:
+            Run.off().begin(0)
+            for step in (5, 20):
+                Run.off().metrics({"loss": 2.0}, step)
+    (meter,) = meters
+    assert meter.tags["stage"] == "train-base"
+    assert {name: meter.sums[name] for name in counted} == counted
+    assert counted or not meter.sums
 
 
 def test_nodes_say_what_they_cost(ray_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,5 +135,16 @@ def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
     assert {name.removeprefix("ray_raymuse_").removesuffix("_total") for name in counters | gauges} - {"rate"} == (
         set(watching._MEANING) - {"rate"}
     )
+    nodes = {f"ray_{name}" for name in METRICS_GAUGES} | {
+        family.name for family in AutoscalerPrometheusMetrics().registry.collect()
+    }
+    rays = {
+        name for panel in dashboard["panels"] for name in words_of(panel) if name.startswith(("ray_", "autoscaler_"))
+    }
+    assert {name for name in rays if not name.startswith("ray_raymuse_")} <= nodes
     places = [tuple(panel["gridPos"].values()) for panel in dashboard["panels"]]
     assert len(set(places)) == len(places)
+
+
+def words_of(panel: dict[str, Any]) -> list[str]:
+    return [word for target in panel["targets"] for word in re.findall(r"\w+", target["expr"])]

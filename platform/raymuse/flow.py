@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from raymuse.clusters.local import session
-from raymuse.clusters.watching import watching
+from raymuse.clusters.watching import watching_driver
 from raymuse.config.base import StageConfig
 from raymuse.config.flow import FlowConfig
 from raymuse.stages.data import check_source, make_data
@@ -98,7 +98,7 @@ def _run_stages(config: FlowConfig, root: Path, record: Record, uri: str, parent
         record.save()  # before the work: what is interrupted goes on in the same run
         began = time.perf_counter()
         try:
-            with finishing(run), watching(name):
+            with finishing(run), watching_driver(section):
                 stage(section, run)
         finally:  # an interrupted stage took its time as well
             if (seconds := time.perf_counter() - began) > 1 or name not in record.seconds:

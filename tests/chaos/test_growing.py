@@ -32,7 +32,7 @@ def test_stages_make_their_nodes_appear_and_idle_ones_go(
             wait_until(lambda: not types(head, "ALIVE"), 120)
             appeared = set(Counter(types(head, "DEAD")) - before)
             said = capfd.readouterr().out
-            assert {kind for kind in RESOURCES if f"node(s) of type {kind}." in said} == appeared
+            assert {kind for kind in RESOURCES if f"node(s) of type {kind}." in said} == appeared, said
             return appeared
 
         assert types(head, "ALIVE") == types(head, "DEAD") == []

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from raymuse.clusters.local import session
-from raymuse.clusters.watching import watching
+from raymuse.clusters.local import session, submitted
+from raymuse.clusters.watching import watching_driver
 from raymuse.config.base import StageConfig
 from raymuse.config.errors import UserError
 from raymuse.tracking.registry import with_model
@@ -25,11 +25,11 @@ def run_stage(stage: Callable[[Any, Run], str], config: StageConfig, mlflow: str
         stage: typed config and MLflow run in, address out.
         config: what to run it with.
         mlflow: address of an MLflow server; None: MLFLOW_TRACKING_URI, and without that nothing is tracked.
-        ray: whether the stage needs Ray.
+        ray: whether the stage needs Ray; one that does not tells the cluster that it was submitted to how it gets on.
     """
     config = with_model(config, mlflow)
-    here, name = local_ray() if ray else contextlib.nullcontext(), str(type(config).model_fields["stage"].default)
-    with resumable(), _tracked(config, mlflow) as run, here, watching(name):
+    here = local_ray() if ray or submitted() else contextlib.nullcontext()
+    with resumable(), _tracked(config, mlflow) as run, here, watching_driver(config):
         address = stage(config, run)
     print(address, flush=True)
 

@@ -18,6 +18,7 @@ from types import FrameType
 
 import psutil
 import ray
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from raymuse.clusters import guard
 from raymuse.config.errors import UserError
@@ -65,6 +66,11 @@ def session(
         yield from _joined(os.environ["RAY_ADDRESS"])
     else:
         yield from _private(num_cpus, object_store_gib, dashboard)
+
+
+def submitted() -> bool:
+    """Whether this process is the driver of a submitted job."""
+    return RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ
 
 
 def _joined(address: str) -> Iterator[Cluster]:

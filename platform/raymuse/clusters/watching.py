@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping
 import ray
 from ray.util.metrics import Counter, Gauge
 
+from raymuse.config.base import StageConfig
+from raymuse.config.training import TrainConfig
 from raymuse.tracking.run import listening
 
 PRICE_LABEL = "raymuse-dollars-per-hour"  # of a node, in cluster YAML under `labels`: what an hour of it costs
@@ -124,6 +126,14 @@ def watching(stage: str, steps: int | None = None, images_per_step: int = 0, pay
         ended.set()
         if pays:
             payer.join()
+
+
+def watching_driver(config: StageConfig) -> contextlib.AbstractContextManager[None]:
+    """`watching` in a stage's driver, which counts what the cluster costs, and a training's steps where it trains."""
+    name = str(type(config).model_fields["stage"].default)
+    if isinstance(config, TrainConfig) and config.workers == 0:
+        return watching(name, config.steps, config.batch_size)
+    return watching(name)
 
 
 def price_per_hour() -> float:
