@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 
 import tiny
+from faulty import Faulty
 from raymuse.config.errors import UserError
 from raymuse.pipeline import Pipeline
 from raymuse.tracking import sender
@@ -97,13 +98,16 @@ def test_everything_of_a_run_arrives(server: Server, client: Any, tmp_path: Path
     run.table([{"prompt": "a cat", "score": 0.5}, {"prompt": "a dog"}], "scores.json")
     run.dataset("shapes", "0123456789abcdef" * 4, "s3://bucket/shapes", "training")
     run.note("**what** this is")
+    run.parents({"tokens": str(parent.id)})
     assert run.finish()
     assert parent.finish("KILLED")
 
     assert run.id is not None
     found = client.get_run(run.id)
     assert found.data.tags["mlflow.parentRunId"] == parent.id
-    assert found.data.tags["mlflow.note.content"] == "**what** this is"
+    shown = f"![samples~a cat](/get-artifact?path=latest%2Fsamples~a%20cat.png&run_uuid={run.id})"
+    assert found.data.tags["mlflow.note.content"] == f"**what** this is\n\n{shown}"
+    assert found.data.tags["raymuse.from.tokens"] == parent.id
     assert found.data.tags["stage"] == "train"
     assert found.data.params["optimizer.betas"] == "[0.9, 0.99]"
     assert len(found.data.params["long"]) == 6000
@@ -123,7 +127,14 @@ def test_everything_of_a_run_arrives(server: Server, client: Any, tmp_path: Path
     assert len(pictures) == 2
     assert all(path.startswith("images/samples~a cat+step+3+timestamp+") for path in pictures)
     assert {Path(path).suffix for path in pictures} == {".png", ".webp"}
-    assert {item.path for item in client.list_artifacts(run.id)} == {"images", "config", "notes", "scores.json"}
+    assert {item.path for item in client.list_artifacts(run.id)} == {
+        "images",
+        "latest",
+        "config",
+        "notes",
+        "scores.json",
+    }
+    assert [item.path for item in client.list_artifacts(run.id, "latest")] == ["latest/samples~a cat.png"]
     assert json.loads(found.data.tags["mlflow.loggedArtifacts"]) == [{"path": "scores.json", "type": "table"}]
     table = json.loads(Path(client.download_artifacts(run.id, "scores.json", str(tmp_path))).read_text())
     assert table == {"columns": ["prompt", "score"], "data": [["a cat", 0.5], ["a dog", None]]}
@@ -305,6 +316,55 @@ def test_what_a_registry_does_not_have_is_a_sentence(registered: str, server: Se
     ]:
         with pytest.raises(UserError, match=said):
             registered_folder(address, uri, tmp_path / "cache")
+
+
+def test_slow_lossy_refusing_and_absent_servers_cost_no_step_and_double_nothing(
+    server: Server, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One run through all of it: its records arrive once and in order when the network is well again."""
+    monkeypatch.setattr(sender, "REFUSED_SECONDS", 0.2)
+    monkeypatch.setattr(sender, "PAUSES", (0.2,))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text("{}")
+    with Faulty(server.port) as net:
+        net.mood = "refused"
+        run = open_run(net.uri, "faults", "all", resume="pending-faults", spool=tmp_path / "spool", patience=10)
+        assert run.id == "pending-faults", "a server that refuses stops nobody"
+        step, moods = 0, ("refused", "lossy", "cut", "slow", "lossy", "well")
+        for mood in moods:
+            net.mood = mood
+            began = time.perf_counter()
+            for _ in range(20):
+                step += 1
+                run.metrics({"loss": step}, step)
+            assert time.perf_counter() - began < net.delay, "logging waits for nobody"
+            run.picture("grid", Image.new("RGB", (16, 16), (step, 0, 0)), step)
+            run.params({f"during {mood}": step})
+            run.dataset(mood, str(step), f"s3://bucket/{mood}", "training")
+            run.note(f"step {step}")
+            run.flush(3)
+        net.mood = "lossy"
+        register(run, "faults", tmp_path / "model", alias="champion", timeout=1)
+        run.flush(5)
+        net.mood = "well"
+        assert run.finish(timeout=300)
+        assert net.lost > 10
+    rows = client.get_metric_history(run.id, "loss")
+    assert [(row.step, row.value) for row in rows] == [(number, number) for number in range(1, step + 1)]
+    assert len(client.list_artifacts(run.id, "images")) == 2 * len(moods)
+    found = client.get_run(run.id)
+    assert {name: int(value) for name, value in found.data.params.items()} == {
+        **{f"during {mood}": 20 * (number + 1) for number, mood in enumerate(moods)},
+        "during lossy": 40,
+    }
+    assert found.data.tags["changed.during lossy"] == "100"
+    assert sorted(one.dataset.name for one in found.inputs.dataset_inputs) == sorted(moods)
+    assert found.data.tags["mlflow.note.content"].startswith(f"step {step}\n\n![grid]")
+    assert found.data.tags["mlflow.note.content"].count("![") == 1
+    assert len(client.search_runs([found.info.experiment_id])) == 1
+    assert len(client.search_model_versions("name = 'faults'")) == 1
+    assert "--allowed-hosts" in capsys.readouterr().err
+    assert list((tmp_path / "spool").iterdir()) == []
 
 
 LOG_AND_DIE = """

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from raymuse.tracking.client import client_of
 from raymuse.tracking.registry import ADDRESS_TAG, mlmodel
 from raymuse.tracking.spool import Identity, Record, Segment
 
@@ -30,6 +30,10 @@ PASSING = (408, 425, 429)
 
 class RefusedError(Exception):
     """The server is there and will not have this run: not allowed, or not found."""
+
+
+class MissingError(RefusedError):
+    """The server is there and has no such run: it was deleted, or never was."""
 
 
 class UnacceptableError(Exception):
@@ -53,16 +57,9 @@ class Delivery:
 
     @property
     def client(self) -> Any:
-        """An MlflowClient of our own, made late: importing MLflow takes seconds, and global state is for others."""
+        """Made late. It tries nothing again: the sender does, and must notice in time that a server is back."""
         if self._client is None:
-            # The sender tries again itself, and must notice in time that a server is back.
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-            os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-            os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-            from mlflow import MlflowClient
-
-            self._client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+            self._client = client_of(self.uri)
         return self._client
 
     def open(self, segment: Segment) -> None:
@@ -94,7 +91,7 @@ class Delivery:
         if run is None:
             run = self._create(identity)
         elif run.info.lifecycle_stage != "active":
-            raise RefusedError(f"run {identity.run_id} was deleted; restore it in MLflow's pages")
+            raise MissingError(f"run {identity.run_id} was deleted; restore it in MLflow's pages")
         elif identity.resumes:
             self.client.update_run(run.info.run_id, status="RUNNING")
         return {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id, "resumes": False}
@@ -310,7 +307,7 @@ def _judge(error: Exception, refusals: tuple[int, ...]) -> Exception:
             f"{type(error).__name__}: {error}"
         )  # a file that is gone, a fault of ours: again would not help
     if status in refusals:
-        return RefusedError(str(error))
+        return RefusedError(str(error)) if status in (401, 403) else MissingError(str(error))
     if status is not None and 400 <= status < 500 and status not in PASSING:
         return UnacceptableError(str(error))
     return AwayError(str(error))

@@ -19,12 +19,13 @@ _QUERY = "utilization.gpu,memory.used,memory.total,power.draw"
 
 
 @contextlib.contextmanager
-def monitored(run: Run, node: str | None = None, since: float = 0.0, seconds: float = SECONDS) -> Iterator[None]:
+def monitored(run: Run, node: str | None = None, since: float = 0.0, seconds: float | None = None) -> Iterator[None]:
     """Inside, the run is told every few seconds how busy this machine is.
 
     Args:
         node: name of this machine, where it is another than the run's first.
         since: seconds of work before this attempt; steps are seconds of work.
+        seconds: between two looks; None: SECONDS.
     """
     if run.identity is None:
         yield
@@ -36,7 +37,7 @@ def monitored(run: Run, node: str | None = None, since: float = 0.0, seconds: fl
         network = psutil.net_io_counters()
         psutil.cpu_percent()  # the first says nothing: it is a mean since the call before
         began = time.monotonic()
-        while not ended.wait(seconds):
+        while not ended.wait(SECONDS if seconds is None else seconds):
             values = {**_machine(network), **_gpus()}
             step = round(since + time.monotonic() - began)
             run.metrics({f"{prefix}/{name}": value for name, value in values.items()}, step)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from raymuse.config.errors import TooManyRejects, UserError
-from raymuse.tracking.sender import REFUSED, Sender, sender
+from raymuse.tracking.sender import MISSING, Sender, sender
 from raymuse.tracking.spool import Identity, Record
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def open_run(
     except OSError as error:
         raise UserError(f"Cannot keep unsent records in {spool}: {error}. Give tracking another folder") from error
     trouble = mail.settle(identity.key, patience)
-    if trouble == REFUSED and resume is not None:
+    if trouble == MISSING and resume is not None:
         mail.discard(identity.key)
         raise UserError(f"There is no run {resume} to resume at {uri}; leave it out to begin a new run")
     return Run(replace(mail.known(identity), opens=False, resumes=False), spool)
