@@ -22,6 +22,7 @@ class Faulty:
         self.mood: Mood = "well"
         self.seen: set[tuple[str, str, bytes]] = set()
         self.lost = 0
+        self.cut_off = threading.Event()  # somebody was
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -53,6 +54,7 @@ class Faulty:
         """Ask the real server, and tell what it says, or not."""
         body = asked.rfile.read(int(asked.headers.get("Content-Length", 0)))
         if self.mood == "cut":
+            self.cut_off.set()
             return self._hang_up(asked)
         if self.mood == "slow":
             time.sleep(self.delay)

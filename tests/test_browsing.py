@@ -37,6 +37,7 @@ from raymuse.training.alone import opened, train_alone
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 EXPERIMENT = "shapes"
+TRAINING = "?workflowType=machine_learning"
 SECONDS = 300  # that a page may take on a busy machine
 
 
@@ -136,7 +137,7 @@ def test_a_training_says_how_it_went_and_what_it_looks_like(work: Work) -> None:
     assert steps == {"3", "6"}
     note = run.data.tags["mlflow.note.content"]
     assert "finished" in note
-    assert f"[pretokenize](#/runs/{work.tokens.id})" in note
+    assert f"made by [pretokenize](#/runs/{work.tokens.id}?workflowType=machine_learning)" in note
     assert note.count("![samples](/get-artifact?path=latest%2Fsamples.png&run_uuid=") == 1
     assert run.data.tags["raymuse.outcome"] == "finished"
 
@@ -329,19 +330,20 @@ def test_a_person_browses_runs_pictures_and_models(work: Work, tmp_path: Path) -
     experiment = work.client.get_experiment_by_name(EXPERIMENT).experiment_id
     runs = f"{work.server.uri}/#/experiments/{experiment}"
     with Browser(tmp_path / "home") as page:
-        page.open(f"{runs}/runs?workflowType=machine_learning")
+        page.open(f"{runs}/runs{TRAINING}")
         see(page, "quick", "slow", "export", "tokens")
         page.screenshot(shots / "experiment.png")
-        page.open(f"{runs}/runs/{work.quick.id}")
+        page.open(str(work.quick.link))
         see(page, "train-base", "made by", "pretokenize", "came out")
+        page.evaluate(CLOSE_THE_ASSISTANT)
         page.wait_for(LOADED.format("latest%2Fsamples.png"), SECONDS)
         page.screenshot(shots / "run.png")
         page.evaluate("[...document.querySelectorAll('a')].find((a) => a.textContent === 'pretokenize').click()")
         page.wait_for(f"location.hash.includes('{work.tokens.id}')", SECONDS)
-        page.open(f"{runs}/runs/{work.quick.id}/model-metrics")
+        page.open(f"{runs}/runs/{work.quick.id}/model-metrics{TRAINING}")
         page.wait_for(LOADED.format("samples"), SECONDS)
         page.screenshot(shots / "grid.png")
-        page.open(f"{runs}/runs/{work.quick.id}/system-metrics")
+        page.open(f"{runs}/runs/{work.quick.id}/system-metrics{TRAINING}")
         see(page, "cpu_utilization_percentage")
         page.screenshot(shots / "system.png")
         page.open(f"{work.server.uri}/#/models/shapes-model/versions/1")
@@ -352,6 +354,14 @@ def test_a_person_browses_runs_pictures_and_models(work: Work, tmp_path: Path) -
         assert len(np.unique(np.asarray(Image.open(shots / f"{name}.png")))) > 50
 
 
+CLOSE_THE_ASSISTANT = """(() => {
+const title = [...document.querySelectorAll("h1, h2, h3, h4, span")].find((one) => one.innerText === "MLflow Assistant");
+let panel = title;
+while (panel && panel.querySelectorAll("button").length < 3) panel = panel.parentElement;
+const close = panel && [...panel.querySelectorAll("button")].at(2);
+if (close) close.click();
+return Boolean(close);
+})()"""
 LOADED = "[...document.images].some((image) => image.src.includes('{}') && image.complete && image.naturalWidth > 30)"
 
 

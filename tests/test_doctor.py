@@ -1,5 +1,6 @@
 """`raymuse doctor` on this machine, whole and broken on purpose; on a cluster: test_jobs.py."""
 
+import contextlib
 import importlib.metadata
 import json
 import socket
@@ -160,10 +161,11 @@ class Refusing(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         asks_version = self.path == "/version"
         time.sleep(0 if asks_version else self.seconds)
-        self.send_response(200 if asks_version else self.status)
-        self.end_headers()
         ours = importlib.metadata.version("mlflow")
-        self.wfile.write(ours.encode() if asks_version else b"Invalid Host header - possible DNS rebinding attack")
+        with contextlib.suppress(BrokenPipeError):  # who asked has not waited
+            self.send_response(200 if asks_version else self.status)
+            self.end_headers()
+            self.wfile.write(ours.encode() if asks_version else b"Invalid Host header - possible DNS rebinding attack")
 
     def log_message(self, *_words: object) -> None:
         pass

@@ -228,10 +228,10 @@ def _close(
     config: StageConfig, run: Run, inputs: list[Input], attempt: Attempt, outcome: str, *, is_maker: bool
 ) -> None:
     run.metrics({f"cost/{name}": value for name, value in attempt.spent.items()}, attempt.number)
-    lines = [f"| {name.replace('_', ' ')} | {value:.3g} |" for name, value in attempt.spent.items()]
+    lines = [f"- {name.replace('_', ' ')}: {value:.3g}" for name, value in attempt.spent.items()]
     try:
         folder = Folder(config.output)
-        lines = [*_counts(folder), *lines]
+        lines = ["- came out: " + ", ".join(_counts(folder)), *lines]
         if folder.exists(SUCCESS) and read_records(folder):
             digest, rows = fingerprint(config.output)
             run.dataset(_title(config.output), digest, config.output, "output", rows)
@@ -241,13 +241,13 @@ def _close(
             made = Made(run.id, run.identity.uri, _stage(config), attempt.number, attempt.spent)
             folder.write(MADE_BY, json.dumps(asdict(made), indent=1).encode())
     except UNREADABLE as error:  # of a disk that is full or away: the work's own error is what counts
-        lines.append(f"| its folder | {_sentence(error)} |")
+        lines.append(f"- its folder: {_sentence(error)}")
     run.tags({"raymuse.outcome": outcome})
     run.note(_note(config, inputs, outcome, lines))
 
 
 def _counts(folder: Folder) -> list[str]:
-    """Rows of a table: what the closing totals of a finished folder say in numbers, or how far it is."""
+    """What the closing totals of a finished folder say in numbers, or how far it is."""
     if folder.exists(SUCCESS):
         said = dict(json.loads(folder.read(SUCCESS)))
         numbers = {**said, **said.get("counts", {})}
@@ -256,7 +256,7 @@ def _counts(folder: Folder) -> list[str]:
         rows, rejects = (sum(getattr(part, name) for part in parts) for name in ("rows", "rejects"))
         numbers = {"parts so far": len(parts), "rows so far": rows, "rejects so far": rejects}
     plain = {name: value for name, value in numbers.items() if isinstance(value, int | float) and value}
-    return [f"| {name} | {_figure(value)} |" for name, value in plain.items()]
+    return [f"{name} {_figure(value)}" for name, value in plain.items()] or ["nothing counted"]
 
 
 def _figure(value: float) -> str:
@@ -276,14 +276,11 @@ def _rejects(folder: Folder) -> list[dict[str, Any]]:
 def _note(config: StageConfig, inputs: list[Input], outcome: str, lines: list[str]) -> str:
     """The description of a stage's run."""
     text = [f"**{_stage(config)}** to `{config.output}`: {outcome}", ""]
-    if inputs:
-        text += ["| from | address | fingerprint | made by |", "|---|---|---|---|"]
     for one in inputs:
-        maker = link_to(one.made.run, one.made.stage) if one.made is not None else ""
-        text.append(f"| {one.role} | `{one.address}` | {one.digest[:12]} | {maker} |")
-    if lines:
-        text += ["", "| came out | |", "|---|---|", *lines]
-    return "\n".join(text)
+        made = f", made by {link_to(one.made.run, one.made.stage)}" if one.made is not None else ""
+        digest = f" `{one.digest[:12]}`" if one.digest else ""
+        text.append(f"- {one.role}: `{one.address}`{digest}{made}")
+    return "\n".join([*text, *lines])
 
 
 def _sentence(error: BaseException) -> str:

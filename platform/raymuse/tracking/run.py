@@ -28,6 +28,7 @@ PARAM_LENGTH = 6000
 TAG_LENGTH = 8000
 DIGEST_LENGTH = 36
 PENDING = "pending-"
+TRAINING = "workflowType=machine_learning"  # pages with runs and models; MLflow starts with traces of agents
 FROM = "raymuse.from."  # tags of a run and of a model's version: by which run an input was made
 
 Listener = Callable[[Mapping[str, float], int], None]
@@ -67,7 +68,9 @@ class Run:
         if self.identity is None:
             return None
         known = self._known()
-        return None if known.run_id is None else f"{known.uri}/#/experiments/{known.experiment_id}/runs/{known.run_id}"
+        if known.run_id is None:
+            return None
+        return f"{known.uri}/#/experiments/{known.experiment_id}/runs/{known.run_id}?{TRAINING}"
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Logs parameters; nested mappings become dotted names. One that a resumed run changes goes to a tag."""
@@ -285,7 +288,7 @@ def register(
 
 def link_to(run: str, text: str) -> str:
     """Markdown that leads from one page of MLflow to a run's, by its `Run.id`."""
-    return f"[{text}](#/runs/{run})"
+    return f"[{text}](#/runs/{run}?{TRAINING})"
 
 
 def clean(name: str) -> str:
