@@ -355,7 +355,8 @@ def test_a_person_browses_runs_pictures_and_models(work: Work, tmp_path: Path) -
 
 
 CLOSE_THE_ASSISTANT = """(() => {
-const title = [...document.querySelectorAll("h1, h2, h3, h4, span")].find((one) => one.innerText === "MLflow Assistant");
+const texts = [...document.querySelectorAll("h1, h2, h3, h4, span")];
+const title = texts.find((one) => one.innerText === "MLflow Assistant");
 let panel = title;
 while (panel && panel.querySelectorAll("button").length < 3) panel = panel.parentElement;
 const close = panel && [...panel.querySelectorAll("button")].at(2);

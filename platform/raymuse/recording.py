@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from PIL import Image
 
 from raymuse.config.base import Config, StageConfig, is_address
 from raymuse.config.describe import describe
@@ -31,7 +32,7 @@ from raymuse.tracking.provenance import code_tags, installed
 from raymuse.tracking.run import Run, link_to
 
 MADE_BY = "_manifest/run.json"
-CONFIG, SUCCESS = "_manifest/config.json", "_SUCCESS"
+CONFIG, SUCCESS, SHEET = "_manifest/config.json", "_SUCCESS", "contact_sheet.png"
 CONTEXTS = {"generate": "prompts", "score": "eval", "data": "source", "pretokenize": "source"}  # else "training"
 DATA = ("source", "input", "prompts", "images", "truth")  # keys of configs that name data; the others name models
 MADE_HERE = ("shapes", "emoji")  # sources of the data stage that are no addresses
@@ -162,7 +163,8 @@ def fingerprint(address: str) -> tuple[str, int | None]:
         inside = address.rstrip("/").removeprefix(home.address.rstrip("/")).strip("/")
         parts = [part for part in read_records(home).values() if _lies_in(part, inside)]
         sums = [file.sha256 for part in parts for file in part.files]
-        return _digest(sums), sum(part.rows for part in parts)
+        if parts:
+            return _digest(sums), sum(part.rows for part in parts)
     if address.startswith("hf://datasets/"):
         return _digest([address]), None
     place = find_place(address)
@@ -235,6 +237,10 @@ def _close(
         if folder.exists(SUCCESS) and read_records(folder):
             digest, rows = fingerprint(config.output)
             run.dataset(_title(config.output), digest, config.output, "output", rows)
+        for one in inputs:
+            if one.role == "images" and _exists(one.address, SHEET):
+                with Image.open(io.BytesIO(Folder(one.address).read(SHEET))) as sheet:
+                    run.picture("contact_sheet", sheet, 0)
         if rejects := _rejects(folder):
             run.table(rejects, "rejects.json")
         if is_maker and run.identity is not None and run.id is not None and folder.exists(CONFIG):
