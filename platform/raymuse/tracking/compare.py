@@ -95,9 +95,8 @@ th {{ background: #f0f0f0 }} img {{ max-width: {SIDE}px; image-rendering: pixela
         """The pictures alone, side by side under their names, as one PNG."""
         from PIL import Image, ImageDraw, ImageFont
 
-        rows = [(name, *(_opened(place) for place in pair)) for name, pair in self.pictures.items()]
-        width = max((image.width for _, *pair in rows for image in pair), default=0)
-        width = max(width, 360)
+        rows = [(name, _opened(first), _opened(second)) for name, (first, second) in self.pictures.items()]
+        width = max([360, *(image.width for _, first, second in rows for image in (first, second))])
         height = 56 + sum(40 + max(first.height, second.height) for _, first, second in rows)
         canvas = Image.new("RGB", (2 * width + 48, height), "white")
         draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(15)

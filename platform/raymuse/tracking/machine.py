@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 
@@ -51,7 +52,8 @@ def monitored(run: Run, node: str | None = None, since: float = 0.0, seconds: fl
         thread.join(5)
 
 
-def _machine(before: "psutil._common.snetio") -> dict[str, float]:
+def _machine(before: Any) -> dict[str, float]:
+    """What psutil says; `before` are its counters of the network when the work began."""
     memory, disk, network = psutil.virtual_memory(), psutil.disk_usage("."), psutil.net_io_counters()
     return {
         "cpu_utilization_percentage": psutil.cpu_percent(),
