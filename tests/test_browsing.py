@@ -332,11 +332,12 @@ def test_a_person_browses_runs_pictures_and_models(work: Work, tmp_path: Path) -
     with Browser(tmp_path / "home") as page:
         page.open(f"{runs}/runs{TRAINING}")
         see(page, "quick", "slow", "export", "tokens")
+        page.evaluate(CLOSE_THE_ASSISTANT)
         page.screenshot(shots / "experiment.png")
         page.open(str(work.quick.link))
         see(page, "train-base", "made by", "pretokenize", "came out")
-        page.evaluate(CLOSE_THE_ASSISTANT)
         page.wait_for(LOADED.format("latest%2Fsamples.png"), SECONDS)
+        page.evaluate(SHOW_MORE)
         page.screenshot(shots / "run.png")
         made_by = page.evaluate("[...document.links].find((link) => link.textContent === 'pretokenize').href")
         page.open(made_by)
@@ -356,15 +357,9 @@ def test_a_person_browses_runs_pictures_and_models(work: Work, tmp_path: Path) -
         assert len(np.unique(np.asarray(Image.open(shots / f"{name}.png")))) > 50
 
 
-CLOSE_THE_ASSISTANT = """(() => {
-const texts = [...document.querySelectorAll("h1, h2, h3, h4, span")];
-const title = texts.find((one) => one.innerText === "MLflow Assistant");
-let panel = title;
-while (panel && panel.querySelectorAll("button").length < 3) panel = panel.parentElement;
-const close = panel && [...panel.querySelectorAll("button")].at(2);
-if (close) close.click();
-return Boolean(close);
-})()"""
+BUTTON = "[...document.querySelectorAll('button')].find((one) => {})?.click()"
+CLOSE_THE_ASSISTANT = BUTTON.format("one.dataset.componentId?.endsWith('chat_panel.close')")
+SHOW_MORE = BUTTON.format("one.innerText === 'Show more'")
 LOADED = "[...document.images].some((image) => image.src.includes('{}') && image.complete && image.naturalWidth > 30)"
 
 

@@ -233,7 +233,7 @@ def _close(
     lines = [f"- {name.replace('_', ' ')}: {value:.3g}" for name, value in attempt.spent.items()]
     try:
         folder = Folder(config.output)
-        lines = ["- came out: " + ", ".join(_counts(folder)), *lines]
+        lines = ["- came out: " + ", ".join(_outcome(folder) or ["nothing"]), *lines]
         if folder.exists(SUCCESS) and read_records(folder):
             digest, rows = fingerprint(config.output)
             run.dataset(_title(config.output), digest, config.output, "output", rows)
@@ -252,8 +252,8 @@ def _close(
     run.note(_note(config, inputs, outcome, lines))
 
 
-def _counts(folder: Folder) -> list[str]:
-    """What the closing totals of a finished folder say in numbers, or how far it is."""
+def _outcome(folder: Folder) -> list[str]:
+    """What the closing totals of a finished folder say in numbers, or how far it is; and a training's checkpoint."""
     if folder.exists(SUCCESS):
         said = dict(json.loads(folder.read(SUCCESS)))
         numbers = {**said, **said.get("counts", {})}
@@ -262,7 +262,9 @@ def _counts(folder: Folder) -> list[str]:
         rows, rejects = (sum(getattr(part, name) for part in parts) for name in ("rows", "rejects"))
         numbers = {"parts so far": len(parts), "rows so far": rows, "rejects so far": rejects}
     plain = {name: value for name, value in numbers.items() if isinstance(value, int | float) and value}
-    return [f"{name} {_figure(value)}" for name, value in plain.items()] or ["nothing counted"]
+    checkpoints = [name for name in folder.names() if name.startswith("step-")]
+    model = [f"`{numbers['model']}`"] if isinstance(numbers.get("model"), str) else []
+    return [*model, *(f"{name} {_figure(value)}" for name, value in plain.items()), *checkpoints[-1:]]
 
 
 def _figure(value: float) -> str:
