@@ -1,11 +1,14 @@
 """`raymuse doctor` on this machine, whole and broken on purpose; on a cluster: test_jobs.py."""
 
+import contextlib
+import importlib.metadata
 import json
 import socket
 import subprocess
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -148,6 +151,50 @@ def test_mlflow_and_its_clock(capsys: pytest.CaptureFixture[str]) -> None:
     assert "error    clock" in capsys.readouterr().out
     assert named("mlflow", mlflow="http://127.0.0.1:1").level == "error"
     assert named("mlflow", mlflow="sqlite:///x.db").level == "error"
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """An MLflow that tells its version to everybody, and refuses or keeps waiting whoever asks for more."""
+
+    status, seconds = 403, 0.0
+
+    def do_GET(self) -> None:
+        asks_version = self.path == "/version"
+        time.sleep(0 if asks_version else self.seconds)
+        ours = importlib.metadata.version("mlflow")
+        with contextlib.suppress(BrokenPipeError):  # who asked has not waited
+            self.send_response(200 if asks_version else self.status)
+            self.end_headers()
+            self.wfile.write(ours.encode() if asks_version else b"Invalid Host header - possible DNS rebinding attack")
+
+    def log_message(self, *_words: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("status", "seconds", "level", "found", "todo"),
+    [
+        (403, 0.0, "error", "refuses what a run asks (status 403: Invalid Host header", "--allowed-hosts"),
+        (401, 0.0, "error", "status 401", "MLFLOW_TRACKING_USERNAME"),
+        (200, 0.3, "warning", "s to answer", "no step waits for it"),
+        (200, 3.0, "error", "has not answered within", "records wait on this disk"),
+        (200, 0.0, "ok", "runs", ""),
+    ],
+)
+def test_an_mlflow_that_refuses_or_is_slow(
+    status: int, seconds: float, level: str, found: str, todo: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "MLFLOW_SLOW", 0.2 if seconds else 100.0)
+    monkeypatch.setattr(doctor, "TIMEOUT_SECONDS", 1.0 if seconds > 1 else 100.0)
+    monkeypatch.setattr(Refusing, "status", status)
+    monkeypatch.setattr(Refusing, "seconds", seconds)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        finding = named("mlflow", mlflow=f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert finding.level == level
+    assert found in finding.found
+    assert todo in finding.todo
 
 
 def test_a_cluster_that_is_not_there() -> None:

@@ -34,6 +34,13 @@ PORTS = {6379: "a Ray head", 8000: "raymuse serve", 8265: "Ray's dashboard"}
 CONSTRAINTS = "constraints.txt"
 SKEW_WARNING, SKEW_ERROR = 5.0, 60.0  # seconds: object stores refuse requests that are minutes off
 SHOWN = 6
+MLFLOW_ASKED = "/api/2.0/mlflow/experiments/search?max_results=1"
+MLFLOW_SLOW = 2.0  # seconds
+MLFLOW_WAITS = "until then the work goes on, and records wait on this disk"
+MLFLOW_REFUSALS = {
+    401: "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+    403: "start it with --allowed-hosts (or MLFLOW_SERVER_ALLOWED_HOSTS) that names this address, or grant the user",
+}
 
 
 @dataclass(frozen=True)
@@ -237,16 +244,31 @@ def _mlflow(uri: str | None) -> Iterator[Finding]:
     if not uri.startswith(("http://", "https://")):
         yield Finding("mlflow", "error", f"{uri} is no server", "name one by its address: http://HOST:5000")
         return
+    user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}") for name in ("USERNAME", "PASSWORD"))
+    login = (user, password) if user and password else None
     try:
-        answer = requests.get(f"{uri.rstrip('/')}/version", timeout=TIMEOUT_SECONDS)
+        answer = requests.get(f"{uri.rstrip('/')}/version", auth=login, timeout=TIMEOUT_SECONDS)
         theirs = answer.text.strip()
+        # What a run asks first: the version is told to anybody, also to those whom the server refuses.
+        asked = requests.get(f"{uri.rstrip('/')}{MLFLOW_ASKED}", auth=login, timeout=TIMEOUT_SECONDS)
+    except requests.Timeout:
+        todo = f"see its log and its data base's disk: {MLFLOW_WAITS}"
+        yield Finding("mlflow", "error", f"{uri} has not answered within {TIMEOUT_SECONDS:.0f} s", todo)
+        return
     except requests.RequestException as error:
-        todo = "start it (raymuse ui serves a flow's), or mend the address: until then records wait on this disk"
+        todo = f"start it (raymuse ui serves a flow's), or mend the address: {MLFLOW_WAITS}"
         yield Finding("mlflow", "error", f"{uri} does not answer ({type(error).__name__})", todo)
         return
-    if answer.status_code != 200 or not theirs[:1].isdigit():
+    seconds = asked.elapsed.total_seconds()
+    if asked.status_code in MLFLOW_REFUSALS:
+        found = f"{uri} refuses what a run asks (status {asked.status_code}: {' '.join(asked.text.split())[:120]})"
+        yield Finding("mlflow", "error", found, f"{MLFLOW_REFUSALS[asked.status_code]}: {MLFLOW_WAITS}")
+    elif answer.status_code != 200 or not theirs[:1].isdigit():
         todo = "see the address, --allowed-hosts of the server, and MLFLOW_TRACKING_USERNAME and _PASSWORD"
         yield Finding("mlflow", "error", f"{uri} answers with status {answer.status_code}, and no version", todo)
+    elif seconds > MLFLOW_SLOW:
+        todo = "no step waits for it, but its pages do: see its data base's disk, or give it Postgres"
+        yield Finding("mlflow", "warning", f"{uri} took {seconds:.1f} s to answer", todo)
     elif theirs.split(".")[:2] != ours.split(".")[:2]:
         todo = "use the same on both sides: constraints.txt"
         yield Finding("mlflow", "warning", f"{uri} runs {theirs}, and this machine has {ours}", todo)

@@ -17,7 +17,9 @@ import psutil
 from raymuse.clusters.local import session
 from raymuse.clusters.watching import watching_driver
 from raymuse.config.base import StageConfig
+from raymuse.config.describe import describe
 from raymuse.config.flow import FlowConfig
+from raymuse.recording import recorded
 from raymuse.stages.data import check_source, make_data
 from raymuse.stages.export import export
 from raymuse.stages.generate import generate
@@ -25,7 +27,8 @@ from raymuse.stages.pretokenize import pretokenize
 from raymuse.stages.score import markdown, read_scores, score
 from raymuse.stages.train import train
 from raymuse.storage.folder import Folder
-from raymuse.tracking.run import Run, finishing, open_run, register
+from raymuse.tracking.provenance import code_tags
+from raymuse.tracking.run import Run, finishing, link_to, open_run, register
 from raymuse.tracking.server import Server
 
 STAGES: dict[str, Callable[[Any, Run], str]] = {
@@ -81,7 +84,7 @@ def demo(config: FlowConfig, json_path: Path | None) -> None:
         with _tracked(server.uri, config, record) as parent:
             _run_stages(config, root, record, server.uri, parent)
             summary = _summary(config, root, record, server.uri, parent)
-            _publish(config, root, parent, summary)
+            _publish(config, root, parent, summary, record)
     print(_closing(summary, record), flush=True)
     if json_path is not None:
         Folder(str(json_path.resolve().parent)).write(json_path.name, json.dumps(summary, indent=1).encode())
@@ -98,7 +101,7 @@ def _run_stages(config: FlowConfig, root: Path, record: Record, uri: str, parent
         record.save()  # before the work: what is interrupted goes on in the same run
         began = time.perf_counter()
         try:
-            with finishing(run), watching_driver(section):
+            with finishing(run), recorded(section, run) as attempt, watching_driver(section, attempt.spend):
                 stage(section, run)
         finally:  # an interrupted stage took its time as well
             if (seconds := time.perf_counter() - began) > 1 or name not in record.seconds:
@@ -112,6 +115,8 @@ def _tracked(uri: str, config: FlowConfig, record: Record) -> Iterator[Run]:
     spool = Path(record.path).parent / "mlflow" / "spool"
     run = open_run(uri, config.name, "flow", resume=record.runs.get("flow"), spool=spool)
     run.params(config.model_dump(mode="json"))
+    run.tags({"raymuse.stage": "flow", "raymuse.output": config.workdir, **code_tags("raymuse demo")})
+    run.text(describe(config), "config.yaml")
     record.runs["flow"] = run.id or ""
     record.save()
     with finishing(run):
@@ -171,21 +176,39 @@ def _summary(config: FlowConfig, root: Path, record: Record, uri: str, parent: R
     }
 
 
-def _publish(config: FlowConfig, root: Path, parent: Run, summary: dict[str, Any]) -> None:
+def _publish(config: FlowConfig, root: Path, parent: Run, summary: dict[str, Any], record: Record) -> None:
     """Scores to the parent run, and the model to the registry under its alias, once a model."""
     scores = read_scores(config.score.within(str(root)).output)
     numbers = {f"accuracy.{kind}": values["whole"] for kind, values in summary["accuracy"].items()}
     clip = {f"clip_score.{kind}": value for kind, value in summary["clip_score"].items()}
     parent.metrics({**numbers, **clip, "minutes": summary["minutes"], "peak_rss_gib": summary["peak_rss_gib"]}, 0)
     note = f"# {config.name}\n\n{markdown(scores)}"
-    parent.note(note)
+    parent.note(f"{note}\n{_stages(record)}")
     images = Path(config.generate.within(str(root)).output)
     parent.picture("contact_sheet", images / "contact_sheet.png", 0)
     marker = root / "registered.json"
     model = config.export.within(str(root)).output
     if not marker.exists():
-        version = register(parent, config.export.name, model, note, alias=ALIAS, picture=images / "contact_sheet.png")
+        version = register(
+            parent,
+            config.export.name,
+            model,
+            f"{note}\n{_stages(record)}",
+            alias=ALIAS,
+            picture=images / "contact_sheet.png",
+            parents={name: run for name, run in record.runs.items() if name in STAGES and run},
+        )
         marker.write_text(json.dumps({"version": version}))
+
+
+def _stages(record: Record) -> str:
+    """A table in Markdown: every stage's run, and its minutes."""
+    rows = [
+        f"| {link_to(run, name) if run else name} | {record.seconds.get(name, 0.0) / 60:.1f} |"
+        for name, run in record.runs.items()
+        if name in STAGES
+    ]
+    return "\n".join(["| stage | minutes |", "|---|---|", *rows, ""])
 
 
 def _closing(summary: dict[str, Any], record: Record) -> str:

@@ -133,9 +133,45 @@ def test_mlflow_holds_one_parent_run_with_a_child_a_stage(finished: Path) -> Non
         assert {runs[name].data.tags["mlflow.parentRunId"] for name in STAGES} == {parent}
         assert {run.info.status for run in runs.values()} == {"FINISHED"}
         check_training(client, runs["base"])
+        check_lineage(client, runs)
         assert runs["flow"].data.metrics["accuracy.truth"] == 1.0
         version = client.get_model_version_by_alias("raymuse-demo", "champion")
         assert version.run_id == parent
+
+
+def check_lineage(client: MlflowClient, runs: dict[str, Any]) -> None:
+    """Every stage says what it read, which run made that, what came of it, by which code, and at what cost."""
+    ids = {name: run.info.run_id for name, run in runs.items()}
+    reads = {
+        "vqgan": {"input": "data"},
+        "pretokenize": {"input": "data", "vqgan": "vqgan", "text_encoder": "clip"},
+        "base": {"input": "pretokenize", "vqgan": "vqgan"},
+        "export": {"base": "base", "superres": "superres", "vqgan": "vqgan", "text_encoder": "clip"},
+        "generate": {"prompts": "data", "model": "export"},
+        "score": {"images": "generate", "model": "export", "truth": "data"},
+    }
+    for name, inputs in reads.items():
+        tags = runs[name].data.tags
+        assert {role: tags.get(f"raymuse.from.{role}") for role in inputs} == {
+            role: ids[maker] for role, maker in inputs.items()
+        }, name
+    for name in STAGES:
+        run = runs[name]
+        assert run.data.tags["raymuse.outcome"] == "finished", name
+        assert run.data.tags["version.torch"], name
+        assert run.data.metrics["cost/hours"] > 0, name
+        assert run.data.metrics["cost/cpu_hours"] > 0, name
+        assert run.data.params["output"], name
+        assert run.data.tags["mlflow.note.content"].count("get-artifact") >= (name != "clip"), name
+    digests = {
+        name: {(one.tags[0].value, one.dataset.digest) for one in run.inputs.dataset_inputs}
+        for name, run in runs.items()
+    }
+    for maker, reader, purpose in (("pretokenize", "base", "training"), ("generate", "score", "eval")):
+        (made_digest,) = [digest for context, digest in digests[maker] if context == "output"]
+        assert (purpose, made_digest) in digests[reader]
+    made = client.get_model_version_by_alias("raymuse-demo", "champion").tags
+    assert {made[f"raymuse.from.{name}"] for name in STAGES} == {ids[name] for name in STAGES}
 
 
 def check_training(client: MlflowClient, run: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from raymuse.cli import batch, cluster, config, doctor, submit, tokens
+from raymuse.cli import batch, cluster, config, doctor, runs, submit, tokens
 from raymuse.cli.words import TRAININGS, config_for, data_config, generate_config, is_data, split
 
 
@@ -15,7 +15,7 @@ class InOrder(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         names = list(super().list_commands(ctx))
-        for name, stage in (("tokens", "pretokenize"), ("batch", "generate"), ("jobs", "submit")):
+        for name, stage in (("tokens", "pretokenize"), ("batch", "generate"), ("runs", "ui"), ("jobs", "submit")):
             names.remove(name)
             names.insert(names.index(stage) + 1, name)
         return names
@@ -279,5 +279,6 @@ app.add_typer(submit.app, name="jobs")
 app.command()(doctor.doctor)
 app.add_typer(tokens.app, name="tokens")
 app.add_typer(batch.app, name="batch")
+app.add_typer(runs.app, name="runs")
 app.add_typer(config.app, name="config")
 app.add_typer(cluster.app, name="cluster")

@@ -11,8 +11,9 @@ from raymuse.clusters.local import session, submitted
 from raymuse.clusters.watching import watching_driver
 from raymuse.config.base import StageConfig
 from raymuse.config.errors import UserError
+from raymuse.recording import Made, recorded
 from raymuse.tracking.registry import with_model
-from raymuse.tracking.run import Run, finishing, open_run
+from raymuse.tracking.run import Run, finishing, open_again, open_run
 from raymuse.tracking.server import Server, pages
 
 _FEWEST_CPUS = 4  # logical: a pipeline of actors needs a few even where the machine has only two cores
@@ -29,7 +30,13 @@ def run_stage(stage: Callable[[Any, Run], str], config: StageConfig, mlflow: str
     """
     config = with_model(config, mlflow)
     here = local_ray() if ray or submitted() else contextlib.nullcontext()
-    with resumable(), _tracked(config, mlflow) as run, here, watching_driver(config):
+    with (
+        resumable(),
+        _tracked(config, mlflow) as run,
+        recorded(config, run) as attempt,
+        here,
+        watching_driver(config, attempt.spend),
+    ):
         address = stage(config, run)
     print(address, flush=True)
 
@@ -53,8 +60,13 @@ def local_ray() -> contextlib.AbstractContextManager[object]:
 def _tracked(config: StageConfig, mlflow: str | None) -> Iterator[Run]:
     uri = mlflow or os.environ.get("MLFLOW_TRACKING_URI")
     name = str(type(config).model_fields["stage"].default)
+    experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "raymuse")
     resumed = os.environ.get("MLFLOW_RUN_ID") if uri else None  # a submitted job's run, the same in every attempt
-    run = open_run(uri, os.environ.get("MLFLOW_EXPERIMENT_NAME", "raymuse"), name, resume=resumed)
+    earlier = Made.read(config.output) if uri and resumed is None else None
+    if uri and earlier is not None and earlier.server == uri.rstrip("/") and earlier.stage == name:
+        run = open_again(uri, experiment, name, earlier.run)
+    else:
+        run = open_run(uri, experiment, name, resume=resumed)
     with finishing(run):
         yield run
 

@@ -13,18 +13,18 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import ray
 from ray.util.metrics import Counter, Gauge
 
 from raymuse.config.base import StageConfig
 from raymuse.config.training import TrainConfig
+from raymuse.tracking.provenance import JOB_VARIABLE
 from raymuse.tracking.run import listening
 
 PRICE_LABEL = "raymuse-dollars-per-hour"  # of a node, in cluster YAML under `labels`: what an hour of it costs
 PRICE_SECONDS = 15.0
-JOB_VARIABLE = "RAYMUSE_JOB"  # id of a job's attempt, in the environment of its processes
 
 _LOG = logging.getLogger(__name__)
 
@@ -105,18 +105,25 @@ class Meter:
 
 
 @contextlib.contextmanager
-def watching(stage: str, steps: int | None = None, images_per_step: int = 0, pays: bool = True) -> Iterator[None]:
+def watching(
+    stage: str,
+    steps: int | None = None,
+    images_per_step: int = 0,
+    pays: bool = True,
+    spend: Callable[[Mapping[str, float]], None] = lambda values: None,
+) -> Iterator[None]:
     """Inside, what the stage logs in this process goes to Prometheus as well; nothing happens without Ray.
 
     Args:
         pays: whether this process counts what the cluster costs: one of a stage does.
+        spend: told of that, a few seconds at a time: `cpu_hours`, `gpu_hours`, and `dollars` where nodes have a price.
     """
     if not ray.is_initialized():
         yield
         return
     meter = Meter(stage, steps, images_per_step)
     ended = threading.Event()
-    payer = threading.Thread(target=_pay, args=(meter, ended), daemon=True)
+    payer = threading.Thread(target=_pay, args=(meter, ended, spend), daemon=True)
     if pays:
         payer.start()
     try:
@@ -128,12 +135,14 @@ def watching(stage: str, steps: int | None = None, images_per_step: int = 0, pay
             payer.join()
 
 
-def watching_driver(config: StageConfig) -> contextlib.AbstractContextManager[None]:
+def watching_driver(
+    config: StageConfig, spend: Callable[[Mapping[str, float]], None] = lambda values: None
+) -> contextlib.AbstractContextManager[None]:
     """`watching` in a stage's driver, which counts what the cluster costs, and a training's steps where it trains."""
     name = str(type(config).model_fields["stage"].default)
     if isinstance(config, TrainConfig) and config.workers == 0:
-        return watching(name, config.steps, config.batch_size)
-    return watching(name)
+        return watching(name, config.steps, config.batch_size, spend=spend)
+    return watching(name, spend=spend)
 
 
 def price_per_hour() -> float:
@@ -149,19 +158,21 @@ def _price(text: str) -> float:
         return 0.0
 
 
-def _pay(meter: Meter, ended: threading.Event) -> None:
+def _pay(meter: Meter, ended: threading.Event, spend: Callable[[Mapping[str, float]], None]) -> None:
     """Count until the stage has ended; while the head does not answer, at the price that was known last."""
-    since, price = time.monotonic(), 0.0
+    since, price, there = time.monotonic(), 0.0, {"CPU": 0.0, "GPU": 0.0}
     while True:
         last = ended.wait(PRICE_SECONDS)
         if not ray.is_initialized():
             return
         try:
-            price = price_per_hour()
+            price, there = price_per_hour(), ray.cluster_resources()
         except Exception as error:  # Ray raises several kinds, and none may end a stage's account
             _LOG.warning("cannot ask the cluster what it costs, and count with %g an hour: %s", price, error)
         now = time.monotonic()
-        meter.paid(price * (now - since) / 3600)
-        since = now
+        hours, since = (now - since) / 3600, now
+        meter.paid(price * hours)
+        spent = {"cpu_hours": there.get("CPU", 0.0), "gpu_hours": there.get("GPU", 0.0), "dollars": price}
+        spend({name: each * hours for name, each in spent.items() if each})
         if last:
             return

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from raymuse.config.base import Address, AddressMark, StageConfig
+from raymuse.config.base import Address, AddressMark, StageConfig, runtime
 from raymuse.config.drawing import LoraChoice
 from raymuse.config.sampling import SamplingConfig
 
@@ -22,6 +22,9 @@ class ExportConfig(StageConfig, LoraChoice):
     critic: Annotated[str, AddressMark()] | None = Field(None, description="output of train-critic, or a model folder")
     weights: Literal["ema", "raw"] = "ema"
     name: str = Field("raymuse-model", description="name on the model card and in the registry")
+    alias: str | None = runtime(
+        None, "put the model into MLflow's registry, where a server is named, as the version that this alias means"
+    )
     micro_conditioning: tuple[float, float, float, float, float] | None = Field(
         None, description="width, height, crop top, crop left, aesthetic; None: the drawn size, 0, 0, 6"
     )

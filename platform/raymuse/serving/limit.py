@@ -1,15 +1,12 @@
 """What a picture costs, and what the hardware that draws it can do: how near the one is to the other."""
 
-import time
 from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from raymuse.models.peak import measured_peak
 from raymuse.pipeline import Pipeline
-
-MEASURE_SECONDS = 0.2
-SIDES = {"cpu": 1024, "cuda": 8192}  # of the square matrices whose product says what the hardware can do
 
 
 @dataclass(frozen=True)
@@ -44,23 +41,10 @@ def measure(pipeline: Pipeline, drawers: int, peak: float | None = None) -> Limi
     alone = replace(pipeline, batch_size=1)
     first, second = (_operations(alone, steps) for steps in (1, 2))
     device = pipeline.vqgan.network.device
-    return Limit(first, second - first, drawers * _measured_peak(device) if peak is None else peak)
+    return Limit(first, second - first, drawers * measured_peak(device) if peak is None else peak)
 
 
 def _operations(pipeline: Pipeline, steps: int) -> float:
     with FlopCounterMode(display=False) as counter:
         pipeline.draw([pipeline.request("a", 0, steps=steps, guidance=1.0)])
     return float(counter.get_total_flops())
-
-
-def _measured_peak(device: torch.device) -> float:
-    """The best of some products of two fp32 matrices, in operations a second."""
-    side = SIDES[device.type]
-    matrix = torch.ones(side, side, device=device)
-    best, until = 0.0, time.perf_counter() + MEASURE_SECONDS
-    while best == 0 or time.perf_counter() < until:
-        began = time.perf_counter()
-        product = matrix @ matrix
-        float(product[0, 0])  # waits for a GPU
-        best = max(best, 2 * side**3 / (time.perf_counter() - began))
-    return best

@@ -5,6 +5,7 @@ test/00000.tar ...    pictures whose captions (attribute combinations) are never
 prompts.jsonl         the test captions, in the order of the test pictures
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -14,21 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from PIL import Image
 
 from raymuse.config.data import DataConfig
 from raymuse.config.errors import UserError
 from raymuse.datasets import emoji, shapes
 from raymuse.datasets.sample import Sample
+from raymuse.encoding.pictures import crop, decode
+from raymuse.storage.contact_sheet import Entry, sheet_png
 from raymuse.storage.folder import Folder
 from raymuse.storage.images import Picture, list_shards
 from raymuse.storage.manifest import FileRecord, Manifest, PartRecord
 from raymuse.storage.picture_index import PictureIndex
 from raymuse.storage.picture_scan import PictureScan
+from raymuse.storage.rejects import Unreadable
 from raymuse.storage.webdataset_writer import encode, write_tar
 from raymuse.tracking.run import Run
 
 BYTES_A_PICTURE = 12_000
 LARGEST_TEST_SHARE = 0.1
+SHOWN, SHOWN_SIDE = 36, 96  # pictures that the run shows, and their pixels
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,8 @@ def make_data(config: DataConfig, run: Run) -> str:
         manifest.finish(**sizes)
     manifest.release()
     run.metrics({f"pictures_{split}": float(count) for split, count in sizes.items()}, 0)
-    run.dataset(config.source, hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16], config.output, "data")
+    if run.id is not None:
+        run.picture("pictures", _sheet(manifest, plan[0]), 0)
     return config.output
 
 
@@ -193,6 +200,16 @@ def _write_prompts(manifest: Manifest, plan: list[Part]) -> None:
         {"key": index.key(number), "prompt": index.captions(number)[0]} for number in range(len(index))
     ]
     manifest.folder.write("prompts.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def _sheet(manifest: Manifest, part: Part) -> Image.Image:
+    """Some pictures of a shard with their captions."""
+    index = PictureIndex(list_shards(_inside(manifest, part.file)))
+    entries = []
+    for one in index.take(range(min(SHOWN, len(index)))):
+        with contextlib.suppress(Unreadable):  # pretokenize will say so
+            entries.append(Entry(one.captions[0], (crop(decode(one.data), SHOWN_SIDE).pixels,)))
+    return sheet_png(entries, ("picture",), f"{len(entries)} of {part.count} pictures of {part.file}")
 
 
 def _inside(manifest: Manifest, file: str) -> str:

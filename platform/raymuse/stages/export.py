@@ -7,6 +7,7 @@ diffusers has neither Muse's base nor an aMUSEd that reads T5: a folder with one
 by this project alone. Its model_index.json names a pipeline that diffusers does not know, and it has no scheduler/.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -25,9 +26,10 @@ from raymuse.models.network_files import save_network
 from raymuse.models.vqgan import Vqgan
 from raymuse.models.weights import HUB, require_safetensors, tokenizer_folder, weights_sha256
 from raymuse.pipeline import Pipeline
+from raymuse.recording import Made
 from raymuse.storage.folder import Folder
 from raymuse.storage.manifest import Manifest
-from raymuse.tracking.run import Run
+from raymuse.tracking.run import Run, register
 
 COMPONENTS = {
     "scheduler": ("diffusers", "AmusedScheduler"),
@@ -37,6 +39,7 @@ COMPONENTS = {
     "vqvae": ("diffusers", "VQModel"),
 }
 OURS = "RaymusePipeline"
+SAMPLES = "samples.png"  # in a training's output: what it drew last
 
 
 def export(config: ExportConfig, run: Run) -> str:
@@ -66,7 +69,49 @@ def export(config: ExportConfig, run: Run) -> str:
         run.metrics(_sizes(pipeline), 0)
         manifest.finish(**sums)
     manifest.release()
+    _show(config, run)
+    if config.alias is not None:
+        _register(config, run, sums)
     return config.output
+
+
+def _show(config: ExportConfig, run: Run) -> None:
+    """The model card, and what the parts drew at the end of their trainings."""
+    if run.id is None:
+        return
+    run.file(Path(config.output, "README.md"))
+    for part in ("base", "superres"):
+        sheet = Path(getattr(config, part) or "", SAMPLES)
+        if sheet.is_file():
+            run.picture(f"{part} at its end", sheet, 0)
+
+
+def _register(config: ExportConfig, run: Run, sums: dict[str, str]) -> None:
+    """A version of the registered model: the same weights are one version, however often they are exported.
+
+    Raises:
+        UserError: there is no server, or no such alias can be.
+    """
+    if run.id is None:
+        raise UserError(
+            f"alias={config.alias}: no MLflow is named (--mlflow URI, MLFLOW_TRACKING_URI) to register with"
+        )
+    made = {name: Made.read(address) for name in ("vqgan", "base", "superres") if (address := getattr(config, name))}
+    parents = {"export": run.id, **{name: one.run for name, one in made.items() if one is not None}}
+    card = Path(config.output, "README.md").read_text().split("---", 2)[-1].strip()
+    sheet = Path(config.superres or config.base, SAMPLES)
+    version = register(
+        run,
+        config.name,
+        config.output,
+        card,
+        alias=config.alias,
+        picture=sheet if sheet.is_file() else None,
+        parents=parents,
+        key=hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest(),
+    )
+    told = f"version {version}" if version is not None else "a version, once MLflow is back"
+    print(f"models:/{config.name}@{config.alias} is {told}", flush=True)
 
 
 def _parts(config: ExportConfig) -> dict[str, Path]:

@@ -4,7 +4,6 @@ import json
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raymuse.config.errors import UserError
+from raymuse.encoding.token_sheet import token_entries
 from raymuse.models.vqgan import Vqgan
 from raymuse.models.weights import weights_sha256
-from raymuse.storage.contact_sheet import Entry, sheet_html, sheet_png
+from raymuse.storage.contact_sheet import sheet_html, sheet_png
 from raymuse.storage.folder import Folder
 from raymuse.storage.manifest import PartRecord, read_records
 from raymuse.storage.token_survey import CodeUsage, Survey, TokenRow, spread_rows, survey_tokens
@@ -263,37 +263,9 @@ def _write_sheet(sheet: Sheet, rows: Sequence[TokenRow], vqgan: Vqgan, config: M
     if not rows:
         raise UserError(f"{address} holds no crops to show.")
     same = config.get("low_vqgan_sha256") in (None, config["vqgan_sha256"])
-    kinds = ["image_ids", *(["low_ids"] if rows[0].low_ids is not None and same else [])]
-    decoded = [_decoded(vqgan, [getattr(row, kind) for row in rows]) for kind in kinds]
-    entries = [
-        Entry(f"{' | '.join(row.captions)} [{row.key}]", tuple(_square(pixels) for pixels in pictures))
-        for row, pictures in zip(rows, zip(*decoded, strict=True), strict=True)
-    ]
+    entries, kinds = token_entries(vqgan, rows, same)
     title = f"{len(rows)} crops of {address}"
     if sheet.file.suffix == ".png":
         sheet_png(entries, kinds, title).save(sheet.file)
     else:
         sheet.file.write_text(sheet_html(entries, kinds, title), encoding="utf-8")
-
-
-def _decoded(vqgan: Vqgan, ids: Sequence[NDArray[np.uint16]]) -> list[NDArray[np.uint8]]:
-    """Pictures (H, W, 3) of ids (h, w), whose grids may differ."""
-    pictures: dict[int, NDArray[np.uint8]] = {}
-    order = sorted(range(len(ids)), key=lambda row: ids[row].shape)
-    for _, group in groupby(order, key=lambda row: ids[row].shape):
-        rows = list(group)
-        for start in range(0, len(rows), _BATCH):
-            some = rows[start : start + _BATCH]
-            pixels = vqgan.decode(np.stack([ids[row] for row in some]).astype(np.int64))
-            pictures.update(zip(some, pixels, strict=True))
-    return [pictures[row] for row in range(len(ids))]
-
-
-def _square(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A picture (H, W, 3) in the middle of a white square: the sheet's cells are square."""
-    height, width = pixels.shape[:2]
-    side = max(height, width)
-    canvas = np.full((side, side, 3), 255, dtype=np.uint8)
-    top, left = (side - height) // 2, (side - width) // 2
-    canvas[top : top + height, left : left + width] = pixels
-    return canvas

@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray
+from PIL import Image
 
 from raymuse.clusters.placement import place
 from raymuse.clusters.quiet import quiet_data
@@ -23,11 +24,15 @@ from raymuse.encoding.chunks import decode_chunks, reading_of
 from raymuse.encoding.encoder import CaptionEncoder, code_agreement
 from raymuse.encoding.plan import fingerprint, plan_of
 from raymuse.encoding.tasks import DECODE_CPUS, WRITE_CPUS
+from raymuse.encoding.token_sheet import token_entries
 from raymuse.models.vqgan import Vqgan
+from raymuse.storage.contact_sheet import sheet_png
+from raymuse.storage.folder import Folder
 from raymuse.storage.images import Shard, estimate_rows
-from raymuse.storage.manifest import Manifest
+from raymuse.storage.manifest import Manifest, read_records
 from raymuse.storage.rejects import Reason
 from raymuse.storage.token_parts import CHUNKS, HASHES, tagged
+from raymuse.storage.token_survey import survey_tokens
 from raymuse.storage.tokens import EMPTY, parquet_bytes
 from raymuse.tokenizing.data_context import stage_data
 from raymuse.tokenizing.duplicates import search
@@ -35,6 +40,7 @@ from raymuse.tokenizing.stream import commits
 from raymuse.tracking.run import Run
 
 TRIED_SHARDS = 3  # where the first has no picture that can be used
+SHOWN = 24  # crops that the run shows as pictures
 SAME_CODES = 0.99  # share of ids that a lower precision must share with fp32
 
 
@@ -63,6 +69,8 @@ def pretokenize(config: PretokenizeConfig, run: Run) -> str:
         for scratch in (CHUNKS, HASHES):
             manifest.folder.remove(scratch)
         manifest.finish(**facts, **agreement, counts=_totals(manifest))
+        if run.id is not None and (sheet := ray.get(_look.options(**_as_encoder(config)).remote(config, facts))):
+            run.picture("tokens as pictures", sheet, 0)
     manifest.release()
     _report(manifest, config, run)
     return config.output
@@ -153,6 +161,20 @@ def _measure(config: PretokenizeConfig, shards: list[Shard]) -> float | None:
 # --- the end
 
 
+@ray.remote(num_cpus=1, max_calls=1)  # torch and the VQGAN leave the memory with the process
+def _look(config: PretokenizeConfig, facts: Mapping[str, Any]) -> Image.Image | None:
+    """Some rows of the first part that has any, decoded again; None where there is none."""
+    folder = Folder(config.output)
+    filled = [record for record in read_records(folder).values() if record.rows]
+    if not filled:
+        return None
+    codes = (int(facts["codebook_size"]), facts.get("low_codebook_size") if config.low_resolution else None)
+    found = survey_tokens(folder, filled[:1], codes, int(facts["text_length"]), range(min(SHOWN, filled[0].rows))).rows
+    vqgan = Vqgan.load(config.vqgan, device=config.device)
+    entries, kinds = token_entries(vqgan, found, facts.get("low_vqgan_sha256") in (None, facts["vqgan_sha256"]))
+    return sheet_png(entries, kinds, f"{len(entries)} of {filled[0].rows} crops of {filled[0].name}, decoded")
+
+
 def _totals(manifest: Manifest) -> dict[str, float]:
     """Every count of the parts, summed: pictures, captions, rejects by reason, what was mended."""
     totals: Counter[str] = Counter()
@@ -164,8 +186,6 @@ def _totals(manifest: Manifest) -> dict[str, float]:
 def _report(manifest: Manifest, config: PretokenizeConfig, run: Run) -> None:
     """The counts to the terminal and MLflow, and exit code 3 where too much was faulty."""
     totals = _totals(manifest)
-    sums = [file.sha256 for record in manifest.done.values() for file in record.files]
-    run.dataset("token shards", _digest(sums), config.output, "pretokenize")
     run.metrics({f"total/{name}": count for name, count in totals.items()}, len(manifest.done))
     for name, count in totals.items():
         print(f"  {name}: {count:,.0f}", flush=True)

@@ -8,6 +8,7 @@ output/_SUCCESS         last
 import json
 import os
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -29,6 +30,7 @@ from raymuse.clusters.watching import watching
 from raymuse.config.errors import UserError
 from raymuse.config.stages import STAGES
 from raymuse.config.training import TrainConfig
+from raymuse.tracking.machine import monitored
 from raymuse.tracking.run import Run
 from raymuse.training.alone import opened, train_alone
 from raymuse.training.build import train_here
@@ -100,7 +102,12 @@ def _group(config: TrainConfig, run: Run, notes: _Notes) -> bool:
     workers = config.workers if config.min_workers is None else (config.min_workers, config.workers)
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "run": run, "notes": notes},
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "run": run,
+            "notes": notes,
+            "host": socket.gethostname(),
+        },
         torch_config=_TorchWithStop(),
         scaling_config=ScalingConfig(
             num_workers=workers,
@@ -200,7 +207,7 @@ def _worker(payload: dict[str, Any]) -> bool:
     if notes.refused.exists():
         return False
     meter = watching(config.stage, config.steps, config.batch_size, pays=False)  # type: ignore[attr-defined]
-    with notes.progress.open("a", buffering=1) as lines, meter:
+    with notes.progress.open("a", buffering=1) as lines, meter, _machine(payload["run"], payload["host"]):
         try:
             say = partial(print, file=lines)
             return train_here(config, payload["run"], _report, say, partial(_asked, notes))
@@ -209,6 +216,17 @@ def _worker(payload: dict[str, Any]) -> bool:
             if ray.train.get_context().get_world_size() > 1:
                 raise
             return False
+
+
+@contextmanager
+def _machine(run: Run, driver: str) -> Iterator[None]:
+    """Inside, the run is told how busy this machine is, by one of its workers; the driver tells of its own machine."""
+    here = socket.gethostname()
+    if here == driver or ray.train.get_context().get_local_rank() > 0:
+        yield
+        return
+    with monitored(run, node=here):
+        yield
 
 
 @contextmanager

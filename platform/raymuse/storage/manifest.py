@@ -4,6 +4,7 @@ _manifest/config.json        what the parts were made with; another config on th
 _manifest/part-000000.json   written only after the part's files are in place
 _manifest/index-000000.json  the first 1000 of these joined, so that a resume reads few objects
 _manifest/lock.json          who writes, and until when; it warns and never blocks
+_manifest/run.json           the MLflow run that made the folder, where it was tracked
 _SUCCESS                     last, with the counts
 """
 
@@ -28,7 +29,7 @@ COMPACT_EVERY = 1000
 LOCK_SECONDS = 120.0
 _INDEX = re.compile(r"index-(\d+)\.json")
 _FIRST_INDEX = "index.json"  # of folders that were written when there was one index, of all records
-_NO_RECORDS = ("config.json", "lock.json")
+_NO_RECORDS = ("config.json", "lock.json", "run.json")
 
 
 @dataclass(frozen=True)

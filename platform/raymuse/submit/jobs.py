@@ -16,18 +16,17 @@ from typing import Any
 from ray.job_submission import JobDetails, JobStatus
 
 from raymuse.clusters.jobserver import JobServer
-from raymuse.clusters.watching import JOB_VARIABLE
 from raymuse.config.base import Config
 from raymuse.config.errors import UserError
 from raymuse.config.flow import FlowConfig
 from raymuse.submit.following import Say
 from raymuse.submit.order import Order, check, entry_resources, keep, require_reachable, runtime_env, storage
-from raymuse.submit.package import Package, commit, digest, gather, mib
+from raymuse.submit.package import Package, digest, gather, mib
+from raymuse.tracking.provenance import COMMIT, JOB_VARIABLE, commit
 from raymuse.tracking.run import PENDING, Run, open_run
 
 NAME = "raymuse.name"  # keys of a job's metadata, and tags of its run
 SUBMISSION = "raymuse.submission"
-COMMIT = "raymuse.commit"
 PIPELINE = "raymuse.pipeline"  # the job whose stage this one is
 RUN_VARIABLE = "MLFLOW_RUN_ID"
 OPEN_SECONDS = 20.0  # that a job waits for its run's id; a server that is away gives it later, by the run's key

@@ -6,7 +6,6 @@ that checked the recipe.
 """
 
 import hashlib
-import subprocess
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, _dir_travel
 from ray._private.thirdparty.pathspec import PathSpec
 
 from raymuse.config.errors import UserError
+from raymuse.tracking.provenance import git
 
 SOURCE = "platform"  # what PYTHONPATH names on the cluster
 PACKAGE = Path(__file__).parents[1]
@@ -100,14 +100,6 @@ def gather(root: Path, excludes: Sequence[str]) -> Package:
     return package
 
 
-def commit(root: Path) -> str | None:
-    """Git's commit of a folder, with `-dirty` where files differ from it; None outside of git."""
-    head = _git(root, "rev-parse", "HEAD")
-    if head is None:
-        return None
-    return head.strip() + ("-dirty" if _git(root, "status", "--porcelain", "--", ".") else "")
-
-
 def slug(text: str, length: int = 40) -> str:
     """Text as part of a name: letters, digits, `-`, and `_`."""
     return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in text).strip("-")[:length]
@@ -124,7 +116,7 @@ def mib(size: float) -> str:
 
 
 def _listed(root: Path) -> list[str]:
-    listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    listed = git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
     if listed is not None:
         return [name for name in listed.split("\0") if name]
     found: list[str] = []
@@ -145,12 +137,3 @@ def _listed(root: Path) -> list[str]:
 def _is_inside(path: Path, root: Path) -> bool:
     """Whether a file is there (git lists deleted ones, and links), and no link leads out of the folder."""
     return path.is_file() and path.resolve().is_relative_to(root)
-
-
-def _git(root: Path, *words: str) -> str | None:
-    """What git says of a folder; None where there is no git, or no repository."""
-    try:
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None

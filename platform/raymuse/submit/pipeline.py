@@ -13,8 +13,8 @@ from ray.dashboard.utils import ray_address_to_api_server_url
 from ray.job_submission import JobStatus
 
 from raymuse.clusters.jobserver import JobServer, connect
-from raymuse.clusters.watching import JOB_VARIABLE
 from raymuse.config.base import StageConfig
+from raymuse.config.describe import describe
 from raymuse.config.errors import UserError
 from raymuse.config.flow import FlowConfig
 from raymuse.config.load import command
@@ -23,6 +23,7 @@ from raymuse.stages.score import flat, markdown, read_scores
 from raymuse.submit import jobs
 from raymuse.submit.following import follow
 from raymuse.submit.order import Order
+from raymuse.tracking.provenance import COMMIT, JOB_VARIABLE
 from raymuse.tracking.run import Run, finishing, open_run
 
 COMMAND = "pipeline"  # the command of raymuse that this job runs
@@ -73,6 +74,7 @@ def run_pipeline(config: FlowConfig, recipe: str, changes: Sequence[str], stages
     try:
         with finishing(run):
             run.params(config.model_dump(mode="json"))
+            run.text(describe(config), "config.yaml")
             for section in check_stages(stages):
                 row.run(section, recipe, section_changes(changes, section, config.workdir))
             if "score" in check_stages(stages):
@@ -97,7 +99,7 @@ class _Row:
     def __init__(self, server: JobServer, own: Any, config: FlowConfig, run: Run, uri: str | None) -> None:
         self.server, self.config, self.run_of_all, self.uri = server, config, run, uri
         self.name = str((own.metadata or {})[jobs.NAME])
-        self.commit = (own.metadata or {}).get(jobs.COMMIT)
+        self.commit = (own.metadata or {}).get(COMMIT)
         self.environment: dict[str, Any] = dict(own.runtime_env or {})
 
     def run(self, section: str, recipe: str, changes: tuple[str, ...]) -> None:

@@ -2,15 +2,20 @@
 
 import contextlib
 import json
-import os
+import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+from raymuse.tracking.client import client_of
 from raymuse.tracking.registry import ADDRESS_TAG, mlmodel
 from raymuse.tracking.spool import Identity, Record, Segment
 
 KEY_TAG = "raymuse.key"
+NOTE = "mlflow.note.content"
+LATEST = "latest"  # the folder of the newest pictures, under names that stay
 RECORD_TAG = "raymuse.record"
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # what MLflow lists the experiment as
 BATCH = 100  # params or tags a call: MLflow's limit
@@ -25,6 +30,10 @@ PASSING = (408, 425, 429)
 
 class RefusedError(Exception):
     """The server is there and will not have this run: not allowed, or not found."""
+
+
+class MissingError(RefusedError):
+    """The server is there and has no such run: it was deleted, or never was."""
 
 
 class UnacceptableError(Exception):
@@ -48,16 +57,9 @@ class Delivery:
 
     @property
     def client(self) -> Any:
-        """An MlflowClient of our own, made late: importing MLflow takes seconds, and global state is for others."""
+        """Made late. It tries nothing again: the sender does, and must notice in time that a server is back."""
         if self._client is None:
-            # The sender tries again itself, and must notice in time that a server is back.
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-            os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-            os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-            from mlflow import MlflowClient
-
-            self._client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+            self._client = client_of(self.uri)
         return self._client
 
     def open(self, segment: Segment) -> None:
@@ -89,7 +91,7 @@ class Delivery:
         if run is None:
             run = self._create(identity)
         elif run.info.lifecycle_stage != "active":
-            raise RefusedError(f"run {identity.run_id} was deleted; restore it in MLflow's pages")
+            raise MissingError(f"run {identity.run_id} was deleted; restore it in MLflow's pages")
         elif identity.resumes:
             self.client.update_run(run.info.run_id, status="RUNNING")
         return {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id, "resumes": False}
@@ -169,8 +171,32 @@ class Delivery:
         else:
             self.client.log_artifact(segment.identity.run_id, str(path), record["folder"] or None)
 
+    def _note(self, segment: Segment, record: Record) -> None:
+        """The description, and below it the newest pictures that are there by now; `_picture` adds others."""
+        run_id = str(segment.identity.run_id)
+        there = [Path(file.path).stem for file in self.client.list_artifacts(run_id, LATEST)]
+        text = "".join([self._named(segment.identity, record["text"]), *(_shown(run_id, name) for name in there)])
+        self._tags(segment, {"values": {NOTE: text}})
+
+    def _parents(self, segment: Segment, record: Record) -> None:
+        self._tags(
+            segment, {"values": {name: self._named(segment.identity, run) for name, run in record["values"].items()}}
+        )
+
+    def _named(self, identity: Identity, text: str) -> str:
+        """A text with the ids of runs in place of the names that they had while the server was away."""
+        for key in set(re.findall(r"pending-[\w-]+", text)):
+            experiments = [self._experiment(identity.experiment)]
+            experiments += [str(one.experiment_id) for one in self.client.search_experiments(max_results=100)]
+            found = self.client.search_runs(experiments, f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+            text = text.replace(key, found[0].info.run_id) if found else text
+        return text
+
     def _picture(self, segment: Segment, record: Record) -> None:
-        """The full picture, the thumbnail beside it, and the tag that makes MLflow's pages show both over the steps."""
+        """The full picture, the thumbnail beside it, and the tag that makes MLflow's pages show both over the steps.
+
+        And once more under a name that stays, which the description shows.
+        """
         from PIL import Image
 
         path = segment.folder / record["copy"]
@@ -180,7 +206,14 @@ class Delivery:
             scale = THUMBNAIL / max(picture.size)
             picture.resize((max(1, int(picture.width * scale)), max(1, int(picture.height * scale)))).save(small)
             self.client.log_artifact(segment.identity.run_id, str(small), "images")
+            newest = Path(folder) / f"{path.name.partition('+step+')[0]}.png"
+            shutil.copyfile(path, newest)
+            self.client.log_artifact(segment.identity.run_id, str(newest), LATEST)
         self._tags(segment, {"values": {"mlflow.loggedImages": "True"}})
+        note = self.client.get_run(segment.identity.run_id).data.tags.get(NOTE)
+        shown = _shown(str(segment.identity.run_id), newest.stem)
+        if note is not None and shown not in note:
+            self._tags(segment, {"values": {NOTE: note + shown}})
 
     def _table(self, segment: Segment, record: Record) -> None:
         self._file(segment, record)
@@ -195,7 +228,8 @@ class Delivery:
 
         source = json.dumps({"uri": record["source"]})
         kind = record["source"].split("://")[0] if "://" in record["source"] else "local"
-        dataset = Dataset(record["name"], record["digest"], kind, source)
+        profile = None if record.get("rows") is None else json.dumps({"num_rows": record["rows"]})
+        dataset = Dataset(record["name"], record["digest"], kind, source, profile=profile)
         context = [InputTag("mlflow.data.context", record["context"])]
         self.client.log_inputs(segment.identity.run_id, [DatasetInput(dataset, context)])
 
@@ -222,12 +256,13 @@ class Delivery:
             self._file(segment, record | {"folder": f"model/{record['id'][:8]}-card"})
             path = f"model%2F{record['id'][:8]}-card%2F{Path(record['copy']).name}"
             description += f"\n\n![samples](/get-artifact?path={path}&run_uuid={run_id})"
+        made_by = {name: self._named(segment.identity, made) for name, made in record.get("parents", {}).items()}
         version = self.client.create_model_version(
             record["model"],
             self._upload(run_id, record),
             run_id=run_id,
-            tags={RECORD_TAG: record["id"], ADDRESS_TAG: record["source"]},
-            description=description.strip(),
+            tags={RECORD_TAG: record["id"], ADDRESS_TAG: record["source"], **made_by},
+            description=self._named(segment.identity, description.strip()),
         )
         return str(version.version)
 
@@ -250,6 +285,11 @@ class Delivery:
         return f"runs:/{run_id}/{place}"
 
 
+def _shown(run_id: str, name: str) -> str:
+    """Markdown of a run's newest picture of a name."""
+    return f"\n\n![{name}](/get-artifact?path={quote(f'{LATEST}/{name}.png', safe='')}&run_uuid={run_id})"
+
+
 def _judge(error: Exception, refusals: tuple[int, ...]) -> Exception:
     """Which of our four an error is."""
     if isinstance(error, RefusedError | UnacceptableError | UnreadyError | AwayError):
@@ -267,7 +307,7 @@ def _judge(error: Exception, refusals: tuple[int, ...]) -> Exception:
             f"{type(error).__name__}: {error}"
         )  # a file that is gone, a fault of ours: again would not help
     if status in refusals:
-        return RefusedError(str(error))
+        return RefusedError(str(error)) if status in (401, 403) else MissingError(str(error))
     if status is not None and 400 <= status < 500 and status not in PASSING:
         return UnacceptableError(str(error))
     return AwayError(str(error))

@@ -12,6 +12,7 @@ from raymuse.config.base import Config
 from raymuse.config.drawing import DrawingConfig
 from raymuse.config.errors import UserError
 from raymuse.config.generate import ServeConfig
+from raymuse.tracking.client import client_of
 
 C = TypeVar("C", bound=Config)
 
@@ -103,10 +104,9 @@ def mlmodel(run_id: str, path: str) -> str:
 
 
 def _version(uri: str, name: str, alias: str | None, version: str | None) -> Any:
-    from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    client = client_of(uri)
     try:
         if alias is not None:
             return client.get_model_version_by_alias(name, alias)

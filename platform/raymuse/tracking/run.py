@@ -5,6 +5,7 @@ import os
 import posixpath
 import re
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from raymuse.config.errors import TooManyRejects, UserError
-from raymuse.tracking.sender import REFUSED, Sender, sender
+from raymuse.tracking.sender import MISSING, Sender, sender
 from raymuse.tracking.spool import Identity, Record
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ PARAM_LENGTH = 6000
 TAG_LENGTH = 8000
 DIGEST_LENGTH = 36
 PENDING = "pending-"
+TRAINING = "workflowType=machine_learning"  # pages with runs and models; MLflow starts with traces of agents
+FROM = "raymuse.from."  # tags of a run and of a model's version: by which run an input was made
 
 Listener = Callable[[Mapping[str, float], int], None]
 _LISTENERS: list[Listener] = []
@@ -65,7 +68,9 @@ class Run:
         if self.identity is None:
             return None
         known = self._known()
-        return None if known.run_id is None else f"{known.uri}/#/experiments/{known.experiment_id}/runs/{known.run_id}"
+        if known.run_id is None:
+            return None
+        return f"{known.uri}/#/experiments/{known.experiment_id}/runs/{known.run_id}?{TRAINING}"
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Logs parameters; nested mappings become dotted names. One that a resumed run changes goes to a tag."""
@@ -89,11 +94,21 @@ class Run:
         self._log({"do": "tags", "values": {clean(name): _text(value)[:TAG_LENGTH] for name, value in values.items()}})
 
     def note(self, markdown: str) -> None:
-        """Sets the description at the head of the run's page."""
-        self.tags({"mlflow.note.content": markdown})
+        """Sets the description at the head of the run's page; the run's newest pictures are shown below it.
+
+        Ids of runs, also those that `Run.id` gives while the server is away, may be linked to: see `link_to`.
+        """
+        self._log({"do": "note", "text": markdown})
+
+    def parents(self, runs: Mapping[str, str]) -> None:
+        """Notes by which runs the inputs were made: a tag `raymuse.from.NAME` each, with what was their `Run.id`."""
+        self._log({"do": "parents", "values": {clean(f"{FROM}{name}"): run for name, run in runs.items()}})
 
     def picture(self, name: str, picture: "Image | Path | str", step: int) -> None:
-        """Logs a picture at a step; MLflow's pages show those of one name as a row over the steps."""
+        """Logs a picture at a step; MLflow's pages show those of one name as a row over the steps.
+
+        The newest of a name also stands in the run's description, and as the artifact `latest/NAME.png`.
+        """
         key = re.sub(r"[^\w\-. /]", "_", name, flags=re.ASCII).replace("/", "~")
         file = f"{key}+step+{int(step)}+timestamp+{_now()}+{uuid.uuid4()}.png"  # named now: sent twice, it is one file
         self._log({"do": "picture"}, file, lambda place: _save_png(picture, place))
@@ -117,11 +132,10 @@ class Run:
         record = {"do": "table", "folder": folder, "path": path.strip("/")}
         self._log(record, name, lambda place: place.write_text(json.dumps(body, default=str)))
 
-    def dataset(self, name: str, digest: str, source: str, context: str) -> None:
+    def dataset(self, name: str, digest: str, source: str, context: str, rows: int | None = None) -> None:
         """Notes an input: its name, fingerprint (cut to 36 characters), address, and what for ("training", "eval")."""
-        self._log(
-            {"do": "dataset", "name": name, "digest": digest[:DIGEST_LENGTH], "source": str(source), "context": context}
-        )
+        record = {"do": "dataset", "name": name, "digest": digest[:DIGEST_LENGTH], "source": str(source)}
+        self._log(record | {"context": context, "rows": rows})
 
     def flush(self, timeout: float = 30.0) -> bool:
         """Waits until everything has arrived, also what dead processes left of this run; `False` if it did not."""
@@ -210,10 +224,19 @@ def open_run(
     except OSError as error:
         raise UserError(f"Cannot keep unsent records in {spool}: {error}. Give tracking another folder") from error
     trouble = mail.settle(identity.key, patience)
-    if trouble == REFUSED and resume is not None:
+    if trouble == MISSING and resume is not None:
         mail.discard(identity.key)
         raise UserError(f"There is no run {resume} to resume at {uri}; leave it out to begin a new run")
     return Run(replace(mail.known(identity), opens=False, resumes=False), spool)
+
+
+def open_again(uri: str, experiment: str, name: str, earlier: str) -> Run:
+    """The run that an earlier attempt at the same work logged to; a new one where somebody has deleted that."""
+    try:
+        return open_run(uri, experiment, name, resume=earlier)
+    except UserError as error:
+        print(f"warning: {error}: begun", file=sys.stderr, flush=True)
+        return open_run(uri, experiment, name)
 
 
 def register(
@@ -224,6 +247,8 @@ def register(
     *,
     alias: str | None = None,
     picture: "Image | Path | str | None" = None,
+    parents: Mapping[str, str] | None = None,
+    key: str | None = None,
     timeout: float = 60.0,
 ) -> str | None:
     """Makes a model folder a version of a registered model.
@@ -237,6 +262,8 @@ def register(
         description: Markdown, for the version's page.
         alias: a name such as `champion` that from now on means this version.
         picture: shown below the description.
+        parents: by which runs its parts were made, by part: tags of the version, as `Run.parents` sets them of a run.
+        key: what tells these weights from others: registered again under the same name, they keep their version.
 
     Returns:
         The version's number, or `None` when tracking is off or the server away: it is then registered later.
@@ -246,8 +273,9 @@ def register(
     if run.identity is None:
         return None
     address = str(source) if "://" in str(source) else str(Path(source).resolve())
-    record: Record = {"do": "register", "id": uuid.uuid4().hex, "model": re.sub(r"[/:]", "-", name), "source": address}
-    record |= {"description": description, "alias": alias}
+    record: Record = {"do": "register", "id": key or uuid.uuid4().hex, "model": re.sub(r"[/:]", "-", name)}
+    record |= {"source": address, "description": description, "alias": alias}
+    record["parents"] = {f"{FROM}{part}": made for part, made in (parents or {}).items()}
     mail = sender(run.spool, run.identity.uri)
     if picture is None:
         mail.append(run.identity, record)
@@ -256,6 +284,11 @@ def register(
         mail.append(run.identity, record, "samples.png", lambda place: _save_png(shown, place))
     mail.flush(run.identity.key, timeout)
     return mail.results.get(str(record["id"]))
+
+
+def link_to(run: str, text: str) -> str:
+    """Markdown that leads from one page of MLflow to a run's, by its `Run.id`."""
+    return f"[{text}](#/runs/{run}?{TRAINING})"
 
 
 def clean(name: str) -> str:

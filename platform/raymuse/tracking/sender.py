@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 
-from raymuse.tracking.delivery import Delivery, RefusedError, UnacceptableError, UnreadyError
+from raymuse.tracking.delivery import Delivery, MissingError, RefusedError, UnacceptableError, UnreadyError
 from raymuse.tracking.spool import Identity, Record, Segment, segments
 
 LINGER_SECONDS = 1.0  # metrics of that long travel together
 PAUSES = (0.5, 1.0, 2.0, 5.0)  # between attempts while the server is away
-REFUSED = "refused"
+MISSING = "there is no such run"
 REFUSED_SECONDS = 30.0
 ADOPT_SECONDS = 30.0
 EXIT_SECONDS = 5.0
@@ -49,6 +49,7 @@ class Sender:
         self._closed: dict[str, Identity] = {}  # what was known of the runs whose segment is gone
         self._adopted: list[Segment] = []
         self._refused: dict[str, float] = {}  # a run's key -> when it was refused
+        self._missing: set[str] = set()  # those among them that the server does not have
         self._down: str | None = None  # what the last failed attempt said, while the server is away
         self._failures = 0
         self._warned: set[str] = set()
@@ -94,14 +95,17 @@ class Sender:
         with self._passed:
             self._passed.wait_for(lambda: self._own[key].done or self._down or key in self._refused, timeout)
             self._asking.discard(key)
+            if key in self._missing:
+                return MISSING
             if key in self._refused:
-                return REFUSED
+                return "refused"
             return None if self._own[key].done else self._down or f"no answer within {timeout:.0f} seconds"
 
     def flush(self, key: str, timeout: float) -> bool:
         """Waits until all records of a run have arrived, its dead writers' too; `False` when they have not."""
         with self._passed:
             self._adopt_at = 0.0
+            self._refused.pop(key, None)  # it is asked once more
         self._kick()
         with self._passed:
             self._passed.wait_for(lambda: self._arrived(key) or key in self._refused, timeout)
@@ -120,6 +124,7 @@ class Sender:
         with self._passed:
             segment = self._own.pop(key)
             self._refused.pop(key, None)
+            self._missing.discard(key)
             shutil.rmtree(segment.folder, ignore_errors=True)
             segment.close()
 
@@ -170,12 +175,16 @@ class Sender:
             try:
                 self._drain(segment)
                 self._refused.pop(key, None)
+                self._missing.discard(key)
             except UnreadyError:
                 blocked |= names
             except RefusedError as error:
                 blocked |= names
                 self._refused[key] = time.monotonic()
-                if not (segment.identity.resumes and key in self._asking):
+                is_missing = isinstance(error, MissingError)
+                if is_missing:
+                    self._missing.add(key)
+                if not (is_missing and segment.identity.resumes and key in self._asking):
                     self._warn_refused(segment, error)
         if any(not segment.done and segment.identity.key not in self._refused for segment in waiting):
             self._work.set()
@@ -240,7 +249,8 @@ class Sender:
         self._warn(
             f"refused {segment.identity.key}",
             f"MLflow at {self.uri} refuses run {segment.identity.name} ({_short(error)}). Check the address, the "
-            f"permissions, and that the run was not deleted. Its records are kept in {segment.folder} and tried again "
+            "permissions, the server's --allowed-hosts, and that the run was not deleted. Its records are kept in "
+            f"{segment.folder} and tried again "
             f"every {REFUSED_SECONDS:.0f} seconds",
         )
 

@@ -17,6 +17,7 @@ from raymuse.config.errors import UserError
 from raymuse.config.load import load
 from raymuse.config.stages import STAGES
 from raymuse.config.training import TrainConfig
+from raymuse.recording import recorded
 from raymuse.storage.folder import Folder
 from raymuse.storage.manifest import Manifest
 from raymuse.tracking.run import Run, finishing, open_run
@@ -83,7 +84,7 @@ def main(words: Sequence[str]) -> int:
         manifest = opened(config) if os.environ.get("RANK", "0") == "0" else None
         _join(config)
         run = _run(config)
-        with finishing(run):
+        with finishing(run), recorded(config, run):
             train_alone(config, run, manifest)
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)

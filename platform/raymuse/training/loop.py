@@ -3,6 +3,7 @@
 Nothing here knows Ray: the same loop runs in Ray Train's workers, under torchrun, and in one process.
 """
 
+import hashlib
 import json
 import math
 import time
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from raymuse.config.errors import UserError
 from raymuse.config.training import TrainConfig
+from raymuse.tracking.provenance import own_commit, own_version
 from raymuse.tracking.run import Run
 from raymuse.training.ema import Ema
 from raymuse.training.engine import Engine, full_weights, global_sum
@@ -24,6 +26,9 @@ from raymuse.training.order import share
 from raymuse.training.saving import Report, Saver, barrier
 from raymuse.training.stopping import Stopping, never
 from raymuse.training.task import Task
+from raymuse.training.usage import Usage
+
+LINEAGE_LENGTH = 400  # of what tells a checkpoint's data; names of shards without end become their sum
 
 
 class Loop:
@@ -62,6 +67,7 @@ class Loop:
         self.ema = Ema(engine, config.ema_decay) if config.ema_decay is not None else None
         self.saver = Saver(config, task, engine, self.ema, report, say)
         self.clock = Clock(config.batch_size)
+        self.usage = Usage.of(config, engine, told=run.identity is not None)
         self.asked = False
         self.loss_since, self.steps_since = 0.0, 0
         self.skipped = self.skipped_in_a_row = 0
@@ -185,6 +191,7 @@ class Loop:
         values["learning_rate"] = values.pop("lr_scale") * self.config.optimizer.lr
         values.update(self.clock.rates())
         if self.engine.rank == 0:
+            values.update(self.usage.numbers(values["samples_per_second"]))
             self.run.metrics(values, done)
             left = (self.config.steps - done) * self.clock.seconds_per_step
             self.say(
@@ -208,6 +215,8 @@ class Loop:
         picture = self.task.sample(weights) if self.engine.rank == 0 else None
         if picture is not None:
             self.run.picture("samples", picture, done)
+            self.root.mkdir(parents=True, exist_ok=True)
+            picture.save(self.root / "samples.png")
         self.clock.restart()
 
     def _best_weights(self) -> dict[str, Tensor]:
@@ -218,10 +227,20 @@ class Loop:
         """Begin a checkpoint, with the mean loss since the one before (`keep_best` goes by it). Collective."""
         total = float(global_sum(torch.tensor([self.loss_since], dtype=torch.float64)))
         mean = total / self.steps_since if self.steps_since else None
-        state = {"skipped": self.skipped, "loss": mean, "steps": self.steps_since}
+        state = {"skipped": self.skipped, "loss": mean, "steps": self.steps_since, "lineage": self._lineage()}
         self.saver.begin(done, {"step": float(done), "loss": self._global(metrics)["loss"]}, state)
         self.loss_since, self.steps_since = 0.0, 0
         self.clock.restart()
+
+    def _lineage(self) -> dict[str, str]:
+        """What a checkpoint descends from: its run, the code, and the fingerprint of its data and frozen weights."""
+        claimed = self.root / "_manifest" / "config.json"
+        if self.engine.rank > 0 or not claimed.exists():
+            return {}
+        data = str(json.loads(claimed.read_text()).get("data", ""))
+        data = data if len(data) <= LINEAGE_LENGTH else hashlib.sha256(data.encode()).hexdigest()
+        made = {"run": self.run.id, "version": own_version(), "commit": own_commit(), "data": data}
+        return {name: value for name, value in made.items() if value}
 
     def _finish(self) -> None:
         """Write `model/` (the average where there is one) and, beside an average, `model_raw/`. Collective."""
