@@ -7,7 +7,15 @@ import typer
 from typer.core import TyperGroup
 
 from raymuse.cli import batch, cluster, config, doctor, submit, tokens
-from raymuse.cli.words import TRAININGS, config_for, data_config, is_data, split
+from raymuse.cli.words import (
+    TRAININGS,
+    compare_config,
+    config_for,
+    data_config,
+    is_data,
+    split,
+    sweep_config,
+)
 
 
 class InOrder(TyperGroup):
@@ -242,15 +250,45 @@ def verify_weights(
 
 
 @app.command()
-def score(words: Words = None, mlflow: Mlflow = None) -> None:
-    """Judge generated pictures beside the truth."""
-    from raymuse.config.score import ScoreConfig
+def score(
+    words: Annotated[list[str] | None, _words("RECIPE|MODEL KEY=VALUE")] = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Draw with every combination of sampling options, and measure each.")
+    ] = False,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="Two models, or two folders of pictures, side by side."),
+    ] = None,
+    mlflow: Mlflow = None,
+) -> None:
+    """Judge generated pictures beside the truth.
 
-    loaded = config_for(ScoreConfig, "score", words, ("score",))
+    raymuse score --sweep MODEL prompts=my.txt clip=CLIP guidance=[1,2,4] steps=[6,12] output=sweep
+
+    raymuse score --compare MODEL MODEL prompts=my.txt clip=CLIP b.guidance=2 output=compared
+    """
     from raymuse.cli.launch import run_stage
-    from raymuse.stages import score as stage
+    from raymuse.config.errors import UserError
 
-    run_stage(stage.score, loaded, mlflow)
+    if sweep and compare is not None:
+        raise UserError("--sweep and --compare are two commands: leave one of them out.")
+    if sweep:
+        loaded_sweep = sweep_config(words)
+        from raymuse.stages import sweep as sweep_stage
+
+        run_stage(sweep_stage.sweep, loaded_sweep, mlflow)
+    elif compare is not None:
+        loaded_pair = compare_config(compare, words)
+        from raymuse.stages import compare as compare_stage
+
+        run_stage(compare_stage.compare, loaded_pair, mlflow)
+    else:
+        from raymuse.config.score import ScoreConfig
+
+        loaded = config_for(ScoreConfig, "score", words, ("score",))
+        from raymuse.stages import score as stage
+
+        run_stage(stage.score, loaded, mlflow)
 
 
 @app.command()

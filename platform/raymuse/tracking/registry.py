@@ -71,6 +71,8 @@ def with_model(config: C, uri: str | None) -> C:
     if isinstance(config, ServeConfig):
         models = {name: with_model(model, uri) for name, model in config.models.items()}
         config = config.model_copy(update={"models": models, "name": config.called})  # the cache's folder is no name
+    if isinstance(config, CompareConfig):
+        return config.model_copy(update={"a": _side(config.a, uri), "b": _side(config.b, uri)})
     if not isinstance(config, DrawingConfig) or not is_registered(config.model):
         return config
     folder = registered_folder(config.model, uri or os.environ.get("MLFLOW_TRACKING_URI"))
