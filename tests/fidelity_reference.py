@@ -1,4 +1,4 @@
-"""What torch-fidelity says, for test_distances.py: `python tests/fidelity_reference.py > tests/fidelity_reference.json`.
+"""What torch-fidelity says: `python tests/fidelity_reference.py > tests/fidelity_reference.json`.
 
 Run it where torch-fidelity 0.4.0 is installed, which is not among raymuse's dependencies (its torchvision does not load
 beside the CPU build of torch). Only `main` needs it: the tests take their inputs from here.

@@ -152,7 +152,7 @@ def test_as_a_set_they_are_held_against_real_pictures_whose_statistics_are_kept(
     assert read_scores(score(known, Run.off()))["clip_fid"] == scores["clip_fid"]
     assert statistics.stat().st_mtime_ns == written
     other = {"output": str(tmp_path / "other")}
-    with pytest.raises(UserError, match=r"test.safetensors was made with something else: pictures was '\w+' and is now"):
+    with pytest.raises(UserError, match=r"was made with something else: pictures was '\w+' and is now"):
         score(changed(held, reference=f"{shards}/train", **other), Run.off())
     with pytest.raises(UserError, match="side was 64 and is now 32"):
         score(changed(held, reference_side=32, **other), Run.off())

@@ -267,28 +267,25 @@ def score(
 
     raymuse score --compare MODEL MODEL prompts=my.txt clip=CLIP b.guidance=2 output=compared
     """
-    from raymuse.cli.launch import run_stage
     from raymuse.config.errors import UserError
+    from raymuse.config.score import ScoreConfig
 
+    loaded: Any
     if sweep and compare is not None:
         raise UserError("--sweep and --compare are two commands: leave one of them out.")
     if sweep:
-        loaded_sweep = sweep_config(words)
-        from raymuse.stages import sweep as sweep_stage
-
-        run_stage(sweep_stage.sweep, loaded_sweep, mlflow)
+        loaded = sweep_config(words)
     elif compare is not None:
-        loaded_pair = compare_config(compare, words)
-        from raymuse.stages import compare as compare_stage
-
-        run_stage(compare_stage.compare, loaded_pair, mlflow)
+        loaded = compare_config(compare, words)
     else:
-        from raymuse.config.score import ScoreConfig
-
         loaded = config_for(ScoreConfig, "score", words, ("score",))
-        from raymuse.stages import score as stage
+    from raymuse.cli.launch import run_stage
+    from raymuse.stages import compare as comparing
+    from raymuse.stages import score as scoring
+    from raymuse.stages import sweep as sweeping
 
-        run_stage(stage.score, loaded, mlflow)
+    stage = sweeping.sweep if sweep else scoring.score if compare is None else comparing.compare
+    run_stage(stage, loaded, mlflow)
 
 
 @app.command()

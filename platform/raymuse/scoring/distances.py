@@ -25,7 +25,7 @@ class Spread:
 
 
 def kernel_distance(drawn: Features, real: Features, subsets: int = 100, subset_size: int = 1000) -> Spread:
-    """KID: the squared MMD of the kernel (x.y / D + 1)^3, unbiased, averaged over subsets (arXiv 1801.01401, section 4).
+    """KID: the squared MMD of the kernel (x.y / D + 1)^3, unbiased, mean of subsets (arXiv 1801.01401, section 4).
 
     By torchmetrics' `KernelInceptionDistance`. Subsets that would be larger than a set are as large as the smaller one;
     where that is all of both, one says what all would. What is drawn is the same every time.

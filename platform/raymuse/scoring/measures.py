@@ -1,8 +1,8 @@
 """The frozen networks that look at pictures, and what they say of a batch: a row each, and features.
 
 Features of B pictures, by name: `clip` (B, P) CLIP's projected image features, `inception` (B, 2048) and `logits`
-(B, 1008) of FID's Inception, `vqgan` (B, C) the VQGAN encoder's middle block averaged over the grid. `codes` (K,) counts
-the ids that the VQGAN's codebook gives them.
+(B, 1008) of FID's Inception, `vqgan` (B, C) the VQGAN encoder's middle block averaged over the grid. `codes` (K,)
+counts the ids that the VQGAN's codebook gives them.
 """
 
 from collections.abc import Mapping, Sequence

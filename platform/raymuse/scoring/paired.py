@@ -1,8 +1,8 @@
 """Which of two is better, from pairs: the same prompt and seed, drawn by the one and by the other.
 
-Intervals are percentiles of the bootstrap over prompts (Efron and Tibshirani, 1993, chapter 13): whole prompts are drawn
-with replacement, since pictures of one prompt are not independent. The p-value is of the exact two-sided sign test over
-the prompts, ties left out; for right and wrong it is McNemar's exact test.
+Intervals are percentiles of the bootstrap over prompts (Efron and Tibshirani, 1993, chapter 13): whole prompts are
+drawn with replacement, since pictures of one prompt are not independent. The p-value is of the exact two-sided sign
+test over the prompts, ties left out; for right and wrong it is McNemar's exact test.
 """
 
 from collections.abc import Sequence

@@ -1,5 +1,6 @@
 """The reference of a scoring: read from its file, or computed from real pictures on Ray Data and kept in that file."""
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,9 +18,10 @@ from raymuse.scoring.reference import (
     Reference,
     check_reference,
     pictures_fingerprint,
+    read_file,
     read_statistics,
+    split_address,
 )
-from raymuse.storage.folder import Folder
 from raymuse.storage.images import Picture, Shard, list_shards, read_shard
 from raymuse.storage.manifest import Manifest
 
@@ -46,6 +48,8 @@ def reference_facts(config: MeasuresConfig, model: str | None, side: int) -> dic
     }
     if config.statistics is not None and (shards is None or _exists(config.statistics)):
         check_reference(config.statistics, read_statistics(config.statistics, config.trust_statistics), wanted)
+    if shards is None and config.statistics is not None:
+        wanted["statistics"] = hashlib.sha256(read_file(config.statistics)).hexdigest()
     return wanted
 
 
@@ -84,9 +88,9 @@ def _compute(
         raise UserError(f"{config.reference} has {rows} pictures that can be read ({refused} cannot): two are needed.")
     print(f"reference: {rows} pictures" + (f", {refused} could not be read" if refused else ""), flush=True)
     found = collect_parts(manifest.folder.address, names, config.kept_features).named(KIND)
-    folder, _, name = address.rpartition("/")
-    Folder(folder or ".").create()
-    Folder(folder or ".").write(name, Reference.of(found, {**wanted, "refused": refused}).to_bytes())
+    folder, name = split_address(address)
+    folder.create()
+    folder.write(name, Reference.of(found, {**wanted, "refused": refused}).to_bytes())
 
 
 class _ReferencePart:
@@ -126,5 +130,5 @@ class _ReferencePart:
 
 
 def _exists(address: str) -> bool:
-    folder, _, name = address.rpartition("/")
-    return Folder(folder or ".").exists(name)
+    folder, name = split_address(address)
+    return folder.exists(name)

@@ -68,11 +68,22 @@ def read_statistics(address: str, trust: bool) -> Reference:
     Raises:
         UserError: it is missing, damaged, another kind of file, or not trusted.
     """
-    folder, _, name = address.rpartition("/")
-    if not Folder(folder or ".").exists(name):
-        raise UserError(f"the statistics {address} do not exist. Give reference=PICTURES to have them computed.")
-    data = Folder(folder or ".").read(name)
+    data = read_file(address)
     return _from_npz(address, data, trust) if address.endswith(".npz") else _from_safetensors(address, data)
+
+
+def read_file(address: str) -> bytes:
+    """The bytes of a file of statistics. Raises UserError where it is missing."""
+    folder, name = split_address(address)
+    if not folder.exists(name):
+        raise UserError(f"the statistics {address} do not exist. Give reference=PICTURES to have them computed.")
+    return folder.read(name)
+
+
+def split_address(address: str) -> tuple[Folder, str]:
+    """A file's folder and name."""
+    folder, slash, name = address.rpartition("/")
+    return Folder((folder or "/") if slash else "."), name
 
 
 def _from_safetensors(address: str, data: bytes) -> Reference:

@@ -98,7 +98,7 @@ def label_of(side: SideConfig, other: SideConfig) -> str:
     own, others = (str(one.images or one.model) for one in (side, other))
     different = [f"{name}={value}" for name, value in side.options.items() if other.options.get(name) != value]
     if side.adapters != other.adapters:
-        different += [address for address in side.adapters] or ["no LoRA"]
+        different += list(side.adapters) or ["no LoRA"]
     name = "" if own == others else own
     return " ".join([*([name] if name else []), *different]) or "the model's own"
 
@@ -246,10 +246,8 @@ def _win_table(results: Mapping[str, Paired], labels: Mapping[str, str], confide
     for name, x in results.items():
         share = f"{x.share_a.value:.1%} ({x.share_a.low:.1%} to {x.share_a.high:.1%})"
         apart = f"{x.difference.value:+.4f} ({x.difference.low:+.4f} to {x.difference.high:+.4f})"
-        rows.append(
-            [MEASURES[name], str(x.wins_a), str(x.wins_b), str(x.ties), share, f"{x.mean_a:.4f}", f"{x.mean_b:.4f}"]
-            + [apart, f"{x.p_value:.2g}"]
-        )
+        wins = [str(x.wins_a), str(x.wins_b), str(x.ties), share]
+        rows.append([MEASURES[name], *wins, f"{x.mean_a:.4f}", f"{x.mean_b:.4f}", apart, f"{x.p_value:.2g}"])
     return rows
 
 

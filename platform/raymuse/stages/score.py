@@ -20,8 +20,8 @@ from raymuse.encoding.pictures import crop, decode, downscale
 from raymuse.scoring.collected import features_bytes, features_file
 from raymuse.scoring.measures import Features, Measures, Row, Subject, extractors, joined
 from raymuse.scoring.parts import collect_parts, run_parts, written
-from raymuse.scoring.reference import Reference
 from raymuse.scoring.real_pictures import get_reference, reference_facts
+from raymuse.scoring.reference import Reference
 from raymuse.scoring.rows import read_rows, rows_bytes, rows_file
 from raymuse.scoring.summary import KINDS, flat, kinds_of, markdown, set_figures, summarise
 from raymuse.storage.folder import Folder

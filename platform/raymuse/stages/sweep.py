@@ -20,8 +20,8 @@ from raymuse.drawing.model_folder import model_sha256
 from raymuse.scoring.drawn import Asked, DrawnPart, PlannedPart, Way, asked_of, plan_drawn, resolved, sampling_of
 from raymuse.scoring.measures import Row, extractors
 from raymuse.scoring.parts import collect_parts, run_parts
-from raymuse.scoring.reference import Reference
 from raymuse.scoring.real_pictures import get_reference, reference_facts
+from raymuse.scoring.reference import Reference
 from raymuse.scoring.rows import read_rows
 from raymuse.scoring.summary import LOWER_IS_BETTER, figures_of, rounded, set_figures, summarise
 from raymuse.scoring.sweep_plot import sweep_plot
