@@ -61,7 +61,8 @@ VQGANS = ["vqgan-decoder", "vqgan-f16", "vqgan-f8"]
         (("train-vqgan",), VQGANS),
         (("train-clip", "train-base", "train-superres", "train-critic"), sorted(["critic", *TUNED, *BASES])),
         (("export",), ["export-256", "export-512"]),
-        (("score",), []),
+        (("score",), ["cc3m", "coco-30k"]),
+        (("generate",), ["cc3m-draw", "coco-30k-draw"]),
     ],
 )
 def test_what_is_offered_for_stages_loads_as_one_of_them(stages: tuple[str, ...], shipped: list[str]) -> None:

@@ -17,9 +17,10 @@ from raymuse.config.score import ScoreConfig
 from raymuse.datasets.scenes import parse
 from raymuse.datasets.shapes import draw
 from raymuse.encoding.pictures import decode, downscale
-from raymuse.frechet import Moments, frechet_distance, pack, unpack
 from raymuse.models.clip import Clip
-from raymuse.stages.score import flat, markdown, read_scores, render_error, score, summarise
+from raymuse.scoring.measures import render_error
+from raymuse.scoring.summary import flat, markdown, summarise
+from raymuse.stages.score import read_scores, score
 from raymuse.storage.generated import PictureRow, rows_table
 from raymuse.storage.images import Picture, list_shards, read_shard
 from raymuse.storage.manifest import Manifest
@@ -94,10 +95,13 @@ def test_the_truth_drawn_by_a_cascade_is_all_right_and_beside_its_ceilings(
         assert set(accuracy["attributes"].values()) == {1.0}
     assert scores["accuracy"]["vqgan"]["whole"] < 0.5  # a VQGAN of three batches shows next to nothing
     assert scores["clip_score"]["truth"] == pytest.approx(scores["clip_score"]["cascade"], abs=1e-6)
-    distances = scores["frechet_distance"]
+    distances = scores["clip_fid"]
     assert set(distances) == {"vqgan", "vqgan_low", "base", "cascade"}
     assert distances["cascade"] == pytest.approx(0, abs=1e-5)
     assert distances["vqgan"] > 10 * max(distances["cascade"], 1e-3)
+    assert scores["vqgan_fd"]["cascade"] == pytest.approx(0, abs=1e-5)
+    assert scores["vqgan_fd"]["base"] > 1e-3
+    assert scores["codes_used"]["truth"] == scores["codes_used"]["cascade"] > 0
     assert_rows_match(config, truth)
 
 
@@ -132,6 +136,29 @@ def test_without_a_judge_only_clip_scores(config: ScoreConfig, truth: list[Pictu
     assert "accuracy" not in scores
     assert set(scores["clip_score"]) == {"base"}
     assert "| clip_score | " in markdown(scores)
+
+
+def test_as_a_set_they_are_held_against_real_pictures_whose_statistics_are_kept(
+    config: ScoreConfig, truth: list[Picture], shards: str, tmp_path: Path
+) -> None:
+    write_generated(Path(config.images), truth, [one.captions[0] for one in truth])
+    statistics = tmp_path / "cache/test.safetensors"
+    held = changed(config, reference=f"{shards}/test", statistics=str(statistics))
+    scores = read_scores(score(held, Run.off()))
+    assert scores["clip_fid"]["base"] == pytest.approx(0, abs=1e-5)  # they are those pictures
+    assert scores["vqgan_fd"]["base"] == pytest.approx(0, abs=1e-5)
+    written = statistics.stat().st_mtime_ns
+    known = changed(held, output=str(tmp_path / "again"), judge="none")
+    assert read_scores(score(known, Run.off()))["clip_fid"] == scores["clip_fid"]
+    assert statistics.stat().st_mtime_ns == written
+    other = {"output": str(tmp_path / "other")}
+    with pytest.raises(UserError, match=r"was made with something else: pictures was '\w+' and is now"):
+        score(changed(held, reference=f"{shards}/train", **other), Run.off())
+    with pytest.raises(UserError, match="side was 64 and is now 32"):
+        score(changed(held, reference_side=32, **other), Run.off())
+    with pytest.raises(UserError, match=r"holds 8 pictures and the protocol asks for 30000: draw so many"):
+        score(changed(held, pictures=30000, **other), Run.off())
+    assert not (tmp_path / "other").exists()
 
 
 # --- what cannot be scored
@@ -188,23 +215,6 @@ def test_the_summary_is_the_mean_of_its_rows() -> None:
     assert "accuracy.truth.two_objects" not in flat(summary)
     assert flat(summary)["accuracy.base.attributes.colour"] == pytest.approx(2 / 3)
     assert "| one_object | 1.000 | 0.500 |" in markdown(summary)
-
-
-def test_the_frechet_distance_is_that_of_the_formula_and_of_parts_added_up() -> None:
-    draw = np.random.default_rng(0)
-    one = draw.normal(0, 1, (4000, 3)) * [1, 2, 3]
-    other = draw.normal(0, 1, (3000, 3)) * [2, 2, 1] + [1, 0, -2]
-    sums = [Moments.of(one), Moments.of(other)]
-    means, spreads = [x.mean(axis=0) for x in (one, other)], [np.cov(x.T) for x in (one, other)]
-    for found, mean, spread in zip(sums, means, spreads, strict=True):
-        np.testing.assert_allclose(found.mean, mean)
-        np.testing.assert_allclose(found.covariance, spread)
-    assert frechet_distance(*sums) == pytest.approx(1 + 4 + (1 + 0 + 4), rel=0.1)  # diagonal: (s1 - s2)^2 each
-    assert frechet_distance(*sums) == pytest.approx(frechet_distance(*sums[::-1]))
-    assert frechet_distance(sums[0], sums[0]) == pytest.approx(0, abs=1e-6)
-    parts = unpack(pack({"a": Moments.of(one[:1000]), "b": Moments.of(one[1000:])}))
-    assert frechet_distance(parts["a"] + parts["b"], sums[0]) == pytest.approx(0, abs=1e-6)
-    assert unpack(pack({})) == {}
 
 
 def test_base_and_cascade_are_compared_in_pairs() -> None:

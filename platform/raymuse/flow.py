@@ -20,11 +20,12 @@ from raymuse.config.base import StageConfig
 from raymuse.config.describe import describe
 from raymuse.config.flow import FlowConfig
 from raymuse.recording import recorded
+from raymuse.scoring.summary import markdown
 from raymuse.stages.data import check_source, make_data
 from raymuse.stages.export import export
 from raymuse.stages.generate import generate
 from raymuse.stages.pretokenize import pretokenize
-from raymuse.stages.score import markdown, read_scores, score
+from raymuse.stages.score import read_scores, score
 from raymuse.stages.train import train
 from raymuse.storage.folder import Folder
 from raymuse.tracking.provenance import code_tags
@@ -165,8 +166,8 @@ def _summary(config: FlowConfig, root: Path, record: Record, uri: str, parent: R
         "stage_minutes": {name: seconds / 60 for name, seconds in record.seconds.items()},
         "peak_rss_gib": record.peak_gib,
         "accuracy": scores.get("accuracy", {}),
-        "clip_score": scores["clip_score"],
-        "frechet_distance": scores.get("frechet_distance", {}),
+        "clip_score": scores.get("clip_score", {}),
+        "clip_fid": scores.get("clip_fid", {}),
         "render_error": scores.get("render_error", {}),
         "addresses": {
             "contact_sheet": f"{images}/contact_sheet.html",
@@ -225,6 +226,7 @@ def _closing(summary: dict[str, Any], record: Record) -> str:
 def _headlines(summary: dict[str, Any]) -> dict[str, str]:
     """One number a stage that a person would ask for."""
     accuracy, clip = summary["accuracy"], summary["clip_score"]
+    told = [kind for kind in ("truth", "base", "cascade") if kind in clip]
 
     def whole(kind: str) -> str:
         if kind in accuracy:
@@ -239,6 +241,5 @@ def _headlines(summary: dict[str, Any]) -> dict[str, str]:
         "vqgan": f"round trip {whole('vqgan')} (the ceiling)",
         "base": whole("base"),
         "superres": whole("cascade"),
-        "score": f"CLIP score truth {clip.get('truth', 0):.3f}, base {clip['base']:.3f}"
-        + (f", cascade {clip['cascade']:.3f}" if "cascade" in clip else ""),
+        "score": "CLIP score " + ", ".join(f"{kind} {clip[kind]:.3f}" for kind in told) if told else "",
     }

@@ -19,7 +19,7 @@ from raymuse.config.sampling import Options
 from raymuse.datasets.judge import judge
 from raymuse.datasets.scenes import parse
 from raymuse.pipeline import Pipeline
-from raymuse.stages.score import render_error
+from raymuse.scoring.measures import render_error
 
 AS_IT_IS = "as the model says"
 OPTIONS: dict[str, Options] = {

@@ -7,7 +7,16 @@ import typer
 from typer.core import TyperGroup
 
 from raymuse.cli import batch, cluster, config, doctor, runs, submit, tokens
-from raymuse.cli.words import TRAININGS, config_for, data_config, generate_config, is_data, split
+from raymuse.cli.words import (
+    TRAININGS,
+    compare_config,
+    config_for,
+    data_config,
+    generate_config,
+    is_data,
+    split,
+    sweep_config,
+)
 
 
 class InOrder(TyperGroup):
@@ -252,15 +261,42 @@ def verify_weights(
 
 
 @app.command()
-def score(words: Words = None, mlflow: Mlflow = None) -> None:
-    """Judge generated pictures beside the truth."""
+def score(
+    words: Annotated[list[str] | None, _words("RECIPE|MODEL KEY=VALUE")] = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Draw with every combination of sampling options, and measure each.")
+    ] = False,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="Two models, or two folders of pictures, side by side."),
+    ] = None,
+    mlflow: Mlflow = None,
+) -> None:
+    """Judge generated pictures beside the truth.
+
+    raymuse score --sweep MODEL prompts=my.txt clip=CLIP guidance=[1,2,4] steps=[6,12] output=sweep
+
+    raymuse score --compare MODEL MODEL prompts=my.txt clip=CLIP b.guidance=2 output=compared
+    """
+    from raymuse.config.errors import UserError
     from raymuse.config.score import ScoreConfig
 
-    loaded = config_for(ScoreConfig, "score", words, ("score",))
+    loaded: Any
+    if sweep and compare is not None:
+        raise UserError("--sweep and --compare are two commands: leave one of them out.")
+    if sweep:
+        loaded = sweep_config(words)
+    elif compare is not None:
+        loaded = compare_config(compare, words)
+    else:
+        loaded = config_for(ScoreConfig, "score", words, ("score",))
     from raymuse.cli.launch import run_stage
-    from raymuse.stages import score as stage
+    from raymuse.stages import compare as comparing
+    from raymuse.stages import score as scoring
+    from raymuse.stages import sweep as sweeping
 
-    run_stage(stage.score, loaded, mlflow)
+    stage = sweeping.sweep if sweep else scoring.score if compare is None else comparing.compare
+    run_stage(stage, loaded, mlflow)
 
 
 @app.command()

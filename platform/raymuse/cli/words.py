@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from raymuse.config.base import Config
     from raymuse.config.data import DataConfig
     from raymuse.config.generate import GenerateConfig
+    from raymuse.config.score import CompareConfig, SweepConfig
 
     C = TypeVar("C", bound=Config)
 
@@ -81,6 +82,43 @@ def data_config(words: Sequence[str] | None) -> "DataConfig":
     else:
         loaded = load(word, changes, "data")
     assert isinstance(loaded, DataConfig)
+    return loaded
+
+
+def sweep_config(words: Sequence[str] | None) -> "SweepConfig":
+    """The checked config of `raymuse score --sweep`, whose first word is a model folder or a recipe."""
+    from raymuse.config.load import from_values, load
+    from raymuse.config.recipe import recipes
+    from raymuse.config.score import SweepConfig
+
+    word, changes = split(words)
+    if word is None and not any(change.startswith("model=") for change in changes):
+        raise UserError(
+            "raymuse score --sweep needs a model folder or a recipe: raymuse score --sweep runs/demo/model "
+            "prompts=my.txt clip=runs/demo/clip/model guidance=[1,2,4] steps=[6,12] output=sweep"
+        )
+    shipped = {name for name, _ in recipes()}
+    if word is None or (word.partition(":")[0] not in shipped and not word.endswith((".yaml", ".yml"))):
+        loaded = from_values("sweep", {} if word is None else {"model": word}, changes)
+    else:
+        loaded = load(word, changes, "sweep")
+    assert isinstance(loaded, SweepConfig)
+    return loaded
+
+
+def compare_config(sides: Sequence[str], words: Sequence[str] | None) -> "CompareConfig":
+    """The checked config of `raymuse score --compare A B`: each a model folder, or a finished folder of pictures."""
+    from raymuse.config.load import from_values
+    from raymuse.config.score import CompareConfig
+    from raymuse.storage.folder import Folder
+
+    word, changes = split(words)
+    if word is not None:
+        raise UserError(f"raymuse score --compare A B takes KEY=VALUE changes beside A and B, not {word!r}.")
+    kinds = ["images" if Folder(side).exists("manifest.parquet") else "model" for side in sides]
+    given = {name: {kind: side} for name, kind, side in zip(("a", "b"), kinds, sides, strict=True)}
+    loaded = from_values("compare", given, changes)
+    assert isinstance(loaded, CompareConfig)
     return loaded
 
 

@@ -79,6 +79,8 @@ def command(stage: str) -> str:
     """The command line that runs a stage's recipe, up to the recipe."""
     if stage == "flow":
         return "raymuse demo --recipe"
+    if stage in ("sweep", "compare"):
+        return f"raymuse score --{stage}"
     return f"raymuse {'train' if stage.startswith('train-') else stage}"
 
 

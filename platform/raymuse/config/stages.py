@@ -7,7 +7,7 @@ from raymuse.config.export import ExportConfig
 from raymuse.config.flow import FlowConfig
 from raymuse.config.generate import GenerateConfig, ServeConfig
 from raymuse.config.pretokenize import PretokenizeConfig
-from raymuse.config.score import ScoreConfig
+from raymuse.config.score import CompareConfig, ScoreConfig, SweepConfig
 from raymuse.config.training import BaseConfig, ClipConfig, CriticConfig, SuperresConfig, VqganConfig
 
 STAGES: dict[str, type[Config]] = {
@@ -24,5 +24,7 @@ STAGES: dict[str, type[Config]] = {
     "repeat": RepeatConfig,
     "serve": ServeConfig,
     "score": ScoreConfig,
+    "sweep": SweepConfig,
+    "compare": CompareConfig,
     "flow": FlowConfig,
 }

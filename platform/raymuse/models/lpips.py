@@ -5,19 +5,14 @@ The weights come from local files: torchvision's VGG16, and LPIPS' linear layers
 B pictures, H W pixels, C channels.
 """
 
-import hashlib
-import pickle
-from pathlib import Path
-
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from raymuse.config.errors import UserError
+from raymuse.models.weight_file import file_sha256, read_weights, require_file, take
 
 WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 LEAST_SIDE = 16  # four poolings
+NOT_DOWNLOADED = "Weights of a perceptual loss are not downloaded: put them there."
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in [0, 1]
 
 
@@ -62,13 +57,13 @@ class Lpips(nn.Module):
         """
         network = cls()
         with torch.no_grad():
-            trunk = _read(vgg)
+            trunk = read_weights(require_file(vgg, NOT_DOWNLOADED))
             for name, parameter in network.features.named_parameters():
-                parameter.copy_(_taken(trunk, f"features.{name}", tuple(parameter.shape), vgg, "torchvision's vgg16"))
-            layers = {} if linear is None else _read(linear)
+                parameter.copy_(take(trunk, f"features.{name}", tuple(parameter.shape), vgg, "torchvision's vgg16"))
+            layers = {} if linear is None else read_weights(require_file(linear, NOT_DOWNLOADED))
             for number, weight in enumerate(network.weights if linear is not None else ()):
                 name, shape = f"lin{number}.model.1.weight", (1, len(weight), 1, 1)
-                weight.copy_(_taken(layers, name, shape, str(linear), "LPIPS' linear layers for VGG16").flatten())
+                weight.copy_(take(layers, name, shape, str(linear), "LPIPS' linear layers for VGG16").flatten())
         return network
 
     def forward(self, pictures: Tensor, others: Tensor) -> Tensor:
@@ -92,41 +87,4 @@ def _unit(features: Tensor) -> Tensor:
 
 def files_sha256(*addresses: str | None) -> str:
     """sha256 (hex) of the files that there are, one after another. Raises UserError for one that is missing."""
-    paths = [_file(address) for address in addresses if address is not None]
-    return " ".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
-
-
-def _file(address: str) -> Path:
-    if not Path(address).is_file():
-        raise UserError(
-            f"{address} is no file on this machine. Weights of a perceptual loss are not downloaded: put them there."
-        )
-    return Path(address)
-
-
-def _read(address: str) -> dict[str, Tensor]:
-    path = _file(address)
-    try:
-        if path.suffix == ".safetensors":
-            tensors: dict[str, Tensor] = load_file(path)
-            return tensors
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{address} cannot be read as weights ({said}). Copy it again, or give .safetensors."
-        ) from error
-    if not isinstance(state, dict):
-        raise UserError(f"{address} holds a {type(state).__name__}, no state dict: save `network.state_dict()`.")
-    return dict(state)
-
-
-def _taken(state: dict[str, Tensor], name: str, shape: tuple[int, ...], address: str, what: str) -> Tensor:
-    value = state.get(name)
-    if not isinstance(value, Tensor):
-        raise UserError(f"{address} has no {name}: it is not {what}.")
-    if tuple(value.shape) != shape:
-        raise UserError(f"{address}: {name} is {list(value.shape)}, not {list(shape)}: it is not {what}.")
-    if not bool(value.isfinite().all()):
-        raise UserError(f"{address}: {name} holds numbers that are not finite: copy the file again.")
-    return value
+    return " ".join(file_sha256(require_file(address, NOT_DOWNLOADED)) for address in addresses if address is not None)

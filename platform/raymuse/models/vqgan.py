@@ -73,6 +73,22 @@ class Vqgan:
             ids = nearest_codes(latents, network.quantize.embedding.weight)
         return ids.cpu().numpy(), latents.isfinite().flatten(1).all(dim=1).cpu().numpy()
 
+    @torch.no_grad()
+    def pooled(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """What the encoder's middle block says, averaged over the grid (B, C), and the ids (B, h, w).
+
+        C is the last of `block_out_channels`: 768 in aMUSEd's. Pictures uint8 (B, H, W, 3).
+        """
+        seen: list[Tensor] = []
+        hook = self.network.encoder.mid_block.register_forward_hook(
+            lambda _module, _inputs, output: seen.append(output.float().mean(dim=(2, 3)))
+        )
+        try:
+            ids = self.encode(pixels)
+        finally:
+            hook.remove()
+        return seen[0].cpu().numpy(), ids
+
     def decode(self, ids: Tensor | NDArray[np.int64]) -> NDArray[np.uint8]:
         """Ids (B, h, w) to pictures uint8 (B, H, W, 3)."""
         return to_bytes(self.decode_unit(ids))

@@ -15,14 +15,23 @@ CELL = 96
 MARGIN = 8
 TEXT_HEIGHT = 46
 COLUMNS = 6
+Table = Sequence[Sequence[str]]
+BEST = "#00795a"  # frames and notes of what is better
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A prompt and its pictures, each uint8 (H, W, 3), in the order of the sheet's labels."""
+    """A prompt and its pictures, each uint8 (H, W, 3), in the order of the sheet's labels.
+
+    Attributes:
+        notes: what is said under each picture; empty: nothing is.
+        best: place of the picture that is framed; None: none is.
+    """
 
     prompt: str
     pictures: tuple[NDArray[np.uint8], ...]
+    notes: tuple[str, ...] = ()
+    best: int | None = None
 
 
 def sheet_png(entries: Sequence[Entry], labels: Sequence[str], title: str) -> Image.Image:
@@ -39,13 +48,45 @@ def sheet_png(entries: Sequence[Entry], labels: Sequence[str], title: str) -> Im
         left = MARGIN + (number % columns) * (wide + MARGIN)
         top = 40 + (number // columns) * (CELL + TEXT_HEIGHT + MARGIN)
         for place, pixels in enumerate(entry.pictures):
-            canvas.paste(_cell(pixels), (left + place * (CELL + 2), top))
-        draw.multiline_text((left, top + CELL + 2), _wrapped(draw, entry.prompt, font, wide), fill="black", font=font)
+            corner = (left + place * (CELL + 2), top)
+            canvas.paste(_cell(pixels), corner)
+            if place == entry.best:
+                draw.rectangle((*corner, corner[0] + CELL - 1, top + CELL - 1), outline=BEST, width=3)
+        for place, note in enumerate(entry.notes):
+            colour = BEST if place == entry.best else "#666"
+            draw.text((left + place * (CELL + 2), top + CELL + 1), note, fill=colour, font=font)
+        below = top + CELL + (14 if entry.notes else 2)
+        text = _wrapped(draw, entry.prompt, font, wide, lines=2 if entry.notes else 3)
+        draw.multiline_text((left, below), text, fill="black", font=font)
     return canvas
 
 
-def sheet_html(entries: Sequence[Entry], labels: Sequence[str], title: str) -> str:
-    """One self-contained page; typing in its box keeps the prompts that hold every word."""
+def grid_png(rows: Sequence[Sequence[NDArray[np.uint8]]], labels: Sequence[str], prompts: Sequence[str]) -> Image.Image:
+    """Pictures uint8 (H, W, 3) in rows with a label at the left of each, and a prompt above each column."""
+    font = ImageFont.load_default(11)
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left = 2 * MARGIN + int(max(measure.multiline_textbbox((0, 0), label, font=font)[2] for label in labels))
+    head = MARGIN + TEXT_HEIGHT
+    columns = max(len(row) for row in rows)
+    step = CELL + 4
+    canvas = Image.new("RGB", (left + columns * step + MARGIN, head + len(rows) * step + MARGIN), "white")
+    draw = ImageDraw.Draw(canvas)
+    for number, prompt in enumerate(prompts):
+        draw.multiline_text((left + number * step, MARGIN), _wrapped(draw, prompt, font, CELL), fill="black", font=font)
+    for number, (label, pictures) in enumerate(zip(labels, rows, strict=True)):
+        top = head + number * step
+        draw.multiline_text((MARGIN, top + CELL // 2), label, fill="black", font=font, anchor="lm")
+        for place, pixels in enumerate(pictures):
+            canvas.paste(_cell(pixels), (left + place * step, top))
+    return canvas
+
+
+def sheet_html(entries: Sequence[Entry], labels: Sequence[str], title: str, table: Table = ()) -> str:
+    """One self-contained page; typing in its box keeps the prompts that hold every word.
+
+    Args:
+        table: rows of cells above the pictures, the first row its heads; empty: none.
+    """
     figures = "\n".join(_figure(entry, labels) for entry in entries)
     legend = html.escape(" | ".join(labels))
     return f"""<!doctype html>
@@ -58,10 +99,14 @@ h1 {{ font-size: 1.3rem; margin: 0 }} input {{ font: inherit; padding: .3rem .6r
 main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax({len(labels) * 134 + 18}px, 1fr)); gap: 1rem }}
 figure {{ margin: 0; background: #fff; border: 1px solid #ddd; border-radius: 6px; padding: .5rem }}
 img {{ width: 128px; height: 128px; image-rendering: pixelated }} figcaption {{ margin-top: .3rem; font-size: .85rem }}
+img.best {{ outline: 3px solid {BEST}; outline-offset: -3px }} .notes {{ display: flex; font-size: .8rem; color: #666 }}
+.notes span {{ width: 132px }} .notes .best {{ color: {BEST}; font-weight: 600 }}
+table {{ border-collapse: collapse; margin: .5rem 0 1.2rem }} td, th {{ padding: .25rem .7rem; text-align: left;
+  border-bottom: 1px solid #ddd }}
 </style>
 <header><h1>{html.escape(title)}</h1><span>{legend}</span>
 <input id="q" type="search" placeholder="search prompts" aria-label="search prompts"><span id="n"></span></header>
-<main>
+{_table(table)}<main>
 {figures}
 </main>
 <script>
@@ -82,13 +127,28 @@ box.addEventListener("input", show); show();
 """
 
 
+def _table(rows: Table) -> str:
+    if not rows:
+        return ""
+    lines = [
+        "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+        for tag, row in zip(["th", *["td"] * (len(rows) - 1)], rows, strict=True)
+    ]
+    return "<table>" + "".join(lines) + "</table>\n"
+
+
 def _figure(entry: Entry, labels: Sequence[str]) -> str:
     images = "".join(
         f'<img src="data:image/png;base64,{base64.b64encode(png_bytes(pixels, {})).decode()}" '
-        f'alt="{html.escape(label)}" title="{html.escape(label)}">'
-        for pixels, label in zip(entry.pictures, labels, strict=True)
+        f'alt="{html.escape(label)}" title="{html.escape(label)}"{" class=best" if place == entry.best else ""}>'
+        for place, (pixels, label) in enumerate(zip(entry.pictures, labels, strict=True))
     )
-    return f"<figure>{images}<figcaption>{html.escape(entry.prompt)}</figcaption></figure>"
+    notes = "".join(
+        f"<span{' class=best' if place == entry.best else ''}>{html.escape(note)}</span>"
+        for place, note in enumerate(entry.notes)
+    )
+    said = f"<div class=notes>{notes}</div>" if notes else ""
+    return f"<figure>{images}{said}<figcaption>{html.escape(entry.prompt)}</figcaption></figure>"
 
 
 def _cell(pixels: NDArray[np.uint8]) -> Image.Image:
@@ -98,13 +158,17 @@ def _cell(pixels: NDArray[np.uint8]) -> Image.Image:
 
 
 def _wrapped(
-    draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
+    draw: ImageDraw.ImageDraw,
+    text: str,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    width: int,
+    lines: int = 3,
 ) -> str:
-    lines = [""]
+    found = [""]
     for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
+        longer = f"{found[-1]} {word}".strip()
         if draw.textlength(longer, font=font) <= width:
-            lines[-1] = longer
+            found[-1] = longer
         else:
-            lines.append(word)
-    return "\n".join(lines[:3])
+            found.append(word)
+    return "\n".join(found[:lines])

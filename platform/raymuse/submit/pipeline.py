@@ -19,7 +19,8 @@ from raymuse.config.errors import UserError
 from raymuse.config.flow import FlowConfig
 from raymuse.config.load import command
 from raymuse.config.recipe import SECTIONS
-from raymuse.stages.score import flat, markdown, read_scores
+from raymuse.scoring.summary import flat, markdown
+from raymuse.stages.score import read_scores
 from raymuse.submit import jobs
 from raymuse.submit.following import follow
 from raymuse.submit.order import Order

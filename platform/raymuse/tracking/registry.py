@@ -12,6 +12,7 @@ from raymuse.config.base import Config
 from raymuse.config.drawing import DrawingConfig
 from raymuse.config.errors import UserError
 from raymuse.config.generate import ServeConfig
+from raymuse.config.score import CompareConfig, SideConfig
 from raymuse.tracking.client import client_of
 
 C = TypeVar("C", bound=Config)
@@ -72,11 +73,24 @@ def with_model(config: C, uri: str | None) -> C:
     if isinstance(config, ServeConfig):
         models = {name: with_model(model, uri) for name, model in config.models.items()}
         config = config.model_copy(update={"models": models, "name": config.called})  # the cache's folder is no name
+    if isinstance(config, CompareConfig):
+        return config.model_copy(update={"a": _side(config.a, uri), "b": _side(config.b, uri)})
     if not isinstance(config, DrawingConfig) or not is_registered(config.model):
         return config
-    folder = registered_folder(config.model, uri or os.environ.get("MLFLOW_TRACKING_URI"))
-    print(f"{config.model} is {folder}", file=sys.stderr, flush=True)
-    return config.model_copy(update={"model": folder})
+    return config.model_copy(update={"model": _as_folder(config.model, uri)})
+
+
+def _side(side: SideConfig, uri: str | None) -> SideConfig:
+    """One side of a comparison with its model as a folder."""
+    if side.model is None or not is_registered(side.model):
+        return side
+    return side.model_copy(update={"model": _as_folder(side.model, uri), "label": side.label or side.model})
+
+
+def _as_folder(model: str, uri: str | None) -> str:
+    folder = registered_folder(model, uri or os.environ.get("MLFLOW_TRACKING_URI"))
+    print(f"{model} is {folder}", file=sys.stderr, flush=True)
+    return folder
 
 
 def default_cache() -> Path:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-import scipy.linalg
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
@@ -26,6 +25,11 @@ class Moments:
         """Of features (N, D)."""
         exact = features.astype(np.float64)
         return cls(len(exact), exact.sum(axis=0), exact.T @ exact)
+
+    @classmethod
+    def from_gaussian(cls, mean: Array, covariance: Array, count: int) -> Self:
+        """Of `count` vectors with that mean (D,) and that covariance (D, D) of a sample."""
+        return cls(count, mean * count, covariance * (count - 1) + count * np.outer(mean, mean))
 
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(self.count + other.count, self.total + other.total, self.products + other.products)
@@ -57,11 +61,22 @@ def unpack(data: bytes) -> dict[str, Moments]:
     return {name: Moments(int(count), total, products) for name, (count, total, products) in found.items()}
 
 
-def frechet_distance(one: Moments, other: Moments) -> float:
+def frechet_distance(drawn: Moments, real: Moments) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), 0 for equal sets (Heusel et al., arXiv 1706.08500, section 2).
 
-    With few pictures it is too large, by an amount that depends on their number: compare sets of one size.
+    By torchmetrics' `FrechetInceptionDistance`, whose own states these sums are. With few pictures it is too large, by
+    an amount that depends on their number: compare sets of one size.
     """
-    root = scipy.linalg.sqrtm(one.covariance @ other.covariance).real
-    apart = float(((one.mean - other.mean) ** 2).sum())
-    return apart + float(np.trace(one.covariance + other.covariance - 2 * root))
+    import torch
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    from raymuse.scoring.given import Given, quietly
+
+    with quietly():
+        metric = FrechetInceptionDistance(Given(len(real.total)))
+        metric.orig_dtype = torch.float64  # which `update` would take from the features
+        for side, sums in (("real", real), ("fake", drawn)):
+            setattr(metric, f"{side}_features_sum", torch.from_numpy(sums.total))
+            setattr(metric, f"{side}_features_cov_sum", torch.from_numpy(sums.products))
+            setattr(metric, f"{side}_features_num_samples", torch.tensor(sums.count))
+        return float(metric.compute())
