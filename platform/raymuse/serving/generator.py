@@ -4,12 +4,13 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from raymuse.config.drawing import DrawPrecision
 from raymuse.config.edit import STRENGTH, Task
 from raymuse.config.errors import UserError
 from raymuse.config.generate import CheckingConfig
@@ -35,7 +36,12 @@ class Editing:
 
 @dataclass(frozen=True)
 class DrawRequest:
-    """One picture to draw; None takes the model's own default."""
+    """One picture to draw; None takes the model's own default.
+
+    Attributes:
+        sampling: options beside steps, guidance and temperature.
+        superres: those of the super-resolution.
+    """
 
     prompt: str
     seed: int
@@ -47,11 +53,13 @@ class DrawRequest:
     editing: Editing | None = None
     style: str | None = None
     style_scale: float = 1.0
+    sampling: Options = field(default_factory=Options)
+    superres: Options = field(default_factory=Options)
 
     @property
     def options(self) -> Options:
         given = {"steps": self.steps, "guidance": self.guidance, "temperature": self.temperature}
-        return cast(Options, {name: value for name, value in given.items() if value is not None})
+        return {**self.sampling, **cast(Options, {name: value for name, value in given.items() if value is not None})}
 
     def of(self, pipeline: Pipeline) -> Request:
         """The same as `pipeline` draws it. A picture to edit is fitted to `size`, or else to the model's own.
@@ -60,10 +68,12 @@ class DrawRequest:
             UserError: for what the model cannot draw.
         """
         if self.editing is None:
-            return pipeline.request(self.prompt, self.seed, self.negative, self.size, **self.options)
+            superres = self.superres
+            return pipeline.request(self.prompt, self.seed, self.negative, self.size, superres=superres, **self.options)
         settings, editing = pipeline.settings, self.editing
         side = settings.base_size if editing.task == "super-resolution" else settings.size
         how: Any = {"strength": editing.strength, "sides": editing.sides, "size": self.size or (side, side)}
+        how["superres"] = self.superres
         return pipeline.edit_request(
             editing.task,
             self.prompt,
@@ -101,6 +111,8 @@ class GeneratorActor:
         styles: LoRAs by name, of which requests may name one.
         most_styles: how many of them, with their scales, are held at a time.
         checking: who looks at what is drawn.
+        precision: of the transformers.
+        cuda_graphs: whether sampling steps are CUDA graphs.
     """
 
     def __init__(
@@ -113,8 +125,12 @@ class GeneratorActor:
         styles: dict[str, str],
         most_styles: int,
         checking: CheckingConfig,
+        precision: DrawPrecision,
+        cuda_graphs: bool,
     ) -> None:
-        self.pipeline = Pipeline.load(model, device=device, batch_size=batch_size, lora=lora)
+        self.pipeline = Pipeline.load(
+            model, device=device, batch_size=batch_size, lora=lora, precision=precision, cuda_graphs=cuda_graphs
+        )
         self._check = open_checker(checking, device)
         self.styles, self.most_styles = styles, most_styles
         self._plain = Studio(self.pipeline, drawers)

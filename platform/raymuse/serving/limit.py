@@ -43,8 +43,8 @@ def measure(pipeline: Pipeline, drawers: int, peak: float | None = None) -> Limi
     torch.set_num_threads(1)  # as in a drawer's thread
     alone = replace(pipeline, batch_size=1)
     first, second = (_operations(alone, steps) for steps in (1, 2))
-    device = pipeline.vqgan.network.device
-    return Limit(first, second - first, drawers * _measured_peak(device) if peak is None else peak)
+    weight = next(pipeline.base.parameters())
+    return Limit(first, second - first, drawers * _measured_peak(weight.device, weight.dtype) if peak is None else peak)
 
 
 def _operations(pipeline: Pipeline, steps: int) -> float:
@@ -53,10 +53,10 @@ def _operations(pipeline: Pipeline, steps: int) -> float:
     return float(counter.get_total_flops())
 
 
-def _measured_peak(device: torch.device) -> float:
-    """The best of some products of two fp32 matrices, in operations a second."""
+def _measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """The best of some products of two matrices, in operations a second."""
     side = SIDES[device.type]
-    matrix = torch.ones(side, side, device=device)
+    matrix = torch.ones(side, side, device=device, dtype=dtype)
     best, until = 0.0, time.perf_counter() + MEASURE_SECONDS
     while best == 0 or time.perf_counter() < until:
         began = time.perf_counter()

@@ -58,7 +58,8 @@ def placed(config: GenerateConfig | ServedModel, checking: CheckingConfig) -> tu
     styles, most = (config.styles, config.most_styles) if isinstance(config, ServedModel) else ({}, 1)
     drawers, device = batches_at_a_time(cpus, gpus), "cuda" if gpus else "cpu"
     checks = CheckingConfig(**{name: getattr(checking, name) for name in CheckingConfig.model_fields})
-    return config.model, config.adapters, config.batch_size, drawers, device, styles, most, checks
+    numerics = config.precision, config.cuda_graphs
+    return config.model, config.adapters, config.batch_size, drawers, device, styles, most, checks, *numerics
 
 
 def most_pictures(config: GenerateConfig | ServedModel) -> int:
