@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import tiny
@@ -29,6 +30,7 @@ PICTURES = [np.asarray(sample.image) for sample in shapes.samples(7, 1, SIDE, he
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("encoders")
     return tiny.write_encoders(root / "encoders", tiny.write_shards(root / "shards"))
 
@@ -210,6 +212,22 @@ def test_sizes_mix_in_one_call(encoders: str, tmp_path: Path) -> None:
         assert np.array_equal(alone.ids[0], drawn.pictures[number].ids)
 
 
+def test_inpainting_leaves_the_schedule_of_other_pictures_alone(pipeline: Pipeline) -> None:
+    """diffusers' inpainting pipeline makes the scheduler that it shares linear, for good."""
+    before = pipeline(PROMPTS[:2], seeds=SEEDS[:2]).ids
+    edit(pipeline, "inpaint", [0, 1])
+    assert np.array_equal(pipeline(PROMPTS[:2], seeds=SEEDS[:2]).ids, before)
+
+
+def test_the_variations_of_a_prompt_stand_together(pipeline: Pipeline) -> None:
+    """diffusers' `num_images_per_prompt` deals them out in turn: a, b, a, b."""
+    seeds = [image_seed(seed, 0, sample) for seed in SEEDS[:2] for sample in range(2)]
+    drawn = pipeline([PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]], seeds=seeds)
+    for number, picture in enumerate(drawn.pictures):
+        alone = pipeline([PROMPTS[number // 2]], seeds=[seeds[number]])
+        assert np.array_equal(alone.ids[0], picture.ids)
+
+
 # --- sampling
 
 
@@ -276,6 +294,14 @@ def test_steps_without_guidance_need_one_pass_of_one_row_each(
 SAID: list[tuple[Callable[[Pipeline], object], str]] = [
     (lambda p: p.edit("inpaint", ["a"], PICTURES[:1], seeds=[1]), r"^inpaint takes one mask a picture"),
     (lambda p: p.edit("mask-free", ["a"], PICTURES[:1], seeds=[1], masks=MASKS[:1]), r"^mask-free takes no masks"),
+    (
+        lambda p: p.edit("image-to-image", ["a", "b"], PICTURES[:1], seeds=[1, 2]),
+        r"^2 prompts and 1 pictures differ",
+    ),
+    (
+        lambda p: p.edit("inpaint", ["a", "b"], PICTURES[:2], seeds=[1, 2], masks=MASKS[:1]),
+        r"^2 prompts and 1 masks differ",
+    ),
     (lambda p: edit(p, "image-to-image", [0], strength=1.5), r"^strength 1.5 is outside \[0, 1\]"),
     (lambda p: edit(p, "outpaint", [0]), r"at least one above 0"),
     (lambda p: edit(p, "outpaint", [0], sides=(3, 0, 0, 0)), r"^35 x 32 pixels: this model draws in cells of \d"),

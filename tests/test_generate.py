@@ -312,7 +312,7 @@ def test_rows_draw_other_sizes_and_edit_pictures(drawn: GenerateConfig, model: s
     Image.fromarray(area).save(tmp_path / "of/mask.png")
     Image.fromarray(np.zeros_like(area)).save(tmp_path / "of/empty.png")
     lines: list[dict[str, Any]] = [
-        {"prompt": "a", "size": "64x32", "seed": 1},
+        {"prompt": "a", "size": "64x32", "seed": 1, "top_k": 5, "order": "halton", "guidance_to": 0.5},
         {"prompt": "b", "image": "of/picture.png", "mask": "of/mask.png", "seed": 2},
         {"prompt": "c", "image": "of/picture.png", "strength": 0.5, "seed": 3},
         {"prompt": "d", "image": "of/nothing.png"},
@@ -324,6 +324,7 @@ def test_rows_draw_other_sizes_and_edit_pictures(drawn: GenerateConfig, model: s
         {"prompt": "bad stars"},
         {"prompt": "j", "image": str(tmp_path / "of/picture.png")},
         {"prompt": "k", "image": "of/../../secret.png"},
+        {"prompt": "l", "masking": "cosin"},
     ]
     (tmp_path / "deny.txt").write_text("# what we do not draw\n\nbad star\n")
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -335,6 +336,9 @@ def test_rows_draw_other_sizes_and_edit_pictures(drawn: GenerateConfig, model: s
         max_reject_fraction=1,
         deny=str(tmp_path / "deny.txt"),
         temperature=0.7,
+        sampling={"end_temperature": 0.2, "top_k": 7},
+        superres_sampling={"top_p": 0.9, "steps": 2},
+        precision="bf16",
     )
     generate(config, Run.off())
     assert [(row["prompt"], row["task"], row["width"], row["height"]) for row in rows(config.output)] == [
@@ -343,11 +347,13 @@ def test_rows_draw_other_sizes_and_edit_pictures(drawn: GenerateConfig, model: s
         ("c", "image-to-image", 64, 64),
         ("bad stars", "", 64, 64),
     ]
-    pipeline = Pipeline.load(model, batch_size=config.batch_size)
+    pipeline = Pipeline.load(model, batch_size=config.batch_size, precision="bf16")
+    every: Any = {"temperature": 0.7, "end_temperature": 0.2, "top_k": 7, "superres": {"top_p": 0.9, "steps": 2}}
+    own = {**every, "top_k": 5, "order": "halton", "guidance_span": (0.0, 0.5)}
     alone = [
-        pipeline(["a"], seeds=[1], size=(64, 32), temperature=0.7),
-        pipeline.edit("inpaint", ["b"], [picture], masks=[area], seeds=[2], temperature=0.7),
-        pipeline.edit("image-to-image", ["c"], [picture], seeds=[3], strength=0.5, temperature=0.7),
+        pipeline(["a"], seeds=[1], size=(64, 32), **own),
+        pipeline.edit("inpaint", ["b"], [picture], masks=[area], seeds=[2], **every),
+        pipeline.edit("image-to-image", ["c"], [picture], seeds=[3], strength=0.5, **every),
     ]
     found = pixels(config.output)
     assert [found[f"{n:09d}-0.png"] for n in range(3)] == [drawing.pixels.tobytes() for drawing in alone]
@@ -362,6 +368,7 @@ def test_rows_draw_other_sizes_and_edit_pictures(drawn: GenerateConfig, model: s
         ("8", "denied", "'bad star' stands in"),
         ("10", "bad_parameter", "does not lie beside the prompts"),
         ("11", "bad_parameter", "does not lie beside the prompts"),
+        ("12", "bad_parameter", "masking: must be"),
     ]:
         assert said[key][0] == reason, said
         assert words in said[key][1]

@@ -115,8 +115,10 @@ def test_several_pictures_differ_and_each_can_be_drawn_again(address: str, clien
 
 def test_guidance_steps_and_negative_prompt_reach_the_sampler(address: str, model: str) -> None:
     asked = {"seed": 3, "num_inference_steps": 2, "guidance_scale": 5.0, "negative_prompt": "blue"}
+    asked |= {"top_k": 5, "temperature": 3.0, "masking": "linear", "guidance_to": 0.5}
     data = post(address, **asked).json()["data"][0]
-    alone = Pipeline.load(model, batch_size=4)([PROMPT], seeds=[3], negative="blue", steps=2, guidance=5.0)
+    how: Any = {"top_k": 5, "temperature": 3.0, "masking": "linear", "guidance_span": (0.0, 0.5)}
+    alone = Pipeline.load(model, batch_size=4)([PROMPT], seeds=[3], negative="blue", steps=2, guidance=5.0, **how)
     np.testing.assert_array_equal(pixels(data["b64_json"]), alone.pixels[0])
     facts = png_facts(base64.b64decode(data["b64_json"]))
     assert (facts["seed"], facts["prompt"], facts["negative_prompt"]) == (3, PROMPT, "blue")
@@ -271,6 +273,9 @@ def test_every_key_of_several_fits(address: str) -> None:
         ({"prompt": ""}, 400, "at least 1 character"),
         ({"n": 17}, 400, "less than or equal to 16"),
         ({"seed": -1}, 400, "greater than or equal to 0"),
+        ({"top_p": 1.5}, 400, "less than or equal to 1"),
+        ({"guidance_from": 0.8, "guidance_to": 0.2}, 400, "guidance_span 0.8, 0.2: two shares of the steps"),
+        ({"order": "critic"}, 400, "this model has no critic/"),
         ({"response_format": "jpeg"}, 400, "b64_json"),
         ({"stream": True, "n": 2}, 400, "a stream shows one picture, not 2"),
         ({"prompt": "x" * 2**25}, 413, "are the limit"),

@@ -152,6 +152,12 @@ def guidance_scales(
     ]
 
 
+def fresh_steps(scales: Sequence[float], every: int) -> list[bool]:
+    """Which steps compute what guidance adds: of those with guidance the first, and every so many after it."""
+    guided = [scale != 1 for scale in scales]
+    return [here and sum(guided[:step]) % every == 0 for step, here in enumerate(guided)]
+
+
 def halton_ranks(height: int, width: int) -> NDArray[np.int64]:
     """When each cell of a grid comes (height * width,) in the order that spreads best: a 2-D Halton sequence.
 
@@ -220,11 +226,12 @@ def reveal(
     top_k: int = 0,
     priority: Tensor | None = None,
     critic: Callable[[Tensor], Tensor] | None = None,
+    at: Tensor | None = None,
 ) -> Tensor:
     """One sampling step: draw every masked id, then mask the least confident again.
 
     Args:
-        logits: (B, L, C) over the codes.
+        logits: (B, L, C) over the codes; (B, M, C) with `at`.
         ids: (B, L), `mask_id` where unknown; known ids are never touched.
         choice: uniforms (B, L) that pick the codes by inverse CDF.
         confidence: uniforms (B, L) behind the Gumbel noise of the confidence.
@@ -235,6 +242,7 @@ def reveal(
         priority: (B, L) takes the place of the confidence: the highest are kept first.
         critic: tells of all ids, once drawn (B, L), how real each looks (B, L), a logit that takes the place of log p
             (Token-Critic, Lezama et al., arXiv 2209.04439, section 3.2).
+        at: which ids the logits are of (B, M): all that are masked, each once, and any others.
 
     Returns:
         ids (B, L). Confidence is log p + temperature * Gumbel (MaskGIT, section 3.2), p of all codes' softmax.
@@ -242,12 +250,18 @@ def reveal(
     unknown = ids == mask_id
     probabilities = logits.float().softmax(dim=-1)
     allowed = likeliest(probabilities, top_k) if top_k else probabilities
-    drawn = torch.where(unknown, pick(allowed if top_p == 1 else nucleus(allowed, top_p), choice), ids)
+    here = choice if at is None else choice.gather(1, at)
+    codes = pick(allowed if top_p == 1 else nucleus(allowed, top_p), here)
+    drawn = torch.where(unknown, codes if at is None else ids.scatter(1, at, codes), ids)
 
     if priority is not None:
         score = priority
     else:
-        sure = _log_of(probabilities, drawn) if critic is None else critic(drawn).to(probabilities.dtype)
+        if critic is not None:
+            sure = critic(drawn).to(probabilities.dtype)
+        else:
+            sure = _log_of(probabilities, codes)
+            sure = sure if at is None else torch.zeros_like(ids, dtype=sure.dtype).scatter_(1, at, sure)
         score = sure + temperature.to(sure.dtype)[:, None] * _gumbel(confidence.to(sure.dtype))
     score = score.masked_fill(~unknown, math.inf)
     left = torch.minimum(remaining, unknown.sum(dim=1) - 1).clamp(min=1) * (remaining > 0)
@@ -256,7 +270,7 @@ def reveal(
 
 
 def _log_of(probabilities: Tensor, drawn: Tensor) -> Tensor:
-    picked = probabilities.gather(-1, drawn.clamp(max=probabilities.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
+    picked = probabilities.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
     return picked.clamp(min=torch.finfo(picked.dtype).tiny).log()
 
 

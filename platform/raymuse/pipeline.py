@@ -21,6 +21,7 @@ from raymuse.config.explain import sentences
 from raymuse.config.sampling import Options, SamplingConfig
 from raymuse.drawing import batches, tasks
 from raymuse.drawing.batches import OnStep
+from raymuse.drawing.compiled import is_compiled
 from raymuse.drawing.inputs import Mask, PictureLike, Pixels, fit, fit_mask, grown, read_mask, read_picture
 from raymuse.drawing.networks import Grid, Networks, Size
 from raymuse.drawing.scheduler import Picture
@@ -73,6 +74,7 @@ class Pipeline(Networks):
         size: Size | Sequence[Size | None] | None = None,
         ids: Ids | None = None,
         on_step: OnStep | None = None,
+        superres: Options | None = None,
         **options: Unpack[Options],
     ) -> Drawn:
         """Draw one picture a prompt.
@@ -84,15 +86,18 @@ class Pipeline(Networks):
             size: (width, height) in pixels, of all or one each; None: the model's.
             ids: the base's ids (B, h, w) where some are known already, and `UNKNOWN` elsewhere.
             on_step: told of the base's ids after each step, a batch at a time.
-            options: of the base; what is not given is the model's own. The super-resolution keeps its own.
+            options, superres: of the base, and of the super-resolution; what is not given is the model's own.
 
         Raises:
             UserError: before any work, for what does not fit together.
         """
         sizes = _sizes(size, len(prompts))
-        known = [None] * len(prompts) if ids is None else list(ids)
-        each = _each(len(prompts), seeds=seeds, negatives=_texts(negative, prompts), sizes=sizes, ids=known)
-        requests = [self.request(*parts, **options) for parts in zip(prompts, *each, strict=True)]
+        given = [None] * len(prompts) if ids is None else list(ids)
+        each = _each(len(prompts), seeds=seeds, negatives=_texts(negative, prompts), sizes=sizes, ids=given)
+        requests = [
+            self.request(prompt, seed, said, side, known, superres, **options)
+            for prompt, seed, said, side, known in zip(prompts, *each, strict=True)
+        ]
         return Drawn(self.draw(requests, on_step))
 
     def request(
@@ -102,13 +107,14 @@ class Pipeline(Networks):
         negative: str = "",
         size: Size | None = None,
         ids: Ids | None = None,
+        superres: Options | None = None,
         **options: Unpack[Options],
     ) -> Request:
         """One picture from a prompt, to `draw` together with others; the arguments are those of a call."""
         sampling = self._sampling(options)
         grid, high = self.grids(size)
         base = tasks.from_nothing(grid, sampling) if ids is None else tasks.from_known(self._known(ids, grid), sampling)
-        return Request(prompt, negative, seed, base, self._high(high))
+        return Request(prompt, negative, seed, base, self._high(high, superres))
 
     def draw(self, requests: Sequence[Request], on_step: OnStep | None = None) -> list[Picture]:
         """Draw any mix of requests, those that can share a batch together; the answers keep their order."""
@@ -123,6 +129,7 @@ class Pipeline(Networks):
         seeds: Sequence[int],
         negative: Texts = "",
         size: Size | None = None,
+        superres: Options | None = None,
         **options: Unpack[Options],
     ) -> Drawn:
         """Of `count` variations of each prompt the one that CLIP finds nearest to it (Muse draws 16).
@@ -133,7 +140,7 @@ class Pipeline(Networks):
             raise UserError(f"best of {count}: draw at least one picture a prompt")
         each = _each(len(prompts), seeds=seeds, negatives=_texts(negative, prompts))
         requests = [
-            self.request(prompt, image_seed(seed, 0, sample), said, size, **options)
+            self.request(prompt, image_seed(seed, 0, sample), said, size, superres=superres, **options)
             for prompt, seed, said in zip(prompts, *each, strict=True)
             for sample in range(count)
         ]
@@ -158,6 +165,7 @@ class Pipeline(Networks):
         size: Size | None = None,
         paste: bool = False,
         on_step: OnStep | None = None,
+        superres: Options | None = None,
         **options: Unpack[Options],
     ) -> Drawn:
         """Draw one picture from a prompt and a picture each.
@@ -189,6 +197,7 @@ class Pipeline(Networks):
             "share": share,
             "size": size,
             "paste": paste,
+            "superres": superres,
         }
         requests = [
             self.edit_request(task, prompt, picture, seed, said, mask, **how, **options)
@@ -211,6 +220,7 @@ class Pipeline(Networks):
         share: float = SHARE,
         size: Size | None = None,
         paste: bool = False,
+        superres: Options | None = None,
         **options: Unpack[Options],
     ) -> Request:
         """One picture from a prompt and a picture, to `draw` together with others; the arguments are `edit`'s."""
@@ -218,55 +228,65 @@ class Pipeline(Networks):
             raise UserError(f"{task} takes {'one mask a picture: masks=[...]' if mask is None else 'no masks'}")
         pixels, area = self._read(picture, mask, size)
         if task == "inpaint" and area is not None:
-            stages = self._filled(pixels, area, options)
+            stages = self._filled(pixels, area, options, superres)
         elif task == "outpaint":
             left, top, right, bottom = _sides(sides)
             self.grids((pixels.shape[1] + left + right, pixels.shape[0] + top + bottom))  # before it takes memory
             pixels, area = grown(pixels, sides)
-            stages = self._filled(pixels, area, options)
+            stages = self._filled(pixels, area, options, superres)
         elif task == "super-resolution":
-            stages = self._enlarged(pixels)
+            stages = self._enlarged(pixels, superres)
         elif task == "image-to-image":
             base = tasks.from_picture(self._base_ids(pixels), self._sampling(options), strength, seed)
-            stages = base, self._anew(pixels)
+            stages = base, self._anew(pixels, superres)
         elif task == "mask-free":
             few = self._sampling({"top_k": tasks.TOP_K, **options})
-            stages = tasks.resampled(self._base_ids(pixels), few, seed, rounds, share), self._anew(pixels)
+            stages = tasks.resampled(self._base_ids(pixels), few, seed, rounds, share), self._anew(pixels, superres)
         else:
             raise UserError(f"there is no task {task!r}; there are {', '.join(get_args(Task))}")
         return Request(prompt, negative, seed, *stages, (pixels, area) if paste and area is not None else None)
 
-    def _filled(self, pixels: Pixels, area: Mask, options: Options) -> tuple[Stage, Stage | None]:
+    def _filled(
+        self, pixels: Pixels, area: Mask, options: Options, superres: Options | None
+    ) -> tuple[Stage, Stage | None]:
         """Inpainting: the ids that the mask touches are drawn, the base's, then, given these, the high-res ones."""
         (height, width), high = self.grids(_size(pixels))
         cells = tasks.touched(area, (height, width))
         sampling = self._sampling({"masking": "linear", **options})
         base = tasks.from_known(np.where(cells, UNKNOWN, self._base_ids(pixels)), sampling)
         if high is None:
+            self._high(None, superres)
             return base, None
         assert self.superres_vqgan is not None
-        assert self.settings.superres is not None
         known = np.where(tasks.touched(area, high), UNKNOWN, self.superres_vqgan.encode(pixels[None])[0])
-        return base, tasks.from_known(known, self.settings.superres.model_copy(update={"masking": "linear"}))
+        return base, tasks.from_known(known, self._superres_sampling({"masking": "linear", **(superres or {})}))
 
-    def _enlarged(self, pixels: Pixels) -> tuple[Stage, Stage | None]:
+    def _enlarged(self, pixels: Pixels, superres: Options | None) -> tuple[Stage, Stage | None]:
         """Super-resolution: a picture of the base's size keeps its ids, and gets high-res ones."""
         if self.superres is None:
             raise UserError("this model has no super-resolution: its folder holds no superres/")
         (width, height), scale = _size(pixels), self.settings.size // self.settings.base_size
         high = self.grids((width * scale, height * scale))[1]
-        return tasks.kept(self.vqgan.encode(pixels[None])[0]), self._high(high)
+        return tasks.kept(self.vqgan.encode(pixels[None])[0]), self._high(high, superres)
 
     # --- what does not fit
 
     def _sampling(self, options: Options) -> SamplingConfig:
-        given = {name: value for name, value in options.items() if value is not None}
-        try:
-            sampling = SamplingConfig.model_validate({**self.settings.base.model_dump(), **given})
-        except ValidationError as error:
-            raise ConfigError("sampling", sentences(SamplingConfig, error.errors(), lambda path: "")) from None
+        sampling = _changed("sampling", self.settings.base, options)
         if sampling.order == "critic" and self.critic is None:
             raise UserError("order critic: this model has no critic/. `raymuse train critic` trains one.")
+        return self._possible(sampling)
+
+    def _superres_sampling(self, options: Options) -> SamplingConfig:
+        assert self.settings.superres is not None, "a model folder with superres/ says how to sample it"
+        sampling = _changed("super-resolution's sampling", self.settings.superres, options)
+        if sampling.order == "critic":
+            raise UserError("order critic: a critic judges the base's ids, so the super-resolution has another order.")
+        return self._possible(sampling)
+
+    def _possible(self, sampling: SamplingConfig) -> SamplingConfig:
+        if sampling.masked_only and is_compiled(self.base):
+            raise UserError("masked_only has steps of other shapes, each of which would be compiled: draw without one.")
         return sampling
 
     def _read(self, picture: PictureLike, mask: PictureLike | None, size: Size | None) -> tuple[Pixels, Mask | None]:
@@ -297,15 +317,24 @@ class Pipeline(Networks):
         ids: Ids = self.vqgan.encode(downscale(pixels, (height, width))[None])[0]
         return ids
 
-    def _anew(self, pixels: Pixels) -> Stage | None:
+    def _anew(self, pixels: Pixels, superres: Options | None) -> Stage | None:
         """The high-res ids of a picture's size, all to be drawn."""
-        return self._high(self.grids(_size(pixels))[1])
+        return self._high(self.grids(_size(pixels))[1], superres)
 
-    def _high(self, grid: Grid | None) -> Stage | None:
-        if grid is None:
-            return None
-        assert self.settings.superres is not None, "a model folder with superres/ says how to sample it"
-        return tasks.from_nothing(grid, self.settings.superres)
+    def _high(self, grid: Grid | None, superres: Options | None) -> Stage | None:
+        if grid is not None:
+            return tasks.from_nothing(grid, self._superres_sampling(superres or {}))
+        if superres:
+            raise UserError("this model has no super-resolution, and so no sampling of one to be changed")
+        return None
+
+
+def _changed(where: str, own: SamplingConfig, options: Options) -> SamplingConfig:
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        return SamplingConfig.model_validate({**own.model_dump(), **given})
+    except ValidationError as error:
+        raise ConfigError(where, sentences(SamplingConfig, error.errors(), lambda path: "")) from None
 
 
 def _size(pixels: Pixels) -> Size:

@@ -1,8 +1,12 @@
 """Who draws: a model folder, and the LoRAs that are merged into it."""
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
-from raymuse.config.base import Address, Config
+from raymuse.config.base import Address, Config, runtime
+
+DrawPrecision = Literal["fp32", "bf16", "fp16"]
 
 
 class LoraChoice(Config):
@@ -40,3 +44,16 @@ class DrawingConfig(LoraChoice):
     """What every config that draws has."""
 
     model: Address = Field(description="model folder")
+    precision: DrawPrecision = Field("fp32", description="of the transformers; VQGAN and text encoder are fp32 always")
+
+
+class GraphsChoice(Config):
+    """Of configs whose replicas may have GPUs."""
+
+    cuda_graphs: bool = runtime(False, "start each sampling step's kernels by one call; needs gpus_per_replica")
+
+    @model_validator(mode="after")
+    def _graphs_need_a_gpu(self) -> "GraphsChoice":
+        if self.cuda_graphs and not getattr(self, "gpus_per_replica", 0):
+            raise ValueError("cuda_graphs=true needs a GPU: set gpus_per_replica, too")
+        return self

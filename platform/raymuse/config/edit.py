@@ -38,6 +38,7 @@ class EditConfig(DrawingConfig):
     seed: int = Field(0, ge=0, lt=2**63, description="of the picture; those of more samples follow from it")
     samples: int = Field(1, ge=1, description="how many variations")
     sampling: dict[str, Any] = Field({}, description="changes to the model's own: sampling.steps=18 ...")
+    superres_sampling: dict[str, Any] = Field({}, description="the same for a cascade's super-resolution")
 
 
 class RepeatConfig(DrawingConfig):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from raymuse.config.base import Address, AddressMark, Config, StageConfig, runtime
-from raymuse.config.drawing import DrawingConfig
+from raymuse.config.drawing import DrawingConfig, GraphsChoice
 from raymuse.config.errors import UserError
 
 
@@ -37,7 +37,7 @@ class CheckingConfig(Config):
         return (module, name) if colon and re.fullmatch(r"[\w.]+:\w+", self.checker or "") else None
 
 
-class GenerateConfig(StageConfig, DrawingConfig, CheckingConfig):
+class GenerateConfig(StageConfig, DrawingConfig, GraphsChoice, CheckingConfig):
     """Draw every prompt of a file, exactly once, with a manifest and a contact sheet."""
 
     stage: Literal["generate"] = "generate"
@@ -49,6 +49,8 @@ class GenerateConfig(StageConfig, DrawingConfig, CheckingConfig):
     steps: int | None = Field(None, ge=1, description="None: the model's own default, as for all below")
     guidance: float | None = Field(None, ge=0)
     temperature: float | None = Field(None, ge=0)
+    sampling: dict[str, Any] = Field({}, description="other changes to the model's own: sampling.top_p=0.5 ...")
+    superres_sampling: dict[str, Any] = Field({}, description="the same for a cascade's super-resolution")
     negative: str = ""
     deny: Annotated[str, AddressMark()] | None = Field(
         None, description="text file of words and phrases, one a line: prompts with one of them are rejected, not drawn"
@@ -88,6 +90,13 @@ class GenerateConfig(StageConfig, DrawingConfig, CheckingConfig):
         first, _, count = (self.shard or "1/1").partition("/")
         return int(first) - 1, int(count)
 
+    @field_validator("sampling")
+    @classmethod
+    def _said_once(cls, sampling: dict[str, Any]) -> dict[str, Any]:
+        if own := sorted(sampling.keys() & {"steps", "guidance", "temperature"}):
+            raise ValueError(f"{own[0]} is a field of its own: write {own[0]}=... instead of sampling.{own[0]}=...")
+        return sampling
+
     @field_validator("shard")
     @classmethod
     def _shard_is_one_of_them(cls, shard: str | None) -> str | None:
@@ -96,7 +105,7 @@ class GenerateConfig(StageConfig, DrawingConfig, CheckingConfig):
         return shard
 
 
-class ServedModel(DrawingConfig):
+class ServedModel(DrawingConfig, GraphsChoice):
     """One model behind the address, with replicas of its own."""
 
     styles: dict[str, str] = Field(

@@ -26,6 +26,10 @@ class SamplingConfig(Config):
     top_k: int = Field(0, ge=0, description="draw among so many of the likeliest codes; 0: all")
     masking: MaskingSchedule = "cosine"
     order: Order = Field("confidence", description="which ids are kept first")
+    guidance_every: int = Field(
+        1, ge=1, description="2: what guidance adds is computed at every second step that has it, and kept in between"
+    )
+    masked_only: bool = Field(False, description="compute what only unknown ids need for these alone")
 
     @model_validator(mode="after")
     def _span_has_an_inside(self) -> Self:
@@ -48,3 +52,5 @@ class Options(TypedDict, total=False):
     top_k: int
     masking: MaskingSchedule
     order: Order
+    guidance_every: int
+    masked_only: bool

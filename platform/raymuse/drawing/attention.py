@@ -11,7 +11,9 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from raymuse.config.drawing import DrawPrecision
 from raymuse.config.errors import UserError
+from raymuse.models.precision import DTYPES
 
 Attention = Literal["auto", "flash", "memory-efficient", "math"]
 
@@ -32,13 +34,15 @@ def attention_by(kernel: Attention) -> Iterator[None]:
         yield
 
 
-def require_kernel(kernel: Attention, device: str) -> None:
-    """Raise UserError where there is no such kernel, or it cannot compute in fp32 on the device."""
+def require_kernel(kernel: Attention, device: str, precision: DrawPrecision) -> None:
+    """Raise UserError where there is no such kernel, or it cannot compute in the precision on the device."""
     if kernel not in get_args(Attention):
         raise UserError(f"attention={kernel!r}: there are {', '.join(get_args(Attention))}")
-    sample = torch.ones(1, 1, 16, 16, device=device)
+    sample = torch.ones(1, 1, 16, 16, device=device, dtype=DTYPES[precision])
     try:
         with attention_by(kernel):
             F.scaled_dot_product_attention(sample, sample, sample)
     except RuntimeError as error:
-        raise UserError(f"attention={kernel!r} cannot be computed in fp32 on {device}; leave it at auto.") from error
+        raise UserError(
+            f"attention={kernel!r} cannot be computed in {precision} on {device}; leave it at auto."
+        ) from error

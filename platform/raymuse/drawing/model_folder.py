@@ -15,6 +15,7 @@ from typing import Self
 
 from raymuse.config.errors import UserError
 from raymuse.config.sampling import SamplingConfig
+from raymuse.drawing.remote_model import fetched
 from raymuse.models.base import Base, BaseShape, new_base, read_shape
 from raymuse.models.lora import adapter_sha256
 from raymuse.models.network_files import load_weights, read_config
@@ -92,7 +93,7 @@ def trained_part(address: str, part: str, chosen: str = "model") -> Path:
     Raises:
         UserError: the training is not at its end, or trained a LoRA.
     """
-    folder = local_folder(address) if address.startswith(HUB) else Path(address)
+    folder = local_folder(address) if address.startswith(HUB) or in_a_store(address) else Path(address)
     if (folder / "model_index.json").exists():
         return folder / part
     if not (folder / "_SUCCESS").exists():
@@ -104,7 +105,9 @@ def trained_part(address: str, part: str, chosen: str = "model") -> Path:
 
 
 def local_folder(folder_or_id: str) -> Path:
-    """The model folder on this disk; a Hugging Face id is downloaded, safetensors only."""
+    """The model folder on this disk. A Hugging Face id is downloaded, safetensors only, and so is an address."""
+    if in_a_store(folder_or_id):
+        folder_or_id = str(fetched(folder_or_id))
     folder = Path(folder_or_id)
     name = hub_id(folder_or_id, "transformer")
     if name is not None:
@@ -117,12 +120,18 @@ def local_folder(folder_or_id: str) -> Path:
     return folder
 
 
+def in_a_store(address: str) -> bool:
+    """Whether it is an fsspec address such as `s3://bucket/model`, and neither a folder nor a Hugging Face id."""
+    return "://" in address and not address.startswith(HUB)
+
+
 def model_sha256(folder_or_id: str, adapters: Mapping[str, float] | None = None) -> str:
     """One sha256 (hex) for everything that decides the pictures: all weights, and how they are drawn from.
 
     Args:
         adapters: LoRAs that are merged, by address and scale.
     """
+    folder_or_id = str(local_folder(folder_or_id)) if in_a_store(folder_or_id) else folder_or_id
     folder = Path(folder_or_id)
     own = [part for part in ("superres", "superres_vqvae", "critic") if (folder / part).exists()]
     sums = {part: weights_sha256(folder_or_id, part) for part in ("transformer", "vqvae", "text_encoder", *own)}

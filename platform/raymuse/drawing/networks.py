@@ -3,19 +3,22 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from raymuse.config.drawing import DrawPrecision
 from raymuse.config.errors import UserError
 from raymuse.drawing.attention import Attention, require_kernel
 from raymuse.drawing.compiled import compile_blocks, is_compiled
+from raymuse.drawing.graphs import require_graphs
 from raymuse.drawing.model_folder import Settings, check_widths, load_base, load_superres, local_folder
 from raymuse.drawing.packed import is_packed, pack
 from raymuse.models.base import Base
 from raymuse.models.lora import Adapter
 from raymuse.models.maskgit import MaskGit
+from raymuse.models.precision import DTYPES, Precision
 from raymuse.models.superres import SuperRes
 from raymuse.models.text import TextEncoder
 from raymuse.models.uvit import UVit
@@ -35,6 +38,7 @@ class Networks:
         batch_size: rows that every network call is padded to, so that a picture does not depend on its batch.
         attention: the kernel of the transformers.
         critic: tells drawn ids of the base from true ones: a network like it with one logit an id.
+        cuda_graphs: whether sampling steps are CUDA graphs.
     """
 
     vqgan: Vqgan
@@ -46,6 +50,7 @@ class Networks:
     batch_size: int = 16
     critic: Base | None = None
     attention: Attention = "auto"
+    cuda_graphs: bool = False
 
     @classmethod
     def load(
@@ -57,6 +62,8 @@ class Networks:
         variant: str | None = None,
         lora: Mapping[str, float] | None = None,
         attention: Attention = "auto",
+        precision: DrawPrecision = "fp32",
+        cuda_graphs: bool = False,
     ) -> Self:
         """Open a model folder (ours, or diffusers' aMUSEd layout) or a Hugging Face id.
 
@@ -64,13 +71,21 @@ class Networks:
             variant: read the weights from the files of that name, e.g. "fp16".
             lora: adapters to merge, as for `styled`.
             attention: "flash", "memory-efficient", "math", or "auto": PyTorch chooses.
+            precision: of the transformers. VQGAN and text encoder count in fp32 always, the former's products through
+                TF32 on CUDA where this is another.
+            cuda_graphs: start each step's kernels by one call; on CUDA alone.
 
         Raises:
-            UserError: for a folder that is missing, incomplete, or holds pickled weights.
+            UserError: for a folder that is missing, incomplete, or holds pickled weights, and what the device cannot.
         """
-        require_kernel(attention, device)
+        if precision not in get_args(DrawPrecision):
+            raise UserError(f"precision={precision!r}: there are {', '.join(get_args(DrawPrecision))}")
+        require_kernel(attention, device, precision)
+        if cuda_graphs:
+            require_graphs(device)
         folder = local_folder(folder_or_id)
-        vqgan = Vqgan.load(str(folder), device, variant=variant)
+        inexact: Precision = "fp32" if precision == "fp32" else "tf32"
+        vqgan = Vqgan.load(str(folder), device, inexact, variant=variant)
         base = load_base(folder / "transformer", device, variant)
         if isinstance(base, MaskGit) and attention == "flash":
             raise UserError(
@@ -81,7 +96,7 @@ class Networks:
         if (folder / "superres").exists():
             superres = load_superres(folder / "superres", device, variant)
             own = folder / "superres_vqvae"
-            superres_vqgan = Vqgan.load(str(own), device, variant=variant) if own.exists() else vqgan
+            superres_vqgan = Vqgan.load(str(own), device, inexact, variant=variant) if own.exists() else vqgan
         text = TextEncoder.load(str(folder), device, variant=variant)
         check_widths(folder_or_id, "transformer", base.config, vqgan.codes, text)
         if superres is not None and superres_vqgan is not None:
@@ -93,8 +108,14 @@ class Networks:
             raise UserError(f"{folder_or_id} is sampled with order: critic and has no critic/: export one with it.")
         if settings.superres is not None and settings.superres.order == "critic":
             raise UserError(f"{folder_or_id}: a critic judges the base's ids, so superres_sampling has another order.")
-        loaded = cls(vqgan, text, base, settings, superres, superres_vqgan, batch_size, critic, attention)
-        return loaded.styled(lora) if lora else loaded
+        parts = vqgan, text, base, settings, superres, superres_vqgan
+        loaded = cls(*parts, batch_size, critic, attention, cuda_graphs)
+        if lora:
+            loaded = loaded.styled(lora)
+        for network in (loaded.base, loaded.superres, loaded.critic):
+            if network is not None:
+                network.to(DTYPES[precision])
+        return loaded
 
     def styled(self, adapters: Mapping[str, float]) -> Self:
         """This model with LoRA adapters merged into it, by address and scale; this one itself stays as it is.

@@ -38,7 +38,9 @@ def pack(network: N, rows: int) -> N:
     """
     weights = list(network.parameters())
     if any(weight.device.type != "cpu" or weight.dtype != torch.float32 for weight in weights):
-        raise UserError("only a network in fp32 on the CPU can be packed: load it with device='cpu'.")
+        raise UserError(
+            "only a network in fp32 on the CPU can be packed: load it with device='cpu' and precision='fp32'."
+        )
     if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         raise UserError(f"this PyTorch ({torch.__version__}) has no oneDNN: draw without packing.")
     packed = copy.deepcopy(network, {id(weight): weight for weight in weights})

@@ -5,19 +5,24 @@ that neither its place in a batch nor the batch itself changes it. B rows, L ids
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from raymuse.config.errors import UserError
 from raymuse.config.sampling import SamplingConfig
+from raymuse.drawing.graphs import StepGraphs
+from raymuse.drawing.parts import Parts
+from raymuse.drawing.tables import Conditions, Table
 from raymuse.masking import (
     CHOICE,
     CONFIDENCE,
+    fresh_steps,
     guidance_scales,
     guide,
     halton_ranks,
@@ -29,6 +34,7 @@ from raymuse.masking import (
 
 DOUBLED_CELLS = 4096  # ids up to which a guided step is one pass over twice the rows: beyond, two passes are as quick
 CORE_CELLS = 256  # ids of a pass on a core: what a layer makes of more leaves its cache, and no row gets any quicker
+EIGHTHS = 8  # of the ids: the steps in which `masked_only` counts, so that there are few shapes
 
 
 class TokenTransformer(Protocol):
@@ -38,7 +44,7 @@ class TokenTransformer(Protocol):
 
     def precompute(self, condition: Any) -> Any: ...
 
-    def features(self, ids: Tensor, condition: Any) -> Tensor: ...
+    def features(self, ids: Tensor, condition: Any, at: Tensor | None = None) -> Tensor: ...
 
     def head(self, features: Tensor) -> Tensor: ...
 
@@ -52,12 +58,14 @@ class Course:
         temperature: of the confidence's noise.
         guidance: scale; 1: none.
         hide: ids that are masked again before the step, bool (S, L); None: none.
+        fresh: whether what guidance adds is computed anew, or kept from the last step for which it was; None: always.
     """
 
     remaining: Sequence[int]
     temperature: Sequence[float]
     guidance: Sequence[float]
     hide: NDArray[np.bool_] | None = None
+    fresh: Sequence[bool] | None = None
 
     @classmethod
     def of(cls, sampling: SamplingConfig, length: int, masked: int | None = None, first: int = 0) -> "Course":
@@ -68,11 +76,25 @@ class Course:
             masked_counts(length, sampling.steps, sampling.masking, ratio)[first:],
             temperatures(sampling.temperature, sampling.steps, sampling.end_temperature)[first:],
             scales[first:],
+            fresh=None if sampling.guidance_every == 1 else fresh_steps(scales[first:], sampling.guidance_every),
         )
 
     @property
     def guided(self) -> bool:
         return any(scale != 1 for scale in self.guidance)
+
+    def anew(self, step: int) -> bool:
+        """Whether a step asks the network under the negative prompt, too."""
+        return self.guidance[step] != 1 and (self.fresh is None or self.fresh[step])
+
+    def unknown(self, masked: int, length: int) -> list[int]:
+        """How many of `length` ids are unknown at each step, the most there may be, where `masked` were at first."""
+        counts = []
+        for step, remaining in enumerate(self.remaining):
+            hidden = 0 if self.hide is None else int(self.hide[step].sum())
+            counts.append(min(length, masked + hidden))
+            masked = min(counts[-1], max(1, min(remaining, counts[-1] - 1))) if remaining else 0
+        return counts
 
 
 @dataclass(frozen=True)
@@ -82,10 +104,27 @@ class Draws:
     top_p: float = 1.0
     top_k: int = 0
     order: str = "confidence"
+    masked_only: bool = False
 
     @classmethod
     def of(cls, sampling: SamplingConfig) -> "Draws":
-        return cls(sampling.top_p, sampling.top_k, sampling.order)
+        return cls(sampling.top_p, sampling.top_k, sampling.order, sampling.masked_only)
+
+
+class _Kind(NamedTuple):
+    """What a step of all rows does. Steps of one kind are the same calls of the same shapes.
+
+    Attributes:
+        hides: a row masks ids again before it.
+        guided: a row has guidance.
+        anew: a row asks under its negative prompt for it.
+        most: ids a row that the head and the draw look at; 0: all.
+    """
+
+    hides: bool
+    guided: bool
+    anew: bool
+    most: int
 
 
 @torch.no_grad()
@@ -123,15 +162,17 @@ def sample_ids(
 class Rows:
     """B rows of ids that one network draws, each from a prompt of its own, on its own course, at its own step.
 
-    A step is passes of `at_once` rows each, whatever they hold, of the same shapes always, and nothing in them waits
-    for the device; passes none of whose rows has a step left are left out. Between steps pictures are admitted to rows.
-    A row whose course has ended, or that is still empty, stays as it is.
+    A step is one pass of all rows whatever they hold, of the same shapes always, and nothing in it waits for the
+    device. Between steps pictures are admitted to rows. A row whose course has ended, or that is still empty, stays as
+    it is.
 
     Args:
         shape: (B, h, w).
-        at_once: divides B; None: all.
+        at_once: rows of a pass, divides B; None: all. Passes without a picture are left out.
         draws, streams: see `sample_ids`.
         critic: where `draws.order` is "critic": a U-ViT with one logit an id.
+        parts: how many a pass is done in; None: as it turns out.
+        graphs: whether steps are CUDA graphs.
 
     Attributes:
         ids: (B, h, w), the mask id where still unknown.
@@ -146,6 +187,8 @@ class Rows:
         critic: TokenTransformer | None = None,
         device: torch.device | str = "cpu",
         at_once: int | None = None,
+        parts: Parts | None = None,
+        graphs: bool = False,
     ) -> None:
         self.network, self.critic, self.draws, self.streams = network, critic, draws or Draws(), streams
         assert (self.draws.order == "critic") == (critic is not None)
@@ -153,18 +196,24 @@ class Rows:
         self.at_once = at_once or count
         assert count % self.at_once == 0
         self.ids = torch.zeros(tuple(shape), dtype=torch.int64, device=device)
+        self._parts = parts or Parts("a sampling step")
         self._courses, self._at = [Course([], [], [])] * count, [0] * count
+        self._unknown = [list[int]()] * count  # by step, where `masked_only`
         self._steps = torch.zeros(count, dtype=torch.int64, device=device)  # as _at
-        self._doubles = self.at_once * length <= DOUBLED_CELLS
-        self._conditions = _Conditions(2 * count)  # a pass after the other: of the prompts, then of the negative ones
-        self._judged = _Conditions(count)
-        self._choice = _Table(count, (length,), torch.float64, 0.5, device)
-        self._confidence = _Table(count, (length,), torch.float64, 0.5, device)
-        self._remaining = _Table(count, (), torch.int64, 0, device)
-        self._heat = _Table(count, (), torch.float64, 0.0, device)
-        self._scale = _Table(count, (), torch.float32, 1.0, device)
-        self._hide = _Table(count, (length,), torch.bool, False, device)
+        self._conditions = Conditions(2 * count)  # a pass after the other: of the prompts, then of the negative ones
+        self._judged = Conditions(count)
+        self._choice = Table(count, (length,), torch.float64, 0.5, device)
+        self._confidence = Table(count, (length,), torch.float64, 0.5, device)
+        self._remaining = Table(count, (), torch.int64, 0, device)
+        self._heat = Table(count, (), torch.float64, 0.0, device)
+        self._scale = Table(count, (), torch.float32, 1.0, device)
+        self._hide = Table(count, (length,), torch.bool, False, device)
+        self._fresh = Table(count, (), torch.bool, True, device)
         self._priority = torch.zeros(count, length, dtype=torch.float64, device=device)
+        self._added: Tensor | None = None  # (B, L, C): what guidance adds, where a course keeps it
+        self._half = False  # whether logits come in fp16
+        self._finite = torch.ones(count, dtype=torch.bool, device=device)  # whether all of a row's did, where they do
+        self._graphs = StepGraphs(self._run, self._changing) if graphs else None
 
     def ended(self, row: int) -> bool:
         """Whether a row's picture has no step left."""
@@ -173,6 +222,13 @@ class Rows:
     def clear(self, row: int) -> None:
         """Forget a row's picture: its steps cost its neighbours nothing any more."""
         self._courses[row], self._at[row] = Course([], [], []), 0
+
+    def require_finite(self, rows: Sequence[int]) -> None:
+        """Raise UserError where a logit of one of these rows' pictures was infinite or no number, in fp16."""
+        if self._half and not bool(self._finite[list(rows)].all()):
+            raise UserError(
+                "the numbers of this model grow beyond what fp16 can hold: draw with precision bf16, or fp32."
+            )
 
     @torch.no_grad()
     def admit(
@@ -201,73 +257,143 @@ class Rows:
             self._conditions.put(place + self.at_once, self.network.precompute(unconditional))
         if self.critic is not None:
             self._judged.put(index, self.critic.precompute(judged))
-        self.ids[index] = ids
-        self._steps[index] = 0
-        for row, course in zip(rows, courses, strict=True):
+        self.ids[index], self._steps[index], self._finite[index] = ids, 0, True
+        length = self._priority.shape[1]
+        masked = (ids == int(self.network.config.mask_id)).flatten(1).sum(1).tolist() if self.draws.masked_only else []
+        for place, (row, course) in enumerate(zip(rows, courses, strict=True)):
             self._courses[row], self._at[row] = course, 0
+            self._unknown[row] = course.unknown(masked[place], length) if masked else []
 
-        length, steps = self._priority.shape[1], max(1, *(len(course.remaining) for course in courses))
+        steps = max(1, *(len(course.remaining) for course in courses))
         choice, confidence = (_noise(seeds, stream, steps, length) for stream in self.streams)
-        self._choice.put(index, choice)
-        self._confidence.put(index, confidence)
-        self._remaining.put(index, [course.remaining for course in courses])
-        self._heat.put(index, [course.temperature for course in courses])
-        self._scale.put(index, [course.guidance for course in courses])
-        self._hide.put(index, [() if course.hide is None else course.hide for course in courses])
+        moved = [
+            self._choice.put(index, choice),
+            self._confidence.put(index, confidence),
+            self._remaining.put(index, [course.remaining for course in courses]),
+            self._heat.put(index, [course.temperature for course in courses]),
+            self._scale.put(index, [course.guidance for course in courses]),
+            self._hide.put(index, [() if course.hide is None else course.hide for course in courses]),
+            self._fresh.put(index, [() if course.fresh is None else course.fresh for course in courses]),
+        ]
+        if any(course.fresh is not None for course in courses) and self._added is None:
+            codes = int(self.network.config.codebook_size)
+            self._added = torch.zeros(len(self.ids), length, codes, device=self.ids.device)
+            moved.append(True)
         if (priority := _priority(self.draws.order, tuple(ids.shape[1:]), confidence[:, 0])) is not None:
             self._priority[index] = priority.to(self._priority)
+        if self._graphs is not None and any(moved):
+            self._graphs.forget()
 
     @torch.no_grad()
     def step(self) -> None:
         """Every row that has a step left goes one on."""
+        kind = self._kind()
+        (self._run if self._graphs is None else self._graphs)(kind)
+        for row in range(len(self._at)):
+            self._at[row] += not self.ended(row)
+
+    def _kind(self) -> _Kind:
+        """What the next step does."""
+        going = [(row, self._courses[row], step) for row, step in enumerate(self._at) if not self.ended(row)]
+        most = 0
+        if self.draws.masked_only:
+            length = self._priority.shape[1]
+            eighth = -(-length // EIGHTHS)
+            most = min(
+                length, eighth * -(-max((self._unknown[row][step] for row, _, step in going), default=1) // eighth)
+            )
+        return _Kind(
+            any(course.hide is not None for _, course, _ in going),
+            any(course.guidance[step] != 1 for _, course, step in going),
+            any(course.anew(step) for _, course, step in going),
+            most,
+        )
+
+    def _run(self, kind: Any) -> None:
+        """The step on the device, in place."""
         for first in range(0, len(self.ids), self.at_once):
-            rows = range(first, first + self.at_once)
-            if going := [row for row in rows if not self.ended(row)]:
-                self._pass(slice(rows.start, rows.stop), going)
+            if self._graphs is not None or not all(map(self.ended, range(first, first + self.at_once))):
+                self._pass(first, kind)
         self._steps += 1
 
-    def _pass(self, rows: slice, going: Sequence[int]) -> None:
-        """The step of some rows, of which those `going` have one left."""
-        before, mask_id = self.ids[rows], int(self.network.config.mask_id)
-        known, steps = before.flatten(1), self._steps[rows]
-        hides = any(self._courses[row].hide is not None for row in going)
-        guided = any(self._courses[row].guidance[self._at[row]] != 1 for row in going)
-        for row in going:
-            self._at[row] += 1
-        if hides:
-            known = torch.where(self._hide.now(steps, rows), mask_id, known)
+    def _pass(self, first: int, kind: _Kind) -> None:
+        """The step of `at_once` rows."""
+
+        def stepped(part: slice) -> Tensor:
+            return self._stepped(slice(first + part.start, first + part.stop), kind)
+
+        self.ids[first : first + self.at_once] = self._parts.run(self.at_once, stepped)
+
+    def _changing(self) -> list[Tensor]:
+        return [self.ids, self._steps, self._finite, *([] if self._added is None else [self._added])]
+
+    def _stepped(self, part: slice, kind: _Kind) -> Tensor:
+        """The ids (b, h, w) of some rows after the step. Doing it twice does no harm."""
+        mask_id, grid = int(self.network.config.mask_id), self.ids.shape[1:]
+        known = self.ids[part].flatten(1)
+        if kind.hides:
+            known = torch.where(self._hide.now(self._steps, part), mask_id, known)
+        at = None if not kind.most else (known != mask_id).byte().argsort(dim=1, stable=True)[:, : kind.most]
+        logits = self._predict(part, known.view(-1, *grid), at, kind)
+        if self._half:
+            self._finite[part] &= logits.isfinite().flatten(1).all(1)
         ordered = self.draws.order not in ("confidence", "critic")
-        self.ids[rows] = reveal(
-            self._predict(known.view_as(before), rows, guided).flatten(1, 2),
+        return reveal(
+            logits,
             known,
-            self._choice.now(steps, rows),
-            self._confidence.now(steps, rows),
-            self._remaining.now(steps, rows),
-            self._heat.now(steps, rows),
+            self._choice.now(self._steps, part),
+            self._confidence.now(self._steps, part),
+            self._remaining.now(self._steps, part),
+            self._heat.now(self._steps, part),
             mask_id=mask_id,
             top_p=self.draws.top_p,
             top_k=self.draws.top_k,
-            priority=self._priority[rows] if ordered else None,
-            critic=None if self.critic is None else lambda drawn: self._judge(drawn.view_as(before), rows).flatten(1),
-        ).view_as(before)
+            priority=self._priority[part] if ordered else None,
+            critic=None if self.critic is None else lambda drawn: self._judge(part, drawn.view(-1, *grid)),
+            at=at,
+        ).view(-1, *grid)
 
-    def _predict(self, ids: Tensor, rows: slice, guided: bool) -> Tensor:
-        """Logits (N, h, w, C) for ids (N, h, w) of some rows; `guided` where one has guidance at this step."""
-        network, count = self.network, self.at_once
-        conditions = [self._conditions.part(2 * rows.start + first, count) for first in (0, count)]
-        if not guided:
-            return _logits(network, ids, conditions[0])
-        if self._doubles:
-            both = _logits(network, torch.cat([ids, ids]), self._conditions.part(2 * rows.start, 2 * count))
+    def _predict(self, part: slice, ids: Tensor, at: Tensor | None, kind: _Kind) -> Tensor:
+        """Logits (b, L, C) for the ids (b, h, w) of some rows; (b, M, C), of the ids `at` (b, M) alone."""
+        count, start = len(ids), part.start + part.start // self.at_once * self.at_once
+        if not kind.anew:
+            conditional = self._logits(ids, self._conditions.part(start, count), at)
+            return conditional if not kind.guided else self._with_kept(part, conditional, at)
+        if self._parts.count == 1 and ids.numel() <= DOUBLED_CELLS:
+            twice = None if at is None else torch.cat([at, at])
+            both = self._logits(torch.cat([ids, ids]), self._conditions.part(start, 2 * count), twice)
             conditional, free = both.chunk(2)
         else:
-            conditional, free = (_logits(network, ids, condition) for condition in conditions)
-        scale = self._scale.now(self._steps[rows], rows).view(-1, *[1] * (conditional.ndim - 1))
-        return torch.where(scale == 1, conditional, guide(conditional, free, scale.to(conditional.dtype)))
+            conditional, free = (
+                self._logits(ids, self._conditions.part(first, count), at) for first in (start, start + self.at_once)
+            )
+        if self._added is not None:
+            return self._with_kept(part, conditional, at, free)
+        scale = self._scale.now(self._steps, part)[:, None, None]
+        return torch.where(scale == 1, conditional, guide(conditional, free, scale))
 
-    def _judge(self, ids: Tensor, rows: slice) -> Tensor:
+    def _with_kept(self, part: slice, conditional: Tensor, at: Tensor | None, free: Tensor | None = None) -> Tensor:
+        """Guided logits, by what guidance adds at this step where it is fresh, else by what it added when it was."""
+        assert self._added is not None, "a course that keeps it has made room"
+        kept = self._added[part]
+        where = None if at is None else at[:, :, None].expand(-1, -1, kept.shape[-1])
+        added = kept if where is None else kept.gather(1, where)
+        if free is not None:
+            fresh = self._fresh.now(self._steps, part)[:, None, None]
+            added = torch.where(fresh, conditional - free, added)
+            kept.copy_(added) if where is None else kept.scatter_(1, where, added)
+        scale = self._scale.now(self._steps, part)[:, None, None]
+        return torch.where(scale == 1, conditional, conditional + (scale - 1) * added)
+
+    def _logits(self, ids: Tensor, condition: Any, at: Tensor | None) -> Tensor:
+        logits = self.network.head(self.network.features(ids, condition, at))
+        self._half = logits.dtype == torch.float16
+        return logits.flatten(1, 2).float()
+
+    def _judge(self, part: slice, ids: Tensor) -> Tensor:
         assert self.critic is not None
-        return _logits(self.critic, ids, self._judged.part(rows.start, self.at_once)).squeeze(-1)
+        condition = self._judged.part(part.start, len(ids))
+        return self.critic.head(self.critic.features(ids, condition)).flatten(1)
 
 
 def rows_at_once(count: int, length: int, device: torch.device) -> int:
@@ -279,69 +405,6 @@ def rows_at_once(count: int, length: int, device: torch.device) -> int:
         return count
     most = max(1, CORE_CELLS // length)
     return next(rows for rows in range(min(most, count), 0, -1) if count % rows == 0)
-
-
-def _logits(network: TokenTransformer, ids: Tensor, condition: Any) -> Tensor:
-    return network.head(network.features(ids, condition))
-
-
-class _Conditions:
-    """The prepared conditions of so many samples, replaced one by one; 0 before."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.whole: Any = None
-        self.parts: dict[tuple[int, int], Any] = {}
-
-    def put(self, index: Tensor, condition: Any) -> None:
-        """Replace the samples `index` by the first ones of `condition`."""
-        if self.whole is None:
-            self.whole = _each(lambda new: new.new_zeros(self.count, *new.shape[1:]), condition)
-        _each(lambda kept, new: kept.index_copy_(0, index, new[: len(index)]), self.whole, condition)
-
-    def part(self, first: int, count: int) -> Any:
-        """So many samples, as a view."""
-        if (first, count) not in self.parts:
-            self.parts[first, count] = _each(lambda tensor: tensor[first : first + count], self.whole)
-        return self.parts[first, count]
-
-
-class _Table:
-    """What holds for each of B rows at each of its steps, (S, B, ...), and `after` beyond a row's end."""
-
-    def __init__(
-        self, rows: int, shape: tuple[int, ...], dtype: torch.dtype, after: float, device: torch.device | str
-    ) -> None:
-        self.after = after
-        self.values = torch.full((1, rows, *shape), after, dtype=dtype, device=device)
-
-    def put(self, index: Tensor, rows: Sequence[Any] | Tensor) -> None:
-        """Replace the rows `index` by `rows`, of (steps, ...) each."""
-        steps = max(map(len, rows))
-        if (missing := steps + 1 - len(self.values)) > 0:
-            self.values = torch.cat([self.values, self._empty(missing, self.values.shape[1])])
-        new = self._empty(len(self.values), len(rows)).cpu()
-        for number, row in enumerate(rows):
-            if len(row):
-                new[: len(row), number] = torch.as_tensor(row).to(new)
-        self.values[:, index] = new.to(self.values)
-
-    def now(self, steps: Tensor, rows: slice) -> Tensor:
-        """(N, ...): what holds for each of some rows at the step (N,) it is at."""
-        last = steps.clamp(max=len(self.values) - 1)
-        return self.values[last, torch.arange(rows.start, rows.stop, device=last.device)]
-
-    def _empty(self, steps: int, rows: int) -> Tensor:
-        return self.values.new_full((steps, rows, *self.values.shape[2:]), self.after)
-
-
-def _each(function: Callable[..., Tensor], *conditions: Any) -> Any:
-    """The condition whose tensors are those of the given ones, one by one, under the function: nested tuples."""
-    if isinstance(conditions[0], Tensor):
-        return function(*conditions)
-    parts = [_each(function, *parts) for parts in zip(*conditions, strict=True)]
-    kind = type(conditions[0])
-    return kind(*parts) if hasattr(kind, "_fields") else tuple(parts)
 
 
 def _noise(seeds: Sequence[int], stream: int, steps: int, length: int) -> Tensor:

@@ -9,6 +9,7 @@ is done for a picture is done in calls of a fixed number of rows, so that the pi
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from raymuse.drawing.attention import attention_by
 from raymuse.drawing.networks import Networks
+from raymuse.drawing.parts import Parts
 from raymuse.drawing.sampler import Rows, TokenTransformer, rows_at_once
 from raymuse.drawing.tasks import UNKNOWN, Ids, Request, Stage
 from raymuse.masking import CHOICE, CONFIDENCE, HIGH_CHOICE, HIGH_CONFIDENCE
-from raymuse.models.vqgan import Vqgan
+from raymuse.models.vqgan import Vqgan, to_bytes
 
 MOST_LANES = 4  # shapes that are drawn at a time: each holds the tables and conditions of `batch_size` rows
 REMEMBERED = 64  # prompts whose text states are kept: the empty one comes again and again
@@ -62,8 +64,9 @@ class Scheduler:
 
     def __init__(self, networks: Networks) -> None:
         self.networks = networks
-        self._texts = _Texts(networks)
+        self._texts, self._parts = _Texts(networks), _AllParts()
         self._lanes: OrderedDict[tuple[object, ...], _Lane] = OrderedDict()
+        self._idle: OrderedDict[tuple[object, ...], _Lane] = OrderedDict()  # whose CUDA graphs are worth keeping
         self._outside = _Queue()
 
     def submit(self, ticket: Ticket) -> None:
@@ -95,6 +98,10 @@ class Scheduler:
         lane.open = {ticket: None for ticket in lane.open if not (ticket.cancelled or ticket in ended)}
         if lane.busy:
             self._lanes[shape] = lane
+        elif self.networks.cuda_graphs:
+            self._idle[shape] = lane
+            while len(self._idle) > MOST_LANES:
+                self._idle.popitem(last=False)
         self._let_in()
         return [*done]
 
@@ -105,7 +112,8 @@ class Scheduler:
             if shape not in self._lanes:
                 if len(self._lanes) >= MOST_LANES:
                     return
-                self._lanes[shape] = _Lane(self.networks, self._texts, ticket.request)
+                idle = self._idle.pop(shape, None)
+                self._lanes[shape] = idle or _Lane(self.networks, self._texts, self._parts, ticket.request)
             self._outside.take(1)
             self._lanes[shape].put(ticket)
 
@@ -124,18 +132,24 @@ class _Begun:
 class _Lane:
     """The pictures of one shape."""
 
-    def __init__(self, networks: Networks, texts: "_Texts", like: Request) -> None:
+    def __init__(self, networks: Networks, texts: "_Texts", parts: "_AllParts", like: Request) -> None:
         self.networks, self.texts = networks, texts
         self.open: dict[Ticket, None] = {}  # asked for and not done
         self.waiting, self.between = _Queue(), deque[_Begun]()
         count, device = networks.batch_size, networks.vqgan.network.device
         self.critic = networks.critic if like.base.draws.order == "critic" else None
-        base = _rows(networks.base, count, like.base, (CHOICE, CONFIDENCE), self.critic, device)
-        self.base = _Seats(base, networks.vqgan, networks.group, tells=True)
+        self.base = _Seats(
+            _rows(networks, networks.base, like.base, (CHOICE, CONFIDENCE), self.critic, parts, "step"),
+            networks.vqgan,
+            networks.group,
+            parts,
+            tells=True,
+        )
         self.high = None
         if like.high is not None and networks.superres is not None and networks.superres_vqgan is not None:
-            high = _rows(networks.superres, count, like.high, (HIGH_CHOICE, HIGH_CONFIDENCE), None, device)
-            self.high = _Seats(high, networks.superres_vqgan, networks.group, tells=False)
+            streams, name = (HIGH_CHOICE, HIGH_CONFIDENCE), "super-resolution step"
+            high = _rows(networks, networks.superres, like.high, streams, None, parts, name)
+            self.high = _Seats(high, networks.superres_vqgan, networks.group, parts, tells=False)
         self.micro = _micro(networks, like.base.ids.shape)
 
     @property
@@ -211,8 +225,9 @@ class _Lane:
 class _Seats:
     """The rows of one network, and whose picture is in each."""
 
-    def __init__(self, rows: Rows, vqgan: Vqgan, group: int, tells: bool) -> None:
+    def __init__(self, rows: Rows, vqgan: Vqgan, group: int, parts: "_AllParts", tells: bool) -> None:
         self.rows, self.vqgan, self.group, self.tells = rows, vqgan, group, tells
+        self.parts = parts[f"decoding {rows.ids.shape[1]} x {rows.ids.shape[2]} ids"]
         self.begun: list[_Begun | None] = [None] * len(rows.ids)
 
     @property
@@ -266,23 +281,38 @@ class _Seats:
             some = ended[first : first + self.group]
             rows = [row for row, _ in some]
             ids = self.rows.ids[[*rows, *rows[:1] * (self.group - len(rows))]]
-            pixels = self.vqgan.decode(ids)
+            self.rows.require_finite(rows)
+            pixels = to_bytes(self.parts.run(len(ids), partial(self._decoded, ids)))
             for row in rows:
                 self.begun[row] = None
             yield from ((begun, ids[place], pixels[place]) for place, (_, begun) in enumerate(some))
 
+    def _decoded(self, ids: Tensor, part: slice) -> Tensor:
+        return self.vqgan.decode_unit(ids[part])
+
+
+class _AllParts(dict[str, Parts]):
+    """In how many parts each kind of work is done, by its name; what was found out holds for lanes to come."""
+
+    def __missing__(self, name: str) -> Parts:
+        self[name] = Parts(name)
+        return self[name]
+
 
 def _rows(
+    networks: Networks,
     network: TokenTransformer,
-    count: int,
     like: Stage,
     streams: tuple[int, int],
     critic: TokenTransformer | None,
-    device: torch.device,
+    parts: dict[str, Parts],
+    name: str,
 ) -> Rows:
-    """Rows of a stage's shape."""
-    at_once = rows_at_once(count, like.ids.size, device)
-    return Rows(network, (count, *like.ids.shape), like.draws, streams, critic, device, at_once)
+    """Rows of a stage's shape; `name` is what its step is called where it does not fit into memory."""
+    count, device, (height, width) = networks.batch_size, networks.vqgan.network.device, like.ids.shape
+    at_once, known = rows_at_once(count, like.ids.size, device), parts[f"a {name} of {height} x {width} ids"]
+    shape, graphs = (count, height, width), networks.cuda_graphs
+    return Rows(network, shape, like.draws, streams, critic, device, at_once, known, graphs)
 
 
 class _Queue:

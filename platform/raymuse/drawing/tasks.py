@@ -10,7 +10,7 @@
 A cascade does the same twice: with the base's ids, then, given these, with the high-res ids.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,7 +116,7 @@ def resampled(ids: Ids, sampling: SamplingConfig, seed: int, rounds: int = ROUND
     ranks = uniforms(seed, START, range(rounds), ids.size).argsort(axis=1).argsort(axis=1)
     hide = ranks < max(1, round(share * ids.size))
     course = Course([0] * rounds, [0.0] * rounds, [sampling.guidance] * rounds, hide)
-    return Stage(ids, course, Draws(sampling.top_p, sampling.top_k))
+    return Stage(ids, course, replace(Draws.of(sampling), order="confidence"))
 
 
 def touched(mask: Mask, grid: tuple[int, int]) -> NDArray[np.bool_]:

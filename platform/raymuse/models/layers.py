@@ -113,6 +113,12 @@ class Block(nn.Module, ABC):
     def forward(self, x_BhwD: Tensor, *prepared: Tensor) -> Tensor: ...
 
 
+def cells(x_BhwD: Tensor, at_BM: Tensor) -> Tensor:
+    """Some cells of each grid, by their row-major number: (B, M, 1, D), a grid of one column."""
+    x_BLD = x_BhwD.flatten(1, 2)
+    return x_BLD.gather(1, at_BM[:, :, None].expand(-1, -1, x_BLD.shape[-1]))[:, :, None]
+
+
 def run_blocks(
     blocks: Iterable[nn.Module],
     x_BhwD: Tensor,
@@ -120,13 +126,18 @@ def run_blocks(
     prepared: Sequence[Prepared] = (),
     *,
     recompute: bool = False,
+    at_BM: Tensor | None = None,
 ) -> Tensor:
     """Blocks in a row. `prepared`: one entry a block, or empty to prepare on the way.
 
     recompute: gradient checkpointing, i.e. keep each block's input only, and run the block again for its gradient.
+    at_BM: the last block's output is needed at these `cells` alone; it then takes `at_BM`, too, and comes prepared.
     """
+    last = len(prepared) - 1
     for index, block in enumerate(blocks):
-        if prepared:
+        if prepared and at_BM is not None and index == last:
+            x_BhwD = block(x_BhwD, *prepared[index], at_BM=at_BM)
+        elif prepared:
             x_BhwD = block(x_BhwD, *prepared[index])
         elif recompute and torch.is_grad_enabled():
             x_BhwD = checkpoint(_prepare_and_run, block, x_BhwD, *context, use_reentrant=False)

@@ -79,7 +79,8 @@ class Adapter:
                     f"{tuple(change.shape)} there."
                 )
             with torch.no_grad():
-                weight.add_(change.to(weight).view(weight.shape), alpha=scale)
+                # In fp32, also where the weight is not: it is then rounded once.
+                weight.copy_(weight.float().add(change.to(weight.device).view(weight.shape), alpha=scale))
 
 
 def insert(network: nn.Module, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:

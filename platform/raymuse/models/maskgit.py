@@ -23,6 +23,7 @@ from raymuse.models.layers import (
     Block,
     Prepared,
     RMSNorm,
+    cells,
     initialise_weights,
     run_blocks,
     token_shape_problems,
@@ -119,13 +120,17 @@ class MaskGit(nn.Module):
         prepared = tuple(layer.prepare(condition.text, condition.bias) for layer in layers)
         return condition._replace(prepared=prepared)
 
-    def features(self, ids_Bhw: Tensor, condition: Condition) -> Tensor:
-        """What the head reads, (B, h, w, D). Raises ValueError for a grid larger than the config's."""
+    def features(self, ids_Bhw: Tensor, condition: Condition, at_BM: Tensor | None = None) -> Tensor:
+        """What the head reads, (B, h, w, D). Raises ValueError for a grid larger than the config's.
+
+        at_BM: only these cells' is wanted, (B, M, 1, D), of a prepared condition: the last layer computes no other.
+        """
         if max(ids_Bhw.shape[1:]) > self.config.sample_size:
             raise ValueError(f"grid {tuple(ids_Bhw.shape[1:])} is larger than {self.config.sample_size} on a side")
         embedded = self.embed(ids_Bhw) + self.positions(ids_Bhw, coarse=False)
         context = (condition.text, condition.bias)
-        x_BhwD = run_blocks(self.layers, embedded, context, condition.prepared, recompute=self.gradient_checkpointing)
+        recompute = self.gradient_checkpointing
+        x_BhwD = run_blocks(self.layers, embedded, context, condition.prepared, recompute=recompute, at_BM=at_BM)
         out: Tensor = self.norm(x_BhwD)
         return out
 
@@ -169,10 +174,13 @@ class MaskGitLayer(Block):
         text_BTD, bias_B11T = context
         return (*self.attn2.keys_values(text_BTD), bias_B11T)
 
-    def forward(self, x_BhwD: Tensor, *prepared: Tensor) -> Tensor:
+    def forward(self, x_BhwD: Tensor, *prepared: Tensor, at_BM: Tensor | None = None) -> Tensor:
         key, value, bias = prepared
         normed = self.norm1(x_BhwD)
-        x_BhwD = x_BhwD + self.attn1(normed, *self.attn1.keys_values(normed))
+        own = self.attn1.keys_values(normed)
+        if at_BM is not None:
+            x_BhwD, normed = cells(x_BhwD, at_BM), cells(normed, at_BM)
+        x_BhwD = x_BhwD + self.attn1(normed, *own)
         x_BhwD = x_BhwD + self.attn2(self.norm2(x_BhwD), key, value, bias)
         out: Tensor = x_BhwD + self.mlp(self.norm3(x_BhwD))
         return out

@@ -1,4 +1,4 @@
-"""How exactly a frozen network counts: fp32, TF32 (fp32 numbers whose products keep 10 bits; CUDA alone) or bf16."""
+"""How exactly a frozen network counts: fp32, TF32 (fp32, products with 10 bits; CUDA alone), bf16 or fp16."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 
 Precision = Literal["fp32", "tf32", "bf16"]
 
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from raymuse.models.layers import (
     FeedForward,
     Prepared,
     RMSNorm,
+    cells,
     initialise_weights,
     run_blocks,
     token_shape_problems,
@@ -146,14 +147,18 @@ class SuperRes(nn.Module):
         prepared = tuple(block.prepare(context_BSD) for block in blocks)
         return condition._replace(prepared=prepared, spread=self._spread(condition))
 
-    def features(self, ids_BHW: Tensor, condition: Condition) -> Tensor:
-        """What the head reads, (B, H, W, D). Raises ValueError if the grid does not fit the condition's."""
+    def features(self, ids_BHW: Tensor, condition: Condition, at_BM: Tensor | None = None) -> Tensor:
+        """What the head reads, (B, H, W, D). Raises ValueError if the grid does not fit the condition's.
+
+        at_BM: only these cells' is wanted, (B, M, 1, D), of a prepared condition: the last layer computes no other.
+        """
         self._check_grid(ids_BHW, condition)
         context = () if condition.prepared else (_join(condition),)
         embedded = self.embed(ids_BHW) + self.positions(ids_BHW, coarse=False)
         for spread in condition.spread or self._spread(condition):
             embedded = embedded + spread
-        x_BHWD = run_blocks(self.layers, embedded, context, condition.prepared, recompute=self.gradient_checkpointing)
+        recompute = self.gradient_checkpointing
+        x_BHWD = run_blocks(self.layers, embedded, context, condition.prepared, recompute=recompute, at_BM=at_BM)
         out: Tensor = self.norm(x_BHWD)
         return out
 
@@ -273,10 +278,13 @@ class HighResLayer(Block):
         (context_BSD,) = context
         return self.attn2.keys_values(context_BSD)
 
-    def forward(self, x_BhwD: Tensor, *prepared: Tensor) -> Tensor:
+    def forward(self, x_BhwD: Tensor, *prepared: Tensor, at_BM: Tensor | None = None) -> Tensor:
         key, value = prepared
         normed = self.norm1(x_BhwD)
-        x_BhwD = x_BhwD + self.attn1(normed, *self.attn1.keys_values(normed))
+        own = self.attn1.keys_values(normed)
+        if at_BM is not None:
+            x_BhwD, normed = cells(x_BhwD, at_BM), cells(normed, at_BM)
+        x_BhwD = x_BhwD + self.attn1(normed, *own)
         x_BhwD = x_BhwD + self.attn2(self.norm2(x_BhwD), key, value)
         out: Tensor = x_BhwD + self.ff(self.norm3(x_BhwD))
         return out

@@ -22,6 +22,7 @@ from raymuse.models.layers import (
     FeedForward,
     Prepared,
     RMSNorm,
+    cells,
     initialise_weights,
     positive_fields,
     run_blocks,
@@ -174,8 +175,11 @@ class UVit(nn.Module):
         prepared = tuple(block.prepare(condition.text, condition.embedding) for block in self._blocks())
         return condition._replace(prepared=prepared)
 
-    def features(self, ids_Bhw: Tensor, condition: Condition) -> Tensor:
-        """What the head reads, (B, h, w, C). Raises ValueError for an odd grid if the model down-samples."""
+    def features(self, ids_Bhw: Tensor, condition: Condition, at_BM: Tensor | None = None) -> Tensor:
+        """What the head reads, (B, h, w, C). Raises ValueError for an odd grid if the model down-samples.
+
+        at_BM: only these cells' is wanted, (B, M, 1, C). The convolutions need all of them to the end.
+        """
         self._check_grid(ids_Bhw)
         n_down, n_layers = len(self.down_block.blocks()), len(self.transformer_layers)
         context, prepared = (condition.text, condition.embedding), condition.prepared
@@ -186,7 +190,8 @@ class UVit(nn.Module):
         x = run_blocks(self.transformer_layers, x, context, prepared[n_down : n_down + n_layers], recompute=recompute)
         x = self.project_from_hidden(self.project_from_hidden_norm(x))
         x = run_blocks(self.up_block.blocks(), x, context, prepared[n_down + n_layers :], recompute=recompute)
-        return self.up_block.leave(x)
+        x = self.up_block.leave(x)
+        return x if at_BM is None else cells(x, at_BM)
 
     def head(self, features: Tensor) -> Tensor:
         """Logits (..., K) of features (..., C) of any leading shape: training gathers masked positions first."""

@@ -26,7 +26,7 @@ class Vqgan:
     Args:
         network: the blocks of its encoder may be bf16; all the rest counts in fp32: the first
             convolution, since bf16 rounds the pixels themselves, what follows the blocks, and the nearest code.
-        tf32: whether the encoder may use TF32 on CUDA.
+        tf32: whether encoder and decoder may use TF32 on CUDA.
     """
 
     network: VqModel
@@ -98,7 +98,8 @@ class Vqgan:
         """Ids (B, h, w) to pictures (B, 3, H, W), floats clipped to [0, 1]."""
         grid = torch.as_tensor(ids, device=self.network.device)
         codes = self.network.quantize.embedding(grid).permute(0, 3, 1, 2)  # stays channels-last: a third faster
-        return self.network.draw(codes).clamp(0, 1)
+        with float32_products("tf32" if self.tf32 else "ieee"):
+            return self.network.draw(codes).clamp(0, 1)
 
 
 def _lower_blocks(encoder: Encoder, dtype: torch.dtype) -> None:

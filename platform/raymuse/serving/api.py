@@ -93,6 +93,7 @@ def _wanted(body: ImagesRequest, editing: Editing | None, style: str | None) -> 
             editing=editing,
             style=style,
             style_scale=round(body.lora_scale, 2),
+            sampling=body.sampling,
         )
         for seed in body.seeds(secrets.randbits(62) if body.seed is None else body.seed)
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -33,7 +33,12 @@ class Editing:
 
 @dataclass(frozen=True)
 class DrawRequest:
-    """One picture to draw; None takes the model's own default."""
+    """One picture to draw; None takes the model's own default.
+
+    Attributes:
+        sampling: options beside steps, guidance and temperature.
+        superres: those of the super-resolution.
+    """
 
     prompt: str
     seed: int
@@ -45,11 +50,13 @@ class DrawRequest:
     editing: Editing | None = None
     style: str | None = None
     style_scale: float = 1.0
+    sampling: Options = field(default_factory=Options)
+    superres: Options = field(default_factory=Options)
 
     @property
     def options(self) -> Options:
         given = {"steps": self.steps, "guidance": self.guidance, "temperature": self.temperature}
-        return cast(Options, {name: value for name, value in given.items() if value is not None})
+        return {**self.sampling, **cast(Options, {name: value for name, value in given.items() if value is not None})}
 
     def of(self, pipeline: Pipeline) -> Request:
         """The same as `pipeline` draws it. A picture to edit is fitted to `size`, or else to the model's own.
@@ -58,10 +65,12 @@ class DrawRequest:
             UserError: for what the model cannot draw.
         """
         if self.editing is None:
-            return pipeline.request(self.prompt, self.seed, self.negative, self.size, **self.options)
+            superres = self.superres
+            return pipeline.request(self.prompt, self.seed, self.negative, self.size, superres=superres, **self.options)
         settings, editing = pipeline.settings, self.editing
         side = settings.base_size if editing.task == "super-resolution" else settings.size
         how: Any = {"strength": editing.strength, "sides": editing.sides, "size": self.size or (side, side)}
+        how["superres"] = self.superres
         return pipeline.edit_request(
             editing.task,
             self.prompt,

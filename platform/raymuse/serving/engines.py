@@ -73,7 +73,7 @@ def online_engine(config: GenerateConfig, name: str) -> Iterator[Engine]:
     Raises:
         UserError: no model that is served on this cluster draws what the job is to draw.
     """
-    wanted = identity(config.model, config.adapters, config.batch_size, config)
+    wanted = identity(config.model, config.adapters, config.batch_size, config.precision, config)
     running = serve.status().applications.get(ONLINE) if runs() else None
     for deployment in [one for one in running.deployments if one.startswith("Generator")] if running else []:
         handle = serve.get_deployment_handle(deployment, ONLINE)
@@ -82,7 +82,7 @@ def online_engine(config: GenerateConfig, name: str) -> Iterator[Engine]:
             return
     raise UserError(
         f"engine=online draws with the replicas of `raymuse serve`, and none that runs on this cluster serves "
-        f"{config.model} with batch_size={config.batch_size} and the same lora and checker."
+        f"{config.model} with batch_size={config.batch_size} and the same lora, precision and checker."
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from raymuse.config.drawing import DrawPrecision
 from raymuse.config.errors import UserError
 from raymuse.config.generate import CheckingConfig
 from raymuse.drawing.drawer import Drawer
@@ -33,6 +34,8 @@ class GeneratorActor:
         styles: LoRAs by name, of which requests may name one.
         most_styles: how many of them, with their scales, are held at a time.
         checking: who looks at what is drawn.
+        precision: of the transformers.
+        cuda_graphs: whether sampling steps are CUDA graphs.
     """
 
     def __init__(
@@ -45,10 +48,14 @@ class GeneratorActor:
         styles: dict[str, str],
         most_styles: int,
         checking: CheckingConfig,
+        precision: DrawPrecision,
+        cuda_graphs: bool,
     ) -> None:
-        self.pipeline = Pipeline.load(model, device=device, batch_size=batch_size, lora=lora)
+        self.pipeline = Pipeline.load(
+            model, device=device, batch_size=batch_size, lora=lora, precision=precision, cuda_graphs=cuda_graphs
+        )
         self._check = open_checker(checking, device)
-        self._identity = identity(model, lora, batch_size, checking)
+        self._identity = identity(model, lora, batch_size, precision, checking)
         self.styles, self.most_styles = styles, most_styles
         self._plain = Studio(self.pipeline, drawers)
         self._styled: OrderedDict[tuple[str, float], Studio] = OrderedDict()
@@ -191,9 +198,12 @@ class Studio:
         return [Drawing(picture.pixels, picture.base_pixels) for picture in drawn]
 
 
-def identity(model: str, lora: dict[str, float], batch_size: int, checking: CheckingConfig) -> dict[str, object]:
+def identity(
+    model: str, lora: dict[str, float], batch_size: int, precision: DrawPrecision, checking: CheckingConfig
+) -> dict[str, object]:
     """What decides a generator's pictures."""
-    return {"model": model_sha256(model, lora), "batch_size": batch_size, **checker_facts(checking)}
+    facts = {"model": model_sha256(model, lora), "batch_size": batch_size, "precision": precision}
+    return {**facts, **checker_facts(checking)}
 
 
 def _asked(pipeline: Pipeline, requests: list[DrawRequest]) -> list[Request | UserError]:

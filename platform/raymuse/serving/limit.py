@@ -40,8 +40,8 @@ def measure(pipeline: Pipeline, drawers: int, peak: float | None = None) -> Limi
     torch.set_num_threads(1)  # as in a drawer's thread
     alone = replace(pipeline, batch_size=1)
     first, second = (_operations(alone, steps) for steps in (1, 2))
-    device = pipeline.vqgan.network.device
-    return Limit(first, second - first, drawers * measured_peak(device) if peak is None else peak)
+    weight = next(pipeline.base.parameters())
+    return Limit(first, second - first, drawers * measured_peak(weight.device, weight.dtype) if peak is None else peak)
 
 
 def _operations(pipeline: Pipeline, steps: int) -> float:

@@ -5,7 +5,7 @@ import io
 import json
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field
 
 from raymuse.config.edit import STRENGTH, Task
+from raymuse.config.sampling import GuidanceSchedule, MaskingSchedule, Options, Order
 from raymuse.drawing.inputs import read_mask
 from raymuse.drawing.seeds import image_seed
 from raymuse.encoding.pictures import FORMATS
@@ -69,6 +70,15 @@ class ImagesRequest(BaseModel):
     seed: int | None = Field(None, ge=0, lt=2**63)
     num_inference_steps: int | None = Field(None, ge=1, le=256)
     guidance_scale: float | None = Field(None, ge=0, le=100)
+    temperature: float | None = Field(None, ge=0, le=1000)
+    end_temperature: float | None = Field(None, ge=0, le=1000)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    masking: MaskingSchedule | None = Field(None, description="schedule of the share that is masked")
+    order: Order | None = Field(None, description="which ids are kept first")
+    guidance_schedule: GuidanceSchedule | None = None
+    guidance_from: float = Field(0.0, ge=0, le=1, description="share of the steps from which there is guidance")
+    guidance_to: float = Field(1.0, ge=0, le=1, description="and up to which")
     lora_scale: float = Field(1.0, ge=0, le=2, description="how much of the style of a model NAME:STYLE")
 
     @property
@@ -78,6 +88,15 @@ class ImagesRequest(BaseModel):
             return None
         width, height = str(self.size).split("x")
         return int(width), int(height)
+
+    @property
+    def sampling(self) -> Options:
+        """Options beside steps and guidance, those that are given."""
+        names = ("temperature", "end_temperature", "top_p", "top_k", "masking", "order", "guidance_schedule")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if {"guidance_from", "guidance_to"} & self.model_fields_set:
+            given["guidance_span"] = (self.guidance_from, self.guidance_to)
+        return cast(Options, given)
 
     def seeds(self, seed: int) -> list[int]:
         """One picture has the seed asked for; more have seeds that follow from it."""

@@ -1,13 +1,15 @@
 """Pictures drawn at once, without Ray: `raymuse edit`, and a drawn picture once more (`generate --from-png`)."""
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from raymuse.config.edit import EditConfig, RepeatConfig
 from raymuse.config.errors import UserError
+from raymuse.config.sampling import Options
 from raymuse.drawing.model_folder import model_sha256
 from raymuse.pipeline import Pipeline, image_seed
 from raymuse.storage.pictures import png_bytes, png_facts
@@ -26,7 +28,7 @@ def edit(config: EditConfig) -> list[str]:
         UserError: before any work, for what cannot be read or does not fit together.
     """
     places = _places(Path(config.output), config.samples)
-    pipeline = Pipeline.load(config.model, batch_size=1, lora=config.adapters)
+    pipeline = Pipeline.load(config.model, batch_size=1, lora=config.adapters, precision=config.precision)
     facts = config.model_dump(
         mode="json", exclude={"stage", "model", "lora", "lora_scales", "output", "samples", "seed"}
     )
@@ -46,6 +48,7 @@ def edit(config: EditConfig) -> list[str]:
             share=config.share,
             size=config.size,
             paste=config.paste,
+            superres=cast(Options, config.superres_sampling),
             **config.sampling,
         ).pictures
         place.write_bytes(png_bytes(picture.pixels, {**facts, "seed": seed}))
@@ -77,8 +80,12 @@ def repeat(config: RepeatConfig) -> str:
 
 
 def _drawn(config: RepeatConfig, facts: dict[str, Any]) -> NDArray[np.uint8]:
-    """The picture of the size that the file says, or the base's own."""
-    pipeline = Pipeline.load(config.model, batch_size=facts["batch_size"], lora=config.adapters)
+    """The picture of the size that the file says, or the base's own.
+
+    Files from before one could choose say nothing of the precision, and of no other sampling.
+    """
+    precision = facts.get("precision", "fp32")
+    pipeline = Pipeline.load(config.model, batch_size=facts["batch_size"], lora=config.adapters, precision=precision)
     scale, own = pipeline.settings.size // pipeline.settings.base_size, pipeline.settings.base_size
     # Files from before there were other sizes do not name a task, and tell a base by its size.
     base = facts.get("base", "task" not in facts and scale > 1 and facts["width"] == own)
@@ -91,6 +98,8 @@ def _drawn(config: RepeatConfig, facts: dict[str, Any]) -> NDArray[np.uint8]:
         guidance=facts["guidance"],
         temperature=facts["temperature"],
         size=(facts["width"] * scale, facts["height"] * scale),
+        superres=json.loads(facts.get("superres_sampling") or "{}"),
+        **json.loads(facts.get("sampling") or "{}"),
     ).pictures
     return picture.base_pixels if base else picture.pixels
 

@@ -10,11 +10,11 @@ import io
 import itertools
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -24,11 +24,11 @@ from PIL import Image
 from raymuse.config.edit import STRENGTH
 from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.generate import GenerateConfig
-from raymuse.config.sampling import SamplingConfig
+from raymuse.config.sampling import Options, SamplingConfig
 from raymuse.drawing.inputs import read_mask
 from raymuse.drawing.model_folder import model_sha256
 from raymuse.encoding.pictures import decode
-from raymuse.masking import guidance_scales
+from raymuse.masking import fresh_steps, guidance_scales
 from raymuse.models.lora import adapter_sha256
 from raymuse.pipeline import Pipeline, image_seed
 from raymuse.serving.asked import Drawing, DrawRequest, Editing
@@ -97,7 +97,9 @@ def generate(config: GenerateConfig, run: Run) -> str:
         manifest.folder.write(PLAN, json.dumps({"pictures": asked.pictures}).encode())
         run.params({**config.model_dump(mode="json"), **facts})
         every = {**config.adapters, **dict.fromkeys(config.styles.values(), 1.0)}  # what does not fit shows here
-        sampling = Pipeline.load(config.model, lora=every).settings.base
+        pipeline = Pipeline.load(config.model, lora=every)
+        pipeline.request("", 0, superres=cast(Options, config.superres_sampling), **config.sampling)  # what is wrong
+        sampling = _changed(pipeline.settings.base, config.sampling)
         if config.checker is None:
             print("pictures are not looked at before they are written: checker=... has them checked", flush=True)
         rest: dict[str, Any] = {
@@ -105,7 +107,8 @@ def generate(config: GenerateConfig, run: Run) -> str:
             "guidance": sampling.guidance,
             "temperature": sampling.temperature,
         }
-        rest |= {"model": facts["model_sha256"][:16], "batch_size": config.batch_size}
+        rest |= {"model": facts["model_sha256"][:16], "batch_size": config.batch_size, "precision": config.precision}
+        rest |= {"superres_sampling": _text(config.superres_sampling)}
         _draw_pending(manifest, asked.pictures, config, rest, sampling, run)
         _write_table(manifest)
         _write_sheets(manifest, run)
@@ -190,7 +193,7 @@ def _limit(drawing: Engine, config: GenerateConfig, left: int, run: Run) -> Limi
     if limit is None:
         print("the replicas died while they were measured: the hardware's share is not told", flush=True)
         return None
-    how = "measured with a product of fp32 matrices" if config.peak_tflops is None else "as given"
+    how = f"measured with a product of {config.precision} matrices" if config.peak_tflops is None else "as given"
     print(
         f"a replica can do {limit.peak / 1e12:.3g} TFLOP/s ({how}), a picture takes {limit.first / 1e9:.3g} GFLOP and "
         f"{limit.further / 1e9:.3g} more a pass of the base",
@@ -275,6 +278,8 @@ class _Job:
             one.prompt.prompt,
             one.seed,
             **self._options(one.prompt),
+            sampling=self._sampling_of(one.prompt),
+            superres=cast(Options, self.config.superres_sampling),
             size=asked.pixels or self.config.size,
             editing=editing,
             style=asked.lora,
@@ -290,12 +295,16 @@ class _Job:
         asked, names = prompt.asked, ("negative", "steps", "guidance", "temperature")
         return {name: getattr(self.config, name) if (own := getattr(asked, name)) is None else own for name in names}
 
+    def _sampling_of(self, prompt: Prompt) -> Options:
+        """What else is not as the model has it: the row's own word, else the config's."""
+        return cast(Options, {**self.config.sampling, **prompt.asked.sampling})
+
     def _passes(self, prompt: Prompt) -> int:
-        """How often a picture asks the base's network: once a step, twice with guidance."""
+        """How often a picture asks the base's network: once a step, twice where what guidance adds is computed."""
         said = {name: value for name, value in self._options(prompt).items() if value is not None}
-        steps, guidance = (said.get(name, getattr(self.sampling, name)) for name in ("steps", "guidance"))
-        scales = guidance_scales(guidance, steps, self.sampling.guidance_schedule, self.sampling.guidance_span)
-        return sum(1 if scale == 1 else 2 for scale in scales)
+        own = _changed(self.sampling, {**prompt.asked.sampling, **said})
+        scales = guidance_scales(own.guidance, own.steps, own.guidance_schedule, own.guidance_span)
+        return own.steps + sum(fresh_steps(scales, own.guidance_every))
 
     def _finish(self, begun: _Begun) -> tuple[PartRecord, int]:
         """Wait for a part's pictures and have them written."""
@@ -326,6 +335,7 @@ class _Job:
             height=height,
             part=part,
             task=one.prompt.asked.what or "",
+            sampling=_text(self._sampling_of(one.prompt)),
             **{**self.facts, **options, "model": self._model(one.prompt.asked)},
         )
 
@@ -338,6 +348,16 @@ class _Job:
             merged = {**self.config.adapters, self.config.styles[asked.lora]: asked.lora_scale}
             self.styled[key] = model_sha256(self.config.model, merged)[:16]
         return self.styled[key]
+
+
+def _changed(sampling: SamplingConfig, changes: Mapping[str, Any]) -> SamplingConfig:
+    """The same with changes of any of its fields, as far as it knows them; wrong ones are said by the pipeline."""
+    return sampling.model_copy(update={name: value for name, value in changes.items() if value is not None})
+
+
+def _text(changes: Mapping[str, Any]) -> str:
+    """Changes to a sampling as a row says them: JSON, or nothing."""
+    return json.dumps(dict(changes), sort_keys=True) if changes else ""
 
 
 def _judged(answer: Drawing | Exception) -> Drawing | Exception:

@@ -35,6 +35,9 @@ ROWS_SCHEMA = pa.schema(
         ("model", pa.string()),
         ("part", pa.string()),
         ("task", pa.string()),
+        ("precision", pa.string()),
+        ("sampling", pa.string()),
+        ("superres_sampling", pa.string()),
     ]
 )
 
@@ -59,6 +62,9 @@ class PictureRow:
     model: str
     part: str
     task: str = ""
+    precision: str = "fp32"
+    sampling: str = ""
+    superres_sampling: str = ""
 
 
 @dataclass(frozen=True)

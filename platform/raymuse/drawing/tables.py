@@ -1,0 +1,67 @@
+"""What a batch's rows hold while they are drawn, on the device, replaced row by row: conditions, and values by step."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Conditions:
+    """The prepared conditions of so many samples, replaced one by one; 0 before."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.whole: Any = None
+        self.parts: dict[tuple[int, int], Any] = {}
+
+    def put(self, index: Tensor, condition: Any) -> None:
+        """Replace the samples `index` by the first ones of `condition`."""
+        if self.whole is None:
+            self.whole = _each(lambda new: new.new_zeros(self.count, *new.shape[1:]), condition)
+        _each(lambda kept, new: kept.index_copy_(0, index, new[: len(index)]), self.whole, condition)
+
+    def part(self, first: int, count: int) -> Any:
+        """So many samples, as a view."""
+        if (first, count) not in self.parts:
+            self.parts[first, count] = _each(lambda tensor: tensor[first : first + count], self.whole)
+        return self.parts[first, count]
+
+
+class Table:
+    """What holds for each of B rows at each of its steps, (S, B, ...), and `after` beyond a row's end."""
+
+    def __init__(
+        self, rows: int, shape: tuple[int, ...], dtype: torch.dtype, after: float, device: torch.device | str
+    ) -> None:
+        self.after = after
+        self.values = torch.full((1, rows, *shape), after, dtype=dtype, device=device)
+
+    def put(self, index: Tensor, rows: Sequence[Any] | Tensor) -> bool:
+        """Replace the rows `index` by `rows`, of (steps, ...) each. Returns whether the values have moved."""
+        steps = max(map(len, rows))
+        if (missing := steps + 1 - len(self.values)) > 0:
+            self.values = torch.cat([self.values, self._empty(missing, self.values.shape[1])])
+        new = self._empty(len(self.values), len(rows)).cpu()
+        for number, row in enumerate(rows):
+            if len(row):
+                new[: len(row), number] = torch.as_tensor(row).to(new)
+        self.values[:, index] = new.to(self.values)
+        return missing > 0
+
+    def now(self, steps: Tensor, part: slice) -> Tensor:
+        """(b, ...): what holds for each row of a part at the step, of (B,), that it is at."""
+        values, last = self.values[:, part], steps[part].clamp(max=len(self.values) - 1)
+        return values[last, torch.arange(len(last), device=last.device)]
+
+    def _empty(self, steps: int, rows: int) -> Tensor:
+        return self.values.new_full((steps, rows, *self.values.shape[2:]), self.after)
+
+
+def _each(function: Callable[..., Tensor], *conditions: Any) -> Any:
+    """The condition whose tensors are those of the given ones, one by one, under the function: nested tuples."""
+    if isinstance(conditions[0], Tensor):
+        return function(*conditions)
+    parts = [_each(function, *parts) for parts in zip(*conditions, strict=True)]
+    kind = type(conditions[0])
+    return kind(*parts) if hasattr(kind, "_fields") else tuple(parts)
