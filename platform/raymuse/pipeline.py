@@ -182,8 +182,8 @@ class Pipeline(Networks):
             paste: of `inpaint` and `outpaint`: outside the mask put the picture's own pixels back, which otherwise are
                 as the VQGAN decodes them.
 
-        The rest is as for a call. Inpainting unmasks linearly unless `masking` is given (aMUSEd); mask-free editing draws
-        from the 3 likeliest codes unless `top_k` is (Muse).
+        The rest is as for a call. Inpainting unmasks linearly unless `masking` is given (aMUSEd); mask-free editing
+        draws from the 3 likeliest codes unless `top_k` is (Muse).
 
         Raises:
             UserError: before any work, for what does not fit together.

@@ -251,10 +251,10 @@ class Rows:
             ids: (N, h, w).
         """
         index = torch.tensor(list(rows), device=self.ids.device)
-        place = index + index // self.at_once * self.at_once
-        self._conditions.put(place, self.network.precompute(conditional))
+        told = index + index // self.at_once * self.at_once  # where the row's conditions lie
+        self._conditions.put(told, self.network.precompute(conditional))
         if unconditional is not None:
-            self._conditions.put(place + self.at_once, self.network.precompute(unconditional))
+            self._conditions.put(told + self.at_once, self.network.precompute(unconditional))
         if self.critic is not None:
             self._judged.put(index, self.critic.precompute(judged))
         self.ids[index], self._steps[index], self._finite[index] = ids, 0, True

@@ -136,7 +136,6 @@ class _Lane:
         self.networks, self.texts = networks, texts
         self.open: dict[Ticket, None] = {}  # asked for and not done
         self.waiting, self.between = _Queue(), deque[_Begun]()
-        count, device = networks.batch_size, networks.vqgan.network.device
         self.critic = networks.critic if like.base.draws.order == "critic" else None
         self.base = _Seats(
             _rows(networks, networks.base, like.base, (CHOICE, CONFIDENCE), self.critic, parts, "step"),
