@@ -19,10 +19,12 @@ from raymuse import masking
 from raymuse.config.errors import UserError
 from raymuse.config.load import from_values
 from raymuse.config.training import BaseConfig, SuperresConfig
+from raymuse.datasets import shapes
 from raymuse.encoding.survey import Survey
 from raymuse.stages.train import train
 from raymuse.storage import checkpoint
 from raymuse.storage.tar_scan import scan_tar
+from raymuse.storage.webdataset_writer import write_shard
 from raymuse.tracking.run import Run
 from raymuse.training import order
 from raymuse.training.alone import opened
@@ -37,10 +39,23 @@ from trainings import fit, losses_of
 BATCH = 8
 
 
+def write_wide(folder: Path) -> str:
+    """48 pictures in three shards, wider than high, so that there are 13 places to cut them."""
+    folder.mkdir(exist_ok=True)
+    for number in range(3):
+        drawn = shapes.samples(16, 0, 40, held_out=False, start=number * 16)
+        rows = ((one.key, _widened(one.image), one.caption, {}) for one in drawn)
+        write_shard(folder / f"{number:05d}.tar", rows)
+    return str(folder)
+
+
+def _widened(image: Image.Image) -> Image.Image:
+    return Image.fromarray(np.pad(np.asarray(image), ((0, 0), (0, 15), (0, 0)), "wrap"))
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """48 pictures, larger than the crops, in three shards."""
-    return tiny.write_shards(tmp_path_factory.mktemp("pictures"), side=40)
+    return write_wide(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +217,7 @@ def spoil(shard: Path, keys: list[str], part: float) -> None:
 
 def test_a_picture_that_breaks_leaves_its_place_empty_and_moves_nothing(encoders: str, tmp_path: Path) -> None:
     """One whose header is sound is only found out when it is decoded; it is written down once, not every epoch."""
-    pictures = tiny.write_shards(tmp_path / "pictures", side=40)
+    pictures = write_wide(tmp_path / "pictures")
     config = config_of(tmp_path, pictures, encoders)
     prepare(config)
     sound = [batch_of(task := build_task(config), 0), *(batch_of(task, step) for step in range(1, 12))]

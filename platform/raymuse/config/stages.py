@@ -8,6 +8,7 @@ from raymuse.config.flow import FlowConfig
 from raymuse.config.generate import GenerateConfig, ServeConfig
 from raymuse.config.pretokenize import PretokenizeConfig
 from raymuse.config.score import ScoreConfig
+from raymuse.config.styledrop import StyledropConfig
 from raymuse.config.training import BaseConfig, ClipConfig, CriticConfig, SuperresConfig, VqganConfig
 
 STAGES: dict[str, type[Config]] = {
@@ -24,5 +25,6 @@ STAGES: dict[str, type[Config]] = {
     "repeat": RepeatConfig,
     "serve": ServeConfig,
     "score": ScoreConfig,
+    "styledrop": StyledropConfig,
     "flow": FlowConfig,
 }
