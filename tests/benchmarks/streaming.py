@@ -1,8 +1,8 @@
 """`python tests/benchmarks/streaming.py`: token shards against encoding while the training runs, on one core.
 
 The demo's data and the shapes of its models, of random weights, in this process: seconds of the processor for a
-thousand samples, which a busy machine does not change. Stored: the crops are encoded once (decode, VQGAN, CLIP, Parquet),
-then read in every epoch. Streamed: decoded and encoded in every epoch. A training step costs both the same.
+thousand samples, which a busy machine changes little. Stored: the crops are encoded once (decode, VQGAN, CLIP,
+Parquet), then read in every epoch. Streamed: decoded and encoded in every epoch. A training step costs both the same.
 """
 
 import tempfile
