@@ -8,6 +8,7 @@ import pickle
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -61,14 +62,14 @@ def _splits(config: MaskedConfig, plan: CropPlan, chunks: range, world: int) -> 
     quiet_data()
     with _feeding(config, world):
         pieces = (
-            ray.data.range(len(chunks), override_num_blocks=len(chunks))
+            ray.data.from_items([{"number": number} for number in chunks], override_num_blocks=len(chunks))
             .map_batches(
                 _decode,
                 batch_size=1,
                 compute=TaskPoolStrategy(size=stream.decoders),
                 num_cpus=DECODE_CPUS,
                 label_selector=place("decode", gpus=0),
-                fn_kwargs={"plan": plan, "first": chunks.start},
+                fn_kwargs={"plan": plan},
             )
             .map_batches(
                 _EncodePieces,
@@ -79,7 +80,7 @@ def _splits(config: MaskedConfig, plan: CropPlan, chunks: range, world: int) -> 
                 fn_constructor_kwargs={"plan": plan, "world": world},
             )
         )
-        return list(pieces.streaming_split(world, equal=True))
+        return list(pieces.streaming_split(world))
 
 
 @contextmanager
@@ -96,9 +97,15 @@ def _feeding(config: MaskedConfig, world: int) -> Iterator[None]:
         yield
 
 
-def _decode(batch: dict[str, Any], plan: CropPlan, first: int) -> dict[str, Any]:
+def _decode(batch: dict[str, Any], plan: CropPlan) -> dict[str, Any]:
     """A number to its chunk."""
-    return {"chunk": [pickle.dumps(plan.chunk(first + int(batch["id"][0])))]}
+    return {"chunk": [pickle.dumps(_kept(plan).chunk(int(batch["number"][0])))]}
+
+
+@lru_cache(maxsize=2)
+def _kept(plan: CropPlan) -> CropPlan:
+    """An equal plan, which has read its survey where this process made a chunk of it before."""
+    return plan
 
 
 class _EncodePieces:

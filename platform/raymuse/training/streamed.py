@@ -21,7 +21,7 @@ from raymuse.training.crops import CropPlan, mine, survey_folder
 from raymuse.training.engine import rank_and_world
 
 REJECTS = "rejects.jsonl"
-STRETCH = 10_000  # chunks that are asked for at once: a Ray Data execution
+STRETCH = 4096  # chunks that are asked for at once: a Ray Data execution
 
 
 @dataclass(frozen=True)
