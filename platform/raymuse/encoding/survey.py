@@ -64,7 +64,7 @@ class Survey:
         record = _record(Folder(address))
         if record is None:
             raise UserError(f"{address} holds no finished survey: run the training from its start.")
-        rows = [(name, count) for name, count in record["rows"].items() if count]
+        rows = [(name, int(count)) for name, count in record["rows"].items() if count]
         self.names, self.sizes = [name for name, _ in rows], [count for _, count in rows]
         self.shards: list[str] = [record["shards"][name] for name in self.names]
         self.starts = [0, *accumulate(self.sizes)]
@@ -72,7 +72,7 @@ class Survey:
         self.rejects: dict[str, int] = record["rejects"]
 
     def __len__(self) -> int:
-        return self.starts[-1]
+        return sum(self.sizes)
 
     @property
     def empty(self) -> Captions:

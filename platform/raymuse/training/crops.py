@@ -81,9 +81,8 @@ class CropPlan:
             try:
                 noticed.update(self._cut(chunk, place, row, epoch))
             except Unreadable as error:
-                chunk.rejects.append(
-                    Reject(self.found.source(row), *self.found.keys([row]), error.reason, error.detail)
-                )
+                (key,) = self.found.keys([row])
+                chunk.rejects.append(Reject(self.found.source(row), key, error.reason, error.detail))
         chunk.counts = dict(noticed)
         return chunk
 
@@ -110,4 +109,5 @@ def mine(positions: NDArray[np.int64], batch_size: int, rank: int, world: int) -
     size = -(-batch_size // world)
     places = positions % batch_size
     padded = (rank + 1) * size > batch_size
-    return positions[(places // size == rank) | (padded & (places == batch_size - 1))]
+    wanted: NDArray[np.bool_] = (places // size == rank) | (padded & (places == batch_size - 1))
+    return positions[wanted]

@@ -61,8 +61,8 @@ class TokenStream:
 
     def first(self, count: int) -> tuple[NDArray[np.int64], Batch]:
         """True ids (B, h, w) of the first rows, and what is said of them; few may be missing of pictures."""
-        streamed = isinstance(self.store, Streamed)
-        rows = self.store.first(count) if streamed else self.store.rows(range(count), np.zeros(count))
+        store = self.store
+        rows = store.first(count) if isinstance(store, Streamed) else store.rows(range(count), np.zeros(count))
         nothing = torch.zeros(len(rows.micro), dtype=torch.bool)
         batch = {"micro": torch.from_numpy(rows.micro), **self._told(rows, nothing)}
         if rows.low_ids is not None:
