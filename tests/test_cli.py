@@ -20,6 +20,7 @@ from raymuse.config.load import load
 ROOT = Path(__file__).parents[1]
 COMMANDS = [
     "demo",
+    "styledrop",
     "data",
     "train",
     "pretokenize",

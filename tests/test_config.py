@@ -59,7 +59,10 @@ VQGANS = ["vqgan-decoder", "vqgan-f16", "vqgan-f8"]
     [
         (("pretokenize",), ["tokens-256", "tokens-512"]),
         (("train-vqgan",), VQGANS),
-        (("train-clip", "train-base", "train-superres", "train-critic"), sorted(["critic", *TUNED, *BASES])),
+        (
+            ("train-clip", "train-base", "train-superres", "train-critic"),
+            sorted(["critic", "stream-256", *TUNED, *BASES]),
+        ),
         (("export",), ["export-256", "export-512"]),
         (("score",), ["cc3m", "coco-30k"]),
         (("generate",), ["cc3m-draw", "coco-30k-draw"]),

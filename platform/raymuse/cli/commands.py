@@ -83,6 +83,31 @@ def demo(
 
 
 @app.command()
+def styledrop(
+    words: Annotated[list[str] | None, _words("PICTURE KEY=VALUE")] = None,
+    recipe: Annotated[str, typer.Option(metavar="RECIPE", help="styledrop, or your YAML file.")] = "styledrop",
+    mlflow: Mlflow = None,
+) -> None:
+    """Learn the style of one picture, in two rounds.
+
+    PICTURE's file name is its caption, such as "a house in watercolour style.jpg", unless caption=... says it.
+    """
+    import os
+    from functools import partial
+
+    from raymuse.config.load import load
+    from raymuse.config.styledrop import StyledropConfig
+
+    word, changes = split(words)
+    loaded = load(recipe, [*([] if word is None else [f"picture={word}"]), *changes], "styledrop")
+    assert isinstance(loaded, StyledropConfig)
+    from raymuse import styledrop as flow
+    from raymuse.cli.launch import run_stage
+
+    run_stage(partial(flow.styledrop, uri=mlflow or os.environ.get("MLFLOW_TRACKING_URI")), loaded, mlflow)
+
+
+@app.command()
 def data(
     words: Annotated[list[str] | None, _words("SOURCE|RECIPE KEY=VALUE")] = None,
     mlflow: Mlflow = None,

@@ -1,7 +1,7 @@
-"""Pictures and captions to token shards, once, through frozen encoders."""
+"""Pictures and captions to ids and text states through frozen encoders: stored once, or while a training runs."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -33,10 +33,9 @@ class FilterConfig(Config):
         return self
 
 
-class PretokenizeConfig(StageConfig):
-    """Captioned pictures to token shards with a frozen VQGAN and a frozen text encoder."""
+class EncodingConfig(Config):
+    """Which captioned pictures are read, how they are cut, and by which frozen encoders they become ids and states."""
 
-    stage: Literal["pretokenize"] = "pretokenize"
     input: Address | tuple[Address, ...] = Field(
         description="tars, a folder of captioned images, Parquet, a saved Hugging Face data set, or "
         "hf://datasets/OWNER/NAME; several as a list"
@@ -50,24 +49,13 @@ class PretokenizeConfig(StageConfig):
     )
     background: str = Field("#ffffff", description="what transparent pixels show, #rrggbb")
     filters: FilterConfig = Field(default_factory=FilterConfig)
-    duplicates: Literal["keep", "count", "drop"] = Field(
-        "keep", description="pictures of the same pixels: look for them (one more reading of the input), and drop them"
-    )
-    near_duplicates: int | None = Field(
-        None, ge=0, le=16, description="with `duplicates`: also pictures whose perceptual hashes differ in so many bits"
-    )
     vqgan: Address = Field(description="folder (or Hugging Face id) of the VQGAN")
     low_vqgan: Annotated[str, AddressMark()] | None = Field(None, description="another VQGAN for the low-res ids")
     text_encoder: Address = Field(description="folder (or Hugging Face id) with text_encoder/ and tokenizer/: CLIP, T5")
     text_length: int | None = Field(None, ge=1, le=512, description="tokens a caption; default: CLIP 77, T5 256")
     resolution: int = Field(256, ge=8, description="side of the square crop, pixels")
     low_resolution: int | None = Field(None, ge=8, description="also encode the crop at this size (super-resolution)")
-    buckets: tuple[str, ...] = Field(
-        (), description="crops of other shapes, HEIGHTxWIDTH in pixels: a picture takes the nearest in aspect ratio"
-    )
     crop: Literal["center", "random"] = "center"
-    crops_per_picture: int = Field(1, ge=1)
-    flip: bool = Field(False, description="add a mirrored twin of every crop")
     text: Literal["states", "ids"] = Field("states", description="store what the text encoder said, or only text ids")
     aesthetic: float = Field(6.0, description="aesthetic score of pictures that bring none")
     seed: int = 0
@@ -79,7 +67,6 @@ class PretokenizeConfig(StageConfig):
     encoders: int = runtime(1, "encoder actors, at most", ge=1)
     min_encoders: int | None = runtime(None, "encoder actors, at least: fewer start, more come as work waits", ge=1)
     gpus_per_encoder: float = runtime(0.0, "share of a GPU for an encoder", ge=0)
-    price_per_hour: float = runtime(0.0, "of all machines together, for the cost that --dry-run says", ge=0)
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
 
     @property
@@ -90,11 +77,6 @@ class PretokenizeConfig(StageConfig):
     def device(self) -> str:
         """Of PyTorch, where an encoder counts."""
         return "cuda" if self.gpus_per_encoder > 0 else "cpu"
-
-    @property
-    def shapes(self) -> tuple[tuple[int, int], ...]:
-        """(height, width) of every kind of crop, pixels: the buckets, or the one square."""
-        return tuple(_shape(bucket) for bucket in self.buckets) or ((self.resolution, self.resolution),)
 
     def low_shape(self, shape: tuple[int, int]) -> tuple[int, int] | None:
         """(height, width) of a crop's low-resolution twin, pixels, where there is one."""
@@ -123,11 +105,40 @@ class PretokenizeConfig(StageConfig):
         return value
 
     @model_validator(mode="after")
-    def _fits(self) -> "PretokenizeConfig":
+    def _sizes_fit(self) -> Self:
         if self.low_resolution is not None and self.low_resolution >= self.resolution:
             raise ValueError(f"low_resolution={self.low_resolution} must be below resolution={self.resolution}")
         if self.low_vqgan is not None and self.low_resolution is None:
             raise ValueError("low_vqgan needs low_resolution: there are no low-res ids without it")
+        if self.min_encoders is not None and self.min_encoders > self.encoders:
+            raise ValueError(f"min_encoders={self.min_encoders} is above encoders={self.encoders}")
+        return self
+
+
+class PretokenizeConfig(EncodingConfig, StageConfig):
+    """Captioned pictures to token shards with a frozen VQGAN and a frozen text encoder."""
+
+    stage: Literal["pretokenize"] = "pretokenize"
+    duplicates: Literal["keep", "count", "drop"] = Field(
+        "keep", description="pictures of the same pixels: look for them (one more reading of the input), and drop them"
+    )
+    near_duplicates: int | None = Field(
+        None, ge=0, le=16, description="with `duplicates`: also pictures whose perceptual hashes differ in so many bits"
+    )
+    buckets: tuple[str, ...] = Field(
+        (), description="crops of other shapes, HEIGHTxWIDTH in pixels: a picture takes the nearest in aspect ratio"
+    )
+    crops_per_picture: int = Field(1, ge=1)
+    flip: bool = Field(False, description="add a mirrored twin of every crop")
+    price_per_hour: float = runtime(0.0, "of all machines together, for the cost that --dry-run says", ge=0)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of every kind of crop, pixels: the buckets, or the one square."""
+        return tuple(_shape(bucket) for bucket in self.buckets) or ((self.resolution, self.resolution),)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
         if (crops := self.crops_per_picture * (2 if self.flip else 1)) > self.chunk_size:
             raise ValueError(f"{crops} crops a picture do not fit one chunk: chunk_size={self.chunk_size}")
         for bucket in self.buckets:
@@ -138,9 +149,19 @@ class PretokenizeConfig(StageConfig):
             raise ValueError("a bucket stands twice in the list")
         if self.near_duplicates is not None and self.duplicates == "keep":
             raise ValueError("near_duplicates needs duplicates=count or duplicates=drop")
-        if self.min_encoders is not None and self.min_encoders > self.encoders:
-            raise ValueError(f"min_encoders={self.min_encoders} is above encoders={self.encoders}")
         return self
+
+
+class StreamConfig(EncodingConfig):
+    """Pictures that a training encodes while it runs, in place of token shards: every epoch cuts them anew."""
+
+    crop: Literal["center", "random"] = Field("random", description="random: another place every epoch")
+    flip: bool = Field(False, description="mirror each crop with probability 1/2")
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of the crops, pixels: the one square."""
+        return ((self.resolution, self.resolution),)
 
 
 def _shape(bucket: str) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from raymuse.config.flow import FlowConfig
 from raymuse.config.generate import GenerateConfig, ServeConfig
 from raymuse.config.pretokenize import PretokenizeConfig
 from raymuse.config.score import CompareConfig, ScoreConfig, SweepConfig
+from raymuse.config.styledrop import StyledropConfig
 from raymuse.config.training import BaseConfig, ClipConfig, CriticConfig, SuperresConfig, VqganConfig
 
 STAGES: dict[str, type[Config]] = {
@@ -26,5 +27,6 @@ STAGES: dict[str, type[Config]] = {
     "score": ScoreConfig,
     "sweep": SweepConfig,
     "compare": CompareConfig,
+    "styledrop": StyledropConfig,
     "flow": FlowConfig,
 }

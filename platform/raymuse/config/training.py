@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from raymuse.config.base import Address, AddressMark, Config, StageConfig, runtime
+from raymuse.config.pretokenize import StreamConfig
 from raymuse.config.sampling import MaskingSchedule
 
 Precision = Literal["fp32", "bf16"]
@@ -189,9 +190,10 @@ class LoraConfig(Config):
 
 
 class MaskedConfig(TrainConfig):
-    """Training on token shards with some ids masked."""
+    """Training on token shards, or on pictures encoded as it runs, with some ids masked."""
 
-    input: Address = Field(description="token shards")
+    input: Annotated[str, AddressMark()] = Field("", description="token shards; not used with `stream`")
+    stream: StreamConfig | None = Field(None, description="pictures to encode as it trains, in place of token shards")
     ids: Literal["image_ids", "low_ids"] = Field("image_ids", description="column of the ids to be learned")
     zero: ZeroConfig = runtime(ZeroConfig(), "DeepSpeed ZeRO")
     gradient_checkpointing: bool = runtime(False, "recompute activations in the backward pass")
@@ -204,6 +206,17 @@ class MaskedConfig(TrainConfig):
     text_encoder: Annotated[str, AddressMark()] | None = Field(
         None, description="folder with text_encoder/; needed where the shards hold text ids, not states"
     )
+
+    @property
+    def source(self) -> str:
+        """Where its data lies, for messages."""
+        return self.input if self.stream is None else ", ".join(self.stream.inputs)
+
+    @model_validator(mode="after")
+    def _reads_something(self) -> "MaskedConfig":
+        if not self.input and self.stream is None:
+            raise ValueError("input: name the token shards, or give `stream` with pictures to encode as it trains")
+        return self
 
     @model_validator(mode="after")
     def _whole_where_needed(self) -> "MaskedConfig":

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from raymuse.config.pretokenize import PretokenizeConfig
+from raymuse.config.pretokenize import EncodingConfig, PretokenizeConfig
 from raymuse.encoding.filters import AESTHETIC, check_metadata, check_size, fitting_captions, number, original_size
 from raymuse.encoding.pictures import Crop, crop, crop_rng, keep_memory, read_header, read_pixels
 from raymuse.storage.images import Picture, Reading, Shard, read_shard
@@ -59,7 +59,7 @@ class Chunk:
     last: bool = False
 
 
-def reading_of(config: PretokenizeConfig) -> Reading:
+def reading_of(config: EncodingConfig) -> Reading:
     """How the config wants its input read."""
     return Reading(
         image_column=config.image_column,
@@ -104,12 +104,12 @@ def decode_chunks(shard: Shard, config: PretokenizeConfig, drop: Mapping[str, Re
         yield from gathering.add(
             shape,
             [cut.pixels[:, ::-1] if flip else cut.pixels for _, flip, cut in crops],
-            [_facts(row, captions, cut, index, flip, shard.name, config) for index, flip, cut in crops],
+            [facts_of(row, captions, cut, index, flip, shard.name, config) for index, flip, cut in crops],
         )
     yield from gathering.rest()
 
 
-def admit(picture: Picture, config: PretokenizeConfig) -> tuple[Image.Image, tuple[str, ...]]:
+def admit(picture: Picture, config: EncodingConfig) -> tuple[Image.Image, tuple[str, ...]]:
     """The picture with its header read and no pixel decoded, and the captions that the filters leave it.
 
     What costs least is asked first: the metadata, the captions, the header.
@@ -196,15 +196,16 @@ def _crops(image: Image.Image, key: str, shape: Shape, config: PretokenizeConfig
     return [(index, flip, cut) for index, cut in enumerate(cuts) for flip in flips]
 
 
-def _facts(
+def facts_of(
     picture: Picture,
     captions: tuple[str, ...],
     cut: Crop,
     index: int,
     flip: bool,
     source: str,
-    config: PretokenizeConfig,
+    config: EncodingConfig,
 ) -> CropFacts:
+    """What a row of a crop says beside its ids."""
     width, height = original_size(picture.metadata) or (cut.original_width, cut.original_height)
     aesthetic = number(picture.metadata, AESTHETIC)
     return CropFacts(

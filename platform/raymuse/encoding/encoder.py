@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from raymuse.config.errors import UserError
-from raymuse.config.pretokenize import PretokenizeConfig
+from raymuse.config.pretokenize import EncodingConfig
 from raymuse.encoding.chunks import Chunk, CropFacts, Shape
 from raymuse.encoding.pictures import downscale
 from raymuse.models.precision import Precision, float32_products
@@ -62,12 +62,12 @@ class Codes:
 class CropEncoder:
     """The VQGAN of the crops and that of their low-resolution twins; often the same."""
 
-    config: PretokenizeConfig
+    config: EncodingConfig
     vqgan: Vqgan
     low_vqgan: Vqgan
 
     @classmethod
-    def load(cls, config: PretokenizeConfig, device: str, precision: Precision) -> "CropEncoder":
+    def load(cls, config: EncodingConfig, device: str, precision: Precision) -> "CropEncoder":
         """Raises UserError where they cannot be read, or have more codes than a stored id can say."""
         vqgan = Vqgan.load(config.vqgan, device, precision)
         low = Vqgan.load(config.low_vqgan, device, precision) if config.low_vqgan else vqgan
@@ -98,7 +98,7 @@ class CaptionEncoder:
         device: of PyTorch.
     """
 
-    def __init__(self, config: PretokenizeConfig, device: str = "cpu") -> None:
+    def __init__(self, config: EncodingConfig, device: str = "cpu") -> None:
         self.config = config
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.text = TextEncoder.load(config.text_encoder, device, dtype, length=config.text_length)
@@ -163,7 +163,7 @@ class ChunkEncoder:
         device: of PyTorch.
     """
 
-    def __init__(self, config: PretokenizeConfig, device: str = "cpu") -> None:
+    def __init__(self, config: EncodingConfig, device: str = "cpu") -> None:
         self.config = config
         self.crops = CropEncoder.load(config, device, config.precision)
         self.captions = CaptionEncoder(config, device)
@@ -192,7 +192,7 @@ class ChunkEncoder:
         return Encoded(tokens, captions, to_table([*chunk.rejects, *refused.values()]), dict(counts), kept)
 
 
-def code_agreement(config: PretokenizeConfig, chunk: Chunk, device: str = "cpu") -> float:
+def code_agreement(config: EncodingConfig, chunk: Chunk, device: str = "cpu") -> float:
     """Share of a chunk's ids, low-res ones included, that the config's precision and fp32 agree on; 0 to 1."""
     if not chunk.pixels:
         raise ValueError("a chunk without crops says nothing of the precision")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from raymuse.config.errors import UserError
-from raymuse.config.pretokenize import PretokenizeConfig
+from raymuse.config.pretokenize import EncodingConfig, PretokenizeConfig, StreamConfig
 from raymuse.encoding.chunks import decode_chunks, reading_of
 from raymuse.encoding.encoder import ChunkEncoder
 from raymuse.models.text import text_length
@@ -16,13 +16,13 @@ from raymuse.storage.images import Shard, estimate_rows, list_shards
 from raymuse.storage.tokens import parquet_bytes
 
 
-def plan_of(config: PretokenizeConfig) -> dict[str, Shard]:
+def plan_of(config: EncodingConfig) -> dict[str, Shard]:
     """What becomes which part: a function of the input's names and the config alone."""
     shards = list_shards(config.inputs, images_per_shard=config.pictures_per_part, reading=reading_of(config))
     return {f"part-{number:06d}": shard for number, shard in enumerate(shards)}
 
 
-def fingerprint(config: PretokenizeConfig) -> dict[str, Any]:
+def fingerprint(config: PretokenizeConfig | StreamConfig) -> dict[str, Any]:
     """What decides the ids and states beside the config: the encoders' weights and sizes.
 
     Raises:

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import ray.train
 import torch
@@ -29,12 +29,14 @@ from raymuse.clusters.placement import place
 from raymuse.clusters.watching import watching
 from raymuse.config.errors import UserError
 from raymuse.config.stages import STAGES
-from raymuse.config.training import TrainConfig
+from raymuse.config.training import MaskedConfig, TrainConfig
 from raymuse.tracking.machine import monitored
 from raymuse.tracking.run import Run
 from raymuse.training.alone import opened, train_alone
 from raymuse.training.build import train_here
 from raymuse.training.stopping import Stopped, listening, woken
+from raymuse.training.streamed import Pieces
+from raymuse.training.surveying import HERE, Surveyor
 
 RESIZE_SECONDS = 30
 """How often an elastic training looks whether the cluster has room for more workers: each change is a restart."""
@@ -47,9 +49,9 @@ def train(config: TrainConfig, run: Run) -> str:
         UserError: for input that is missing or unfinished, a recipe that does not fit it, or another run's output.
         SystemExit, KeyboardInterrupt: stopped by SIGTERM or Ctrl-C; what was done is kept.
     """
-    manifest = opened(config)
     if config.workers == 0:
-        return train_alone(config, run, manifest)
+        return train_alone(config, run, opened(config))
+    manifest = opened(config, _surveyor(config))
     model = f"{config.output}/model"
     if manifest.finished:
         manifest.release()
@@ -210,12 +212,35 @@ def _worker(payload: dict[str, Any]) -> bool:
     with notes.progress.open("a", buffering=1) as lines, meter, _machine(payload["run"], payload["host"]):
         try:
             say = partial(print, file=lines)
-            return train_here(config, payload["run"], _report, say, partial(_asked, notes))
+            return train_here(config, payload["run"], _report, say, partial(_asked, notes), _pieces(config))
         except UserError as error:
             notes.refused.write_text(str(error))
             if ray.train.get_context().get_world_size() > 1:
                 raise
             return False
+
+
+def _streams(config: TrainConfig) -> TypeGuard[MaskedConfig]:
+    """Whether a training encodes as it runs."""
+    return isinstance(config, MaskedConfig) and config.stream is not None
+
+
+def _surveyor(config: TrainConfig) -> Surveyor:
+    """Who looks through the pictures before they are encoded: the cluster."""
+    if not _streams(config):
+        return HERE
+    from raymuse.tokenizing.feed import surveyor  # Ray Data, which no other training needs
+
+    return surveyor(config)
+
+
+def _pieces(config: TrainConfig) -> Pieces | None:
+    """Where a worker of a training that encodes as it runs gets its rows from."""
+    if not _streams(config):
+        return None
+    from raymuse.tokenizing.feed import feed
+
+    return feed(config)
 
 
 @contextmanager

@@ -167,6 +167,7 @@ class Rows:
     text_ids: NDArray[np.int64]
     text_states: NDArray[np.float32] | None
     pooled: NDArray[np.float32] | None
+    sound: NDArray[np.bool_] | None = None  # (B,): the others are empty places; None: all are rows
 
 
 class TokenStore:
@@ -236,9 +237,9 @@ class TokenStore:
         for number in np.unique(parts):
             where = np.nonzero(parts == number)[0]
             part = self.part(self.names[int(number)])
-            pieces.append(_take(part, wanted[where] - self.starts[int(number)], caption_draws[where]))
+            pieces.append(take_rows(part, wanted[where] - self.starts[int(number)], caption_draws[where]))
             order.append(where)
-        return _in_order(pieces, np.concatenate(order))
+        return join_rows(pieces, np.concatenate(order))
 
     def keys(self, indices: Sequence[int] | NDArray[np.int64]) -> list[str]:
         """The keys of the rows at global `indices`, in that order; read from the files."""
@@ -257,33 +258,11 @@ class TokenStore:
     def _read_part(self, name: str) -> TokenPart:
         file = pq.ParquetFile(io.BytesIO(self.folder.read(f"tokens/{name}.parquet")))
         table = file.read([column for column in file.schema_arrow.names if column in READ])
-        captions = self._read_captions(name)
-        columns = ("original_width", "original_height", "crop_top", "crop_left", "aesthetic")
-        micro = np.stack([table[column].to_numpy().astype(np.float32) for column in columns], axis=1)
-        ids = table["caption_ids"].combine_chunks()
-        rows = pc.index_in(ids.flatten(), value_set=captions.keys)
-        if rows.null_count:
-            raise ValueError(f"{self.folder.address}/tokens/{name}.parquet names captions that are not in its table")
-        return TokenPart(
-            image_ids=_grid(table, "image_ids", "height", "width"),
-            low_ids=_grid(table, "low_ids", "low_height", "low_width") if "low_ids" in table.column_names else None,
-            micro=micro,
-            caption_rows=rows.to_numpy().astype(np.int64),
-            caption_starts=np.asarray(ids.offsets, dtype=np.int64) - ids.offsets[0].as_py(),
-            text_ids=captions.text_ids,
-            text_states=captions.text_states,
-            pooled=captions.pooled,
-        )
+        return part_of(table, self._read_captions(name), f"{self.folder.address}/tokens/{name}.parquet")
 
     def _read_captions(self, name: str) -> "Captions":
         file = pq.ParquetFile(io.BytesIO(self.folder.read(f"captions/{name}.parquet")))
-        table = file.read([column for column in file.schema_arrow.names if column in READ])
-        text_ids = _values(table, "text_ids")
-        states = pooled = None
-        if "text_states" in table.column_names:
-            states = _values(table, "text_states").reshape(len(table), text_ids.shape[1], -1)
-            pooled = _values(table, "pooled")
-        return Captions(table["caption_id"].combine_chunks(), text_ids, states, pooled)
+        return Captions.of(file.read([column for column in file.schema_arrow.names if column in READ]))
 
 
 @dataclass(frozen=True)
@@ -295,6 +274,36 @@ class Captions:
     text_states: NDArray[np.float16] | None
     pooled: NDArray[np.float16] | None
 
+    @classmethod
+    def of(cls, table: pa.Table) -> "Captions":
+        """Of a table with the columns of `captions_schema`."""
+        text_ids = _values(table, "text_ids")
+        states = pooled = None
+        if "text_states" in table.column_names:
+            states = _values(table, "text_states").reshape(len(table), text_ids.shape[1], -1)
+            pooled = _values(table, "pooled")
+        return cls(table["caption_id"].combine_chunks(), text_ids, states, pooled)
+
+
+def part_of(table: pa.Table, captions: Captions, where: str) -> TokenPart:
+    """A tokens table and its captions as arrays. Raises ValueError, naming `where`, for captions that are not there."""
+    columns = ("original_width", "original_height", "crop_top", "crop_left", "aesthetic")
+    micro = np.stack([table[column].to_numpy().astype(np.float32) for column in columns], axis=1)
+    ids = table["caption_ids"].combine_chunks()
+    rows = pc.index_in(ids.flatten(), value_set=captions.keys)
+    if rows.null_count:
+        raise ValueError(f"{where} names captions that are not in its table")
+    return TokenPart(
+        image_ids=_grid(table, "image_ids", "height", "width"),
+        low_ids=_grid(table, "low_ids", "low_height", "low_width") if "low_ids" in table.column_names else None,
+        micro=micro,
+        caption_rows=rows.to_numpy().astype(np.int64),
+        caption_starts=np.asarray(ids.offsets, dtype=np.int64) - ids.offsets[0].as_py(),
+        text_ids=captions.text_ids,
+        text_states=captions.text_states,
+        pooled=captions.pooled,
+    )
+
 
 def _values(table: pa.Table, column: str) -> NDArray[Any]:
     chunk = table[column].combine_chunks()
@@ -305,7 +314,8 @@ def _grid(table: pa.Table, column: str, height: str, width: str) -> NDArray[np.u
     return _values(table, column).reshape(len(table), table[height][0].as_py(), table[width][0].as_py())
 
 
-def _take(part: TokenPart, rows: NDArray[np.int64], draws: NDArray[np.float64]) -> Rows:
+def take_rows(part: TokenPart, rows: NDArray[np.int64], draws: NDArray[np.float64]) -> Rows:
+    """Rows of a part by number (B,); `draws` (B,) in [0, 1) pick one of several captions."""
     starts = part.caption_starts[rows]
     counts = part.caption_starts[rows + 1] - starts
     texts = part.caption_rows[starts + (draws * counts).astype(np.int64)]
@@ -319,7 +329,7 @@ def _take(part: TokenPart, rows: NDArray[np.int64], draws: NDArray[np.float64]) 
     )
 
 
-def _in_order(pieces: list[Rows], order: NDArray[np.int64]) -> Rows:
+def join_rows(pieces: list[Rows], order: NDArray[np.int64]) -> Rows:
     """Concatenate pieces and put their rows back where they were asked for."""
     back = np.argsort(order)
 

@@ -26,6 +26,7 @@ from raymuse.training.engine import rank_and_world
 from raymuse.training.inputs import data_fingerprint
 from raymuse.training.saving import agreed
 from raymuse.training.stopping import listening
+from raymuse.training.surveying import HERE, Surveyor, prepare
 
 
 def train_alone(config: TrainConfig, run: Run, manifest: Manifest | None) -> str:
@@ -53,10 +54,13 @@ def train_alone(config: TrainConfig, run: Run, manifest: Manifest | None) -> str
     return model
 
 
-def opened(config: TrainConfig) -> Manifest:
+def opened(config: TrainConfig, surveyor: Surveyor = HERE) -> Manifest:
     """The output's manifest, with everything checked that can be checked before a worker starts.
 
     Not within a process group: the other ranks take no part.
+
+    Args:
+        surveyor: who looks through the pictures of a config with `stream`.
 
     Raises:
         UserError: for input that is missing or unfinished, a recipe that does not fit it, or another run's output.
@@ -64,6 +68,7 @@ def opened(config: TrainConfig) -> Manifest:
     Folder(config.output).require_local("each worker writes its share of a checkpoint there")
     manifest = Manifest.open(config.output, {**config.identity(), "data": data_fingerprint(config)})
     if not manifest.finished:
+        prepare(config, surveyor)
         build_task(config)  # every mistake of the recipe shows here
     return manifest
 

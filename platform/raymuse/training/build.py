@@ -1,6 +1,7 @@
 """From a config to what trains: task, engine, loop."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,11 +22,17 @@ from raymuse.training.saving import Report
 from raymuse.training.stopping import Stopping, never
 from raymuse.training.task import Task
 
+if TYPE_CHECKING:
+    from raymuse.training.streamed import Pieces
 
-def build_task(config: TrainConfig, device: str = "cpu") -> Task:
+
+def build_task(config: TrainConfig, device: str = "cpu", pieces: "Pieces | None" = None) -> Task:
     """The training that the config describes, its data opened and its network fresh.
 
     Each imports only what it needs: transformers would cost every worker seconds.
+
+    Args:
+        pieces: of a config with `stream`, who encodes; None: this process.
     """
     if isinstance(config, VqganConfig):
         from raymuse.training.vqgan import VqganTask
@@ -38,11 +45,11 @@ def build_task(config: TrainConfig, device: str = "cpu") -> Task:
     if isinstance(config, CriticConfig):
         from raymuse.training.critic import CriticTask
 
-        return CriticTask(config, device)
+        return CriticTask(config, device, pieces)
     from raymuse.training.masked import MaskedTask
 
     assert isinstance(config, BaseConfig | SuperresConfig)
-    return MaskedTask(config, device)
+    return MaskedTask(config, device, pieces)
 
 
 def build_engine(config: TrainConfig, task: Task, device: str = "cpu") -> Engine:
@@ -62,11 +69,16 @@ def build_engine(config: TrainConfig, task: Task, device: str = "cpu") -> Engine
 
 
 def train_here(
-    config: TrainConfig, run: Run, report: Report, say: Callable[[str], None], stopping: Stopping = never
+    config: TrainConfig,
+    run: Run,
+    report: Report,
+    say: Callable[[str], None],
+    stopping: Stopping = never,
+    pieces: "Pieces | None" = None,
 ) -> bool:
     """Run this rank's part of the training, in whatever process group it finds; False where it was asked to stop."""
     device = f"cuda:{torch.cuda.current_device()}" if config.use_gpu else "cpu"
-    task = build_task(config, device)
+    task = build_task(config, device, pieces)
     engine = build_engine(config, task, device)
     with tracing(config, engine.rank) as next_step:
         return Loop(config, task, engine, run, report, say, stopping, next_step).fit()

@@ -24,6 +24,7 @@ from raymuse.masking import CRITIC, pick, uniforms
 from raymuse.models.base import Base, new_base, record_of
 from raymuse.models.network_files import save_network
 from raymuse.training.start import base_shape, require_fit, shape_of
+from raymuse.training.streamed import Pieces
 from raymuse.training.task import Batch, Loss, Stateless, network_weights
 from raymuse.training.tokens import TokenStream
 
@@ -65,18 +66,18 @@ class CriticTask(Stateless):
         UserError: for a base that is not trained to the end, or was made for other parts.
     """
 
-    def __init__(self, config: CriticConfig, device: str = "cpu") -> None:
+    def __init__(self, config: CriticConfig, device: str = "cpu", pieces: Pieces | None = None) -> None:
         self.config = config
-        self.stream = TokenStream(config, device)
+        self.stream = TokenStream(config, device, pieces=pieces)
         base = load_base(trained_part(config.base, "transformer"))
         kind = type(base.config)
         known = base_shape(self.stream, kind)
         if base.config.sample_size != known["sample_size"]:
             raise UserError(
-                f"{config.base} draws a grid of {base.config.sample_size}, and {config.ids} of {config.input} are "
+                f"{config.base} draws a grid of {base.config.sample_size}, and {config.ids} of {config.source} are "
                 f"{known['sample_size']} a side: set ids to what the base was trained on."
             )
-        require_fit(config.base, base.config, known, config.input)
+        require_fit(config.base, base.config, known, config.source)
         self.network = new_base(shape_of(kind, config, {**asdict(base.config), "codebook_size": 1}))
         self.network.initialise(config.seed)
         self.network.gradient_checkpointing = config.gradient_checkpointing

@@ -13,6 +13,7 @@ from raymuse.models.lpips import files_sha256
 from raymuse.models.weights import weights_sha256
 from raymuse.storage.images import list_shards
 from raymuse.storage.tokens import TokenStore
+from raymuse.training.surveying import stream_digest
 
 
 def data_fingerprint(config: TrainConfig) -> str:
@@ -24,7 +25,8 @@ def data_fingerprint(config: TrainConfig) -> str:
         elif isinstance(config, CriticConfig):
             frozen["transformer"] = str(trained_part(config.base, "transformer"))
         sums = [weights_sha256(address, part) for part, address in frozen.items() if address is not None]
-        return " ".join([TokenStore(config.input).fingerprint, *sums])
+        read = TokenStore(config.input).fingerprint if config.stream is None else stream_digest(config.stream)
+        return " ".join([read, *sums])
     names = " ".join(shard.name for shard in list_shards(str(getattr(config, "input", ""))))
     if isinstance(config, VqganConfig):
         if config.start_from is not None:

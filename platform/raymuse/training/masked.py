@@ -24,7 +24,9 @@ from raymuse.models.network_files import save_network
 from raymuse.models.superres import SuperRes
 from raymuse.models.text import TextEncoder
 from raymuse.models.vqgan import Vqgan
+from raymuse.training.engine import Engine
 from raymuse.training.start import first_network
+from raymuse.training.streamed import Pieces
 from raymuse.training.task import Batch, Loss, Stateless, network_weights, sheet
 from raymuse.training.tokens import TokenStream
 
@@ -87,10 +89,10 @@ class MaskedTask(Stateless):
         UserError: where shards, text encoder and config do not fit together.
     """
 
-    def __init__(self, config: BaseConfig | SuperresConfig, device: str = "cpu") -> None:
+    def __init__(self, config: BaseConfig | SuperresConfig, device: str = "cpu", pieces: Pieces | None = None) -> None:
         self.config = config
         self.device = device
-        self.stream = TokenStream(config, device, text_trained=bool(config.lora and config.lora.text_targets))
+        self.stream = TokenStream(config, device, bool(config.lora and config.lora.text_targets), pieces)
         self.module = self._build()
         self.network = self.module.network
 
@@ -106,6 +108,9 @@ class MaskedTask(Stateless):
     def keys(self, positions: NDArray[np.int64]) -> list[str]:
         return self.stream.keys(positions)
 
+    def after_step(self, step: int, engine: Engine) -> dict[str, float]:
+        return self.stream.counts()
+
     def sample(self, weights: dict[str, Tensor]) -> Image.Image | None:
         """The first rows of the store drawn anew from their captions, under the truth as the VQGAN decodes it."""
         if self.config.vqgan is None:
@@ -118,6 +123,7 @@ class MaskedTask(Stateless):
         module.to(self.device)
         count, grid = min(SAMPLES, len(self.stream.store)), self.stream.grid
         truth, told = self.stream.first(count)
+        count = len(truth)
         sampling = SamplingConfig(temperature=0.5, guidance=1)
         with torch.no_grad():
             ids = sample_ids(

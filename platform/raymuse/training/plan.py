@@ -22,6 +22,7 @@ from raymuse.models.superres import SuperResConfig
 from raymuse.models.uvit import UVitConfig
 from raymuse.models.weights import HUB, require_safetensors
 from raymuse.storage.folder import Folder
+from raymuse.training.crops import survey_folder
 from raymuse.training.loop import micro_batches
 from raymuse.training.measure import CLIP_TOKENS, CLIP_WIDTHS, T5_TOKENS, Shape, Sizes, activations, flops, outline
 from raymuse.training.optimizers import hidden_matrices
@@ -129,7 +130,7 @@ def plan_of(config: MaskedConfig) -> Plan:
     Raises:
         ConfigError, UserError: for a shape or model that there is not, or that does not fit the token shards.
     """
-    stream = TokenStream(config, "cpu") if _exists(config.input) else None
+    stream = TokenStream(config, "cpu") if _readable(config) else None
     shape = _shape(config, stream)
     side = shape.high_grid if isinstance(shape, SuperResConfig) else shape.sample_size
     low = shape.low_grid if isinstance(shape, SuperResConfig) else 1
@@ -152,7 +153,7 @@ def _shape(config: MaskedConfig, stream: TokenStream | None) -> Shape:
         base = read_shape(_record(trained_part(config.base, "transformer")))
         kind = type(base)
         if stream is not None:
-            require_fit(config.base, base, base_shape(stream, kind), config.input)
+            require_fit(config.base, base, base_shape(stream, kind), config.source)
         made: Shape = shape_of(kind, config, {**asdict(base), "codebook_size": 1})
         return made
     assert isinstance(config, BaseConfig | SuperresConfig)
@@ -164,7 +165,7 @@ def _shape(config: MaskedConfig, stream: TokenStream | None) -> Shape:
         raise ConfigError(
             config.stage,
             [
-                f"input: there are no token shards at {config.input}; to plan without them, model.sample_size must "
+                f"input: there are no token shards at {config.source}; to plan without them, model.sample_size must "
                 "say the side of the grid, and model.encoder_hidden_size the width of the text"
             ],
         )
@@ -174,7 +175,7 @@ def _shape(config: MaskedConfig, stream: TokenStream | None) -> Shape:
 def _started_superres(config: SuperresConfig, stream: TokenStream | None) -> SuperResConfig:
     shape = SuperResConfig.from_dict(_record(_folder(str(config.start_from), "superres")))
     if stream is not None:
-        require_fit(str(config.start_from), shape, superres_shape(stream), config.input)
+        require_fit(str(config.start_from), shape, superres_shape(stream), config.source)
     return shape
 
 
@@ -187,7 +188,7 @@ def _started_base(config: BaseConfig, address: str, stream: TokenStream | None) 
     else:
         shape = read_shape(_record(_folder(address, "transformer")))
     if stream is not None:
-        require_fit(address, shape, base_shape(stream, type(shape)), config.input)
+        require_fit(address, shape, base_shape(stream, type(shape)), config.source)
     side = config.model.get("sample_size", shape.sample_size) if stream is None else stream.grid[0]
     return resampled_shape(shape, config, side)
 
@@ -199,6 +200,13 @@ def _folder(address: str, part: str) -> Path:
 
 def _record(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "config.json").read_text()))
+
+
+def _readable(config: MaskedConfig) -> bool:
+    """Whether there is data to plan by: token shards, or a survey of pictures."""
+    if config.stream is not None:
+        return Folder(survey_folder(config)).exists("survey.json")
+    return _exists(config.input)
 
 
 def _exists(address: str) -> bool:

@@ -52,10 +52,10 @@ def _loaded(config: BaseConfig | SuperresConfig, address: str, stream: TokenStre
     network: Base | SuperRes
     if isinstance(config, SuperresConfig):
         network = load_superres(folder / "superres")
-        require_fit(f"{folder}/superres", network.config, superres_shape(stream), config.input)
+        require_fit(f"{folder}/superres", network.config, superres_shape(stream), config.source)
     else:
         network = load_base(folder / "transformer")
-        require_fit(f"{folder}/transformer", network.config, base_shape(stream, type(network.config)), config.input)
+        require_fit(f"{folder}/transformer", network.config, base_shape(stream, type(network.config)), config.source)
         shape = resampled_shape(network.config, config, stream.grid[0])
         if isinstance(network, UVit) and isinstance(shape, UVitConfig) and shape != network.config:
             network = _resampled(network, shape, config.seed)

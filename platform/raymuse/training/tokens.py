@@ -1,4 +1,4 @@
-"""Token shards in the training stream's order: ids with some hidden, and what is said of them.
+"""Token shards, or what is encoded meanwhile, in the training stream's order: ids with some hidden, and what is said.
 
 B samples, h w grid, T text tokens, E text width, P pooled width.
 """
@@ -16,6 +16,7 @@ from raymuse.masking import CAPTION, DROPOUT, LOW_NOISE, Rectangles, hide, unifo
 from raymuse.models.text import TextEncoder
 from raymuse.storage.tokens import Rows, TokenStore
 from raymuse.training.order import SampleOrder
+from raymuse.training.streamed import Pieces, Streamed
 from raymuse.training.task import Batch
 
 
@@ -26,16 +27,19 @@ class TokenStream:
         config: the recipe.
         device: where batches go, and where captions are encoded.
         text_trained: hand out text ids, since the encoder is trained as well.
+        pieces: of a config with `stream`, who encodes; None: this process.
 
     Raises:
         UserError: where shards, text encoder and config do not fit together.
     """
 
-    def __init__(self, config: MaskedConfig, device: str, text_trained: bool = False) -> None:
+    def __init__(
+        self, config: MaskedConfig, device: str, text_trained: bool = False, pieces: Pieces | None = None
+    ) -> None:
         self.config = config
         self.device = device
         self.text_trained = text_trained
-        self.store = TokenStore(config.input)
+        self.store = TokenStore(config.input) if config.stream is None else Streamed(config, pieces)
         self.order = SampleOrder(self.store.sizes, config.seed)
         self.grid = self.store.grid(config.ids)
         self.codes = self.store.codes(config.ids)
@@ -51,10 +55,16 @@ class TokenStream:
         """Keys of the rows at stream positions."""
         return self.store.keys(self.order.rows(positions))
 
+    def counts(self) -> dict[str, float]:
+        """What is known of the data beside its rows."""
+        return {"rejects": float(self.store.rejects)} if isinstance(self.store, Streamed) else {}
+
     def first(self, count: int) -> tuple[NDArray[np.int64], Batch]:
-        """True ids (B, h, w) of the store's first rows, and what is said of them."""
-        rows = self.store.rows(range(count), np.zeros(count))
-        batch = {"micro": torch.from_numpy(rows.micro), **self._told(rows, torch.zeros(count, dtype=torch.bool))}
+        """True ids (B, h, w) of the first rows, and what is said of them; few may be missing of pictures."""
+        store = self.store
+        rows = store.first(count) if isinstance(store, Streamed) else store.rows(range(count), np.zeros(count))
+        nothing = torch.zeros(len(rows.micro), dtype=torch.bool)
+        batch = {"micro": torch.from_numpy(rows.micro), **self._told(rows, nothing)}
         if rows.low_ids is not None:
             batch["low_ids"] = torch.from_numpy(rows.low_ids)
         return self._ids(rows), {name: tensor.to(self.device) for name, tensor in batch.items()}
@@ -65,7 +75,7 @@ class TokenStream:
         Args:
             weights: (B,) 0 for rows that only pad: none of their ids is in the mask.
         """
-        rows = self.store.rows(self.order.rows(positions), uniforms(self.config.seed, CAPTION, positions, 1)[:, 0])
+        rows = self._rows(positions, uniforms(self.config.seed, CAPTION, positions, 1)[:, 0])
         ids = torch.from_numpy(self._ids(rows))
         hidden = hide(
             ids.flatten(1),
@@ -76,7 +86,7 @@ class TokenStream:
             min_ratio=self.config.min_masking_ratio,
             rectangles=Rectangles(self.config.rectangle_share, self.grid) if self.config.rectangle_share else None,
         )
-        real = torch.from_numpy(weights) > 0
+        real = torch.from_numpy(weights if rows.sound is None else weights * rows.sound) > 0
         dropped = uniforms(self.config.seed, DROPOUT, positions, 1)[:, 0] < self.config.caption_dropout
         batch = {
             "ids": hidden.ids.view_as(ids),
@@ -96,17 +106,24 @@ class TokenStream:
             )
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
+    def _rows(self, positions: NDArray[np.int64], draws: NDArray[np.float64]) -> Rows:
+        if isinstance(self.store, Streamed):
+            return self.store.at(positions, draws)
+        return self.store.rows(self.order.rows(positions), draws)
+
     def _ids(self, rows: Rows) -> NDArray[np.int64]:
         return rows.image_ids if self.config.ids == "image_ids" else _low(rows.low_ids)
 
     def _text_encoder(self) -> TextEncoder | None:
         if self.store.has_states:
             return None
-        if self.config.text_encoder is None:
+        stream = self.config.stream
+        address = self.config.text_encoder if stream is None else stream.text_encoder
+        if address is None:
             raise UserError(
                 f"{self.config.input} holds text ids, not states: set text_encoder to the encoder's folder."
             )
-        return TextEncoder.load(self.config.text_encoder, self.device)
+        return TextEncoder.load(address, self.device)
 
     def _said(
         self, text_ids: Tensor, states: NDArray[Any] | None, pooled: NDArray[Any] | None
