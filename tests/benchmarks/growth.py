@@ -22,7 +22,7 @@ import torch
 from load import BATCH, CODES, ROWS, write_text_encoder, write_tokens
 from models import PROMPT, SIZES, write_model
 from pretokenize import config_of, write_models, write_pictures
-from report import Row, paired, row_of, write
+from report import Row, line, paired, row_of, write
 
 from raymuse.clusters.local import session
 from raymuse.config.generate import GenerateConfig
@@ -129,22 +129,13 @@ def whole(work: Callable[[], object], root: Path) -> float:
 
 
 def growth_row(name: str, seconds: Mapping[int, float], unit_size: int, unit: str) -> Row:
-    fixed, each, slope = fit(seconds)
+    fixed, each, slope = line(seconds)
     told = ", ".join(f"{work} times {took:.1f} s" for work, took in seconds.items())
     print(f"{name}: {told}; {fixed:.1f} s and {each:.3f} s a unit of {unit_size}; slope {slope:.2f}", flush=True)
     most, few = max(seconds), 4
     rates = {"ours": [most * unit_size / seconds[most]], "itself": [few * unit_size / seconds[few]]}
     row = row_of(f"{name}, 32 beside 4 times the work", "itself", rates, LINEAR, unit, PACKAGES)
     return replace(row, name=f"{row.name} (slope {slope:.2f})")
-
-
-def fit(seconds: Mapping[int, float]) -> tuple[float, float, float]:
-    """(fixed seconds, seconds a unit, slope of the logarithms from 4 units on) by least squares of relative errors."""
-    work, took = np.array(list(seconds), float), np.array(list(seconds.values()))
-    fixed, each = np.linalg.lstsq(np.stack([1 / took, work / took], axis=1), np.ones_like(took), rcond=None)[0]
-    large = work >= 4
-    slope = np.polyfit(np.log(work[large]), np.log(took[large]), 1)[0]
-    return float(fixed), float(each), float(slope)
 
 
 # --- scaling

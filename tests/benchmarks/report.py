@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 
@@ -96,6 +97,15 @@ def compare(
     """Run the two in turn, `pairs` times, each returning its rate."""
     rates = paired(name, {"ours": ours, peer_name: peer}, unit, pairs)
     return row_of(name, peer_name, rates, goal, unit, packages, peer_versions)
+
+
+def line(seconds: Mapping[int, float]) -> tuple[float, float, float]:
+    """(fixed seconds, seconds a unit, slope of the logarithms from 4 units on) by least squares of relative errors."""
+    work, took = np.array(list(seconds), float), np.array(list(seconds.values()))
+    fixed, each = np.linalg.lstsq(np.stack([1 / took, work / took], axis=1), np.ones_like(took), rcond=None)[0]
+    large = work >= 4
+    slope = np.polyfit(np.log(work[large]), np.log(took[large]), 1)[0]
+    return float(fixed), float(each), float(slope)
 
 
 def write(name: str, rows: Sequence[Row], keep: bool = False) -> None:
