@@ -4,10 +4,12 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TRAIN_AMUSED ?= build/peers/train_amused.py
 # Where it is set, each of a hundred processes compiles the package anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: venv demo demo-full test check format docs soak bench bench-pretokenize bench-load bench-generate bench-serve clean
+.PHONY: venv demo demo-full test check format docs soak bench bench-pretokenize bench-train bench-load \
+	bench-generate bench-serve bench-growth bench-gpu bench-peers clean
 
 venv: $(STAMP)
 
@@ -38,19 +40,42 @@ test: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/pytest -m soak --timeout 7200 tests
 
-bench: bench-pretokenize bench-load bench-generate bench-serve
+# Side-by-side figures (docs/benchmarks.md): each prints a table and writes build/bench/NAME.json.
+# ARGS chooses among the rows of generate, train, growth and gpu.
+bench: bench-pretokenize bench-train bench-load bench-generate bench-serve bench-growth
 
-bench-pretokenize: $(STAMP)
-	$(BIN)/python tests/benchmarks/pretokenize.py
+bench-pretokenize bench-load bench-serve: bench-%: $(STAMP)
+	$(BIN)/python tests/benchmarks/$*.py
 
-bench-load: $(STAMP)
-	$(BIN)/python tests/benchmarks/load.py
+bench-generate: $(STAMP) build/peers/lucidrains/.installed
+	$(BIN)/python tests/benchmarks/generate.py $(ARGS)
 
-bench-generate: $(STAMP)
-	$(BIN)/python tests/benchmarks/generate.py
+bench-train: $(STAMP) build/peers/amused/.installed $(TRAIN_AMUSED)
+	$(BIN)/python tests/benchmarks/train.py $(TRAIN_AMUSED) $(ARGS)
 
-bench-serve: $(STAMP)
-	$(BIN)/python tests/benchmarks/serve.py
+bench-growth bench-gpu: bench-%: $(STAMP)
+	$(BIN)/python tests/benchmarks/$*.py $(ARGS)
+
+# Peers in environments of their own. train_amused.py is no part of diffusers' package on PyPI: it is fetched from
+# GitHub at one commit, or TRAIN_AMUSED=FILE names a copy.
+TRAIN_AMUSED_COMMIT := 58eb52c0803ea9af3abec60841c2a093bdf1f951
+TRAIN_AMUSED_SHA256 := 81c959b91185f00f6b2d2d6891547391d4877ad6a4f8873289f12df39435b377
+
+bench-peers: build/peers/amused/.installed build/peers/lucidrains/.installed
+
+build/peers/amused/.installed: PACKAGES := torch torchvision diffusers transformers accelerate datasets peft pillow
+build/peers/lucidrains/.installed: PACKAGES := torch torchvision muse-maskgit-pytorch==0.3.5
+build/peers/%/.installed: constraints.txt
+	$(PYTHON) -m venv build/peers/$*
+	build/peers/$*/bin/pip install --quiet --constraint constraints.txt $(PACKAGES)
+	@touch $@
+
+build/peers/train_amused.py:
+	@mkdir -p build/peers
+	$(PYTHON) -c "import sys, urllib.request; urllib.request.urlretrieve(*sys.argv[1:])" \
+		https://raw.githubusercontent.com/huggingface/diffusers/$(TRAIN_AMUSED_COMMIT)/examples/amused/train_amused.py $@.new \
+		|| { echo "GitHub does not answer: get examples/amused/train_amused.py of diffusers, and set TRAIN_AMUSED=FILE"; exit 2; }
+	echo "$(TRAIN_AMUSED_SHA256)  $@.new" | sha256sum --check --quiet && mv $@.new $@
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

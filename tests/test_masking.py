@@ -12,6 +12,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from raymuse.masking import (
+    CAPTION,
     CHOICE,
     CONFIDENCE,
     MASK,
@@ -58,6 +59,14 @@ def test_draws_are_uniform_and_neighbours_are_independent() -> None:
 def test_draws_differ_for_the_largest_image_seeds() -> None:
     low, high = uniforms(2**63 - 1, CONFIDENCE, [0], 8), uniforms(2**63 - 2, CONFIDENCE, [0], 8)
     assert not np.array_equal(low, high)
+
+
+@pytest.mark.parametrize(("seed", "stream"), [(0, MASK), (2**64 - 1, CAPTION)])
+def test_draws_of_many_positions_at_once_are_those_of_each(seed: int, stream: int) -> None:
+    positions = np.concatenate([np.arange(150), np.random.default_rng(0).integers(0, 2**63, 150)])
+    alone = np.concatenate([uniforms(seed, stream, [position], 1) for position in positions])
+    assert np.array_equal(uniforms(seed, stream, positions, 1), alone)
+    assert np.array_equal(uniforms(seed, stream, positions, 5)[:, :1], alone)
 
 
 # --- hiding

@@ -197,8 +197,10 @@ def test_diffusers_computes_the_same_logits(folder: str) -> None:
     torch.testing.assert_close(logits.permute(0, 3, 1, 2), wanted, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("changed", [Pipeline.packed, lambda pipeline: pipeline.compiled("aot_eager")])
-def test_packed_and_compiled_networks_draw_the_same(pipeline: Pipeline, changed: Callable[..., Pipeline]) -> None:
+@pytest.mark.parametrize("changed", [Pipeline.packed, lambda pipeline: pipeline.compiled("aot_eager"), Pipeline.traced])
+def test_packed_compiled_and_traced_networks_draw_the_same(
+    pipeline: Pipeline, changed: Callable[..., Pipeline]
+) -> None:
     other = changed(pipeline)
     ids = torch.randint(tiny.CODES, (2, 4, 4), generator=torch.Generator().manual_seed(0))
     logits = []
@@ -210,9 +212,17 @@ def test_packed_and_compiled_networks_draw_the_same(pipeline: Pipeline, changed:
     for numbers in ([0], [6, 2, 5, 0, 1, 4, 3]):
         assert np.array_equal(draw(other, numbers).ids, together.ids[list(numbers)])
     assert np.mean(together.ids == draw(pipeline, range(7)).ids) > 0.9
-    for again in (lambda: other.styled({"anything": 1.0}), other.packed, other.compiled):
+    for again in (lambda: other.styled({"anything": 1.0}), other.packed, other.compiled, other.traced):
         with pytest.raises(UserError, match=r"starts from plain weights: call styled\(\) first"):
             again()
+
+
+def test_a_traced_network_draws_the_very_same_ids_at_every_size(pipeline: Pipeline) -> None:
+    traced, side = pipeline.traced(), pipeline.settings.size
+    for size in (None, (side, side // 2), None):
+        drawn, wanted = (one(PROMPTS, seeds=range(len(PROMPTS)), size=size) for one in (traced, pipeline))
+        assert np.array_equal(drawn.ids, wanted.ids)
+        assert np.array_equal(drawn.base_ids, wanted.base_ids)
 
 
 def test_compiling_without_a_compiler_is_said(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

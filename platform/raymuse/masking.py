@@ -38,6 +38,12 @@ GUIDANCE_SCHEDULES: dict[str, Callable[[float], float]] = {
 MASK, DROPOUT, LOW_NOISE, CAPTION, ORDER, CHOICE, CONFIDENCE, HIGH_CHOICE, HIGH_CONFIDENCE, SEED, START = range(11)
 RECTANGLE, CRITIC = 11, 12
 
+_KEY = 0x7261796D757365
+_LOW = np.uint64(0xFFFFFFFF)
+_PHILOX = np.array([[0xD2E7470EE14C6C93], [0xCA5A826395121157]], dtype=np.uint64)
+_PHILOX_LOW, _PHILOX_HIGH = _PHILOX & _LOW, _PHILOX >> 32
+_WEYL = np.array([[0x9E3779B97F4A7C15], [0xBB67AE8584CAA73B]], dtype=np.uint64)
+
 
 def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
@@ -48,8 +54,10 @@ def uniforms(seed: int, stream: int, positions: Sequence[int] | NDArray[np.int64
 
     Counter-based (Philox 4x64): position and stream are the counter's high words, the seed is the key.
     """
+    if count == 1 and len(positions) >= 128:  # a generator that is set anew for each costs two and a half times that
+        return _first_uniforms(seed, stream, np.asarray(positions, dtype=np.uint64))
     rows = np.empty((len(positions), count))
-    bits = np.random.Philox(counter=0, key=np.array([seed, 0x7261796D757365], dtype=np.uint64))
+    bits = np.random.Philox(counter=0, key=np.array([seed, _KEY], dtype=np.uint64))
     draw = np.random.Generator(bits)
     state = bits.state  # set anew for every row: a fifth of the time that another generator takes
     counter = state["state"]["counter"]
@@ -59,6 +67,24 @@ def uniforms(seed: int, stream: int, positions: Sequence[int] | NDArray[np.int64
         bits.state = state
         draw.random(out=row)
     return rows
+
+
+def _first_uniforms(seed: int, stream: int, positions: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """The first number of every position (B, 1), of all at once (Philox 4x64-10: Salmon et al., SC 2011, section 3.3).
+
+    The four words of a counter are the rows of two arrays (2, B).
+    """
+    even, odd = np.stack([np.ones_like(positions), positions]), np.zeros((2, len(positions)), dtype=np.uint64)
+    odd[1] = stream
+    key = np.array([[seed], [_KEY]], dtype=np.uint64)
+    for _ in range(10):
+        crossed, low = (even >> 32) * _PHILOX_LOW, even & _LOW
+        middle = (low * _PHILOX_LOW >> 32) + (crossed & _LOW) + low * _PHILOX_HIGH
+        high = (even >> 32) * _PHILOX_HIGH + (crossed >> 32) + (middle >> 32)
+        even, odd = high[::-1] ^ odd ^ key, (even * _PHILOX)[::-1]
+        key = key + _WEYL
+    first: NDArray[np.float64] = (even[0] >> 11) * 2.0**-53
+    return first[:, None]
 
 
 @dataclass(frozen=True)

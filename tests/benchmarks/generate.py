@@ -1,104 +1,189 @@
-"""`make bench-generate`: our pipeline beside diffusers' AmusedPipeline, on the same weights and the same work.
+"""`make bench-generate`: our pipeline beside diffusers' AmusedPipeline, and our sampler beside lucidrains' MaskGit.
 
-Prompt to picture: text encoder, all steps, VQGAN. Both draw greedily once before, and must give the same ids.
+`python tests/benchmarks/generate.py [WORD ...]` runs the rows whose name or peer has one of the words, else all.
+
+diffusers: the same weights and the same work, prompt to picture: text encoder, all steps, VQGAN. Both draw greedily
+once before, and must give the same ids. lucidrains: Muse's transformer of the same width, depth, heads, ids and codes,
+random weights, text states to ids (see lucidrains_peer.py); the two may differ by 5 % of their parameters.
 """
 
+import json
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import AmusedPipeline, VQModel
+from diffusers import AmusedPipeline
+from models import GUIDANCE, PROMPT, SIZES, STEPS, write_model
+from peers import environment, python_of, versions_of
 from report import Row, compare, write
 
 from raymuse.config.sampling import SamplingConfig
-from raymuse.config.training import ClipConfig
-from raymuse.datasets import shapes
-from raymuse.drawing.model_folder import Settings
-from raymuse.models.network_files import save_network
-from raymuse.models.uvit import UVit, UVitConfig
+from raymuse.drawing.sampler import Course, sample_ids
+from raymuse.models.maskgit import MaskGit, MaskGitConfig
 from raymuse.pipeline import Pipeline
-from raymuse.stages.export import write_index
-from raymuse.storage.webdataset_writer import write_shard
-from raymuse.training.clip import ClipTask
 
-STEPS, GUIDANCE = 12, 3.0
 PACKAGES = ("torch", "diffusers", "transformers")
-PROMPT = "a large red circle on a white background"
-SIZES: dict[str, dict[str, Any]] = {
-    # The demo's: 8 x 8 ids of 256 codes.
-    "demo": {
-        "uvit": {"hidden_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 256}
-        | {"in_channels": 96, "block_out_channels": 96, "block_num_heads": 4, "num_res_blocks": 4},
-        "codes": 256,
-        "grid": 8,
-        "vqgan": [32, 64, 64],
-        "text": {"width": 96, "layers": 1, "heads": 4, "projection": 64, "patch_size": 8},
-    },
-    # 36 million parameters: 16 x 16 ids of 8192 codes.
-    "36M": {
-        "uvit": {"hidden_size": 384, "num_hidden_layers": 8, "num_attention_heads": 6, "intermediate_size": 1024}
-        | {"in_channels": 256, "block_out_channels": 256, "block_num_heads": 4, "num_res_blocks": 3},
-        "codes": 8192,
-        "grid": 16,
-        "vqgan": [32, 32, 64, 64, 96],
-        "text": {"width": 256, "layers": 4, "heads": 4, "projection": 256, "patch_size": 8},
-    },
+THREADS = 2
+LUCIDRAINS = {
+    "demo": {"width": 96, "layers": 6, "heads": 4, "side": 8, "codes": 256, "text_width": 96},
+    "36M": {"width": 384, "layers": 12, "heads": 6, "side": 16, "codes": 8192, "text_width": 256},
 }
+TEXT_LENGTH, MLP = 77, 4
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Comparison:
+    """With diffusers: one of `SIZES` at a batch, `ours` in one of its ways to run, guided in `span` of the steps."""
+
+    size: str
+    batch: int
+    goal: float
+    ours: Literal["eager", "traced", "compiled"] = "eager"
+    span: tuple[float, float] = (0.0, 1.0)
+
+    @property
+    def name(self) -> str:
+        said = "demo's size" if self.size == "demo" else self.size
+        half = "" if self.span == (0.0, 1.0) else ", guidance on half of the steps"
+        return f"{said}, batch {self.batch}{half}{'' if self.ours == 'eager' else f', ours {self.ours}'}"
+
+
+COMPARISONS = (
+    Comparison("demo", 1, 2.0),
+    Comparison("demo", 1, 2.0, "traced"),
+    Comparison("36M", 1, 1.3),
+    Comparison("36M", 1, 1.3, "traced"),
+    Comparison("36M", 8, 1.3),
+    Comparison("36M", 1, 1.7, span=(0.0, 0.5)),
+    Comparison("demo", 1, 2.0, "compiled"),
+    Comparison("36M", 1, 1.3, "compiled"),
+    Comparison("36M", 8, 1.3, "compiled"),
+)
+
+
+def main(words: list[str]) -> None:
     root = Path(tempfile.mkdtemp(prefix="bench-"))
+    rows: list[Row] = []
     try:
-        folders = {name: write_model(root / name, **size) for name, size in SIZES.items()}
-        rows = [
-            row(folders["demo"], "demo's size, batch 1", 1, goal=2.0),
-            row(folders["36M"], "36M, batch 1", 1, goal=1.3),
-            row(folders["36M"], "36M, batch 8", 8, goal=1.3),
-            row(folders["36M"], "36M, batch 1, guidance on half of the steps", 1, goal=1.7, span=(0.0, 0.5)),
-            row(folders["demo"], "demo's size, batch 1, ours compiled", 1, goal=2.0, compiled=True),
-            row(folders["36M"], "36M, batch 1, ours compiled", 1, goal=1.3, compiled=True),
-            row(folders["36M"], "36M, batch 8, ours compiled", 8, goal=1.3, compiled=True),
-        ]
-        write("generate", rows)
+        for wanted in COMPARISONS:
+            if chosen(words, wanted.name, "diffusers-amused"):
+                if not (root / wanted.size).exists():
+                    write_model(root / wanted.size, **SIZES[wanted.size])
+                rows.append(row(str(root / wanted.size), wanted))
+        for size in LUCIDRAINS:
+            if chosen(words, lucidrains_name(size), "lucidrains"):
+                rows.append(lucidrains_row(size))
     finally:
         shutil.rmtree(root)
+    write("generate", rows, keep=bool(words))
 
 
-def row(
-    folder: str,
-    name: str,
-    batch: int,
-    *,
-    goal: float,
-    span: tuple[float, float] = (0.0, 1.0),
-    compiled: bool = False,
-) -> Row:
-    ours, theirs = Pipeline.load(folder, batch_size=batch), AmusedPipeline.from_pretrained(folder)
-    if compiled:
-        ours = ours.compiled()
+def chosen(words: list[str], *names: str) -> bool:
+    return not words or any(word in name for word in words for name in names)
+
+
+def row(folder: str, wanted: Comparison) -> Row:
+    ours, theirs = Pipeline.load(folder, batch_size=wanted.batch), AmusedPipeline.from_pretrained(folder)
+    if wanted.ours != "eager":
+        ours = ours.compiled() if wanted.ours == "compiled" else ours.traced()
     theirs.set_progress_bar_config(disable=True)
     same_ids(Pipeline.load(folder, batch_size=1), theirs)
-    prompts, generator = [PROMPT] * batch, torch.Generator().manual_seed(0)
+    prompts, generator = [PROMPT] * wanted.batch, torch.Generator().manual_seed(0)
     return compare(
-        name,
+        wanted.name,
         "diffusers-amused",
-        lambda: rate(lambda: ours(prompts, seeds=range(batch), guidance_span=span), batch),
+        lambda: rate(lambda: ours(prompts, seeds=range(wanted.batch), guidance_span=wanted.span), wanted.batch),
         lambda: rate(
             lambda: theirs(
                 prompts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generator, output_type="np"
             ),
-            batch,
+            wanted.batch,
         ),
-        goal=goal,
+        goal=wanted.goal,
         unit="pictures/s",
         packages=PACKAGES,
     )
+
+
+def lucidrains_name(size: str) -> str:
+    return f"Muse's transformer, {size}-shaped, batch 1, states to ids"
+
+
+def lucidrains_row(size: str) -> Row:
+    shape = LUCIDRAINS[size]
+    rest = {
+        "text_length": TEXT_LENGTH,
+        "mlp": MLP,
+        "batch": 1,
+        "steps": STEPS,
+        "guidance": GUIDANCE,
+        "threads": THREADS,
+    }
+    script = str(Path(__file__).with_name("lucidrains_peer.py").absolute())
+    command = [python_of("lucidrains"), script, json.dumps({**shape, **rest})]
+    peer = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env=environment(THREADS),
+    )  # fmt: skip
+    assert peer.stdin is not None
+    assert peer.stdout is not None
+    told, asked = peer.stdout, peer.stdin
+
+    def theirs() -> None:
+        asked.write("draw\n")
+        asked.flush()
+        assert "seconds" in json.loads(told.readline())
+
+    network = maskgit(shape)
+    counts = [json.loads(told.readline())["parameters"], sum(p.numel() for p in network.parameters())]
+    print(f"{size}: lucidrains {counts[0] / 1e6:.2f}, ours {counts[1] / 1e6:.2f} million parameters")
+    assert abs(counts[1] / counts[0] - 1) < 0.05, "the two are not of equal shape"
+    try:
+        return compare(
+            lucidrains_name(size), "lucidrains", lambda: rate(sampler(network, shape), 1), lambda: rate(theirs, 1),
+            goal=1.0, unit="pictures/s", packages=PACKAGES,
+            peer_versions=versions_of("lucidrains", ("muse-maskgit-pytorch", "torch")),
+        )  # fmt: skip
+    finally:
+        asked.close()
+        peer.wait()
+
+
+def maskgit(shape: dict[str, int]) -> MaskGit:
+    """Muse's base as lucidrains shapes it: its GEGLU's three matrices weigh as much as two of 4 times the width."""
+    config = MaskGitConfig(
+        hidden_size=shape["width"], num_hidden_layers=shape["layers"], num_attention_heads=shape["heads"],
+        intermediate_size=MLP * shape["width"], encoder_hidden_size=shape["text_width"], vocab_size=shape["codes"] + 64,
+        codebook_size=shape["codes"], sample_size=shape["side"], qk_norm=True,
+    )  # fmt: skip
+    network = MaskGit(config).eval()
+    network.initialise(0)
+    return network.requires_grad_(False)
+
+
+def sampler(network: MaskGit, shape: dict[str, int]) -> Callable[[], object]:
+    """All steps from text states to ids."""
+    side, sampling = shape["side"], SamplingConfig(steps=STEPS, guidance=GUIDANCE)
+    none = torch.zeros(1, 0), torch.zeros(1, 5)
+    ids = torch.full((1, side, side), network.config.mask_id)
+
+    @torch.no_grad()
+    def draw() -> object:
+        states = torch.randn(2, TEXT_LENGTH, shape["text_width"])
+        told, free = (network.condition(states[row : row + 1], *none) for row in range(2))
+        course = Course.of(sampling, side * side)
+        return sample_ids(network, told, free, ids=ids, seeds=[0], courses=[course])
+
+    return draw
 
 
 def rate(draw: Callable[[], object], batch: int) -> float:
@@ -128,64 +213,6 @@ def same_ids(ours: Pipeline, theirs: AmusedPipeline) -> None:
     assert np.array_equal(drawn, wanted.numpy().reshape(drawn.shape)), "the two do not draw the same ids"
 
 
-def write_model(folder: Path, *, uvit: Any, codes: int, grid: int, vqgan: list[int], text: Any) -> str:
-    """A model folder of random weights."""
-    side = grid * 2 ** (len(vqgan) - 1)
-    VQModel(
-        block_out_channels=vqgan,
-        down_block_types=["DownEncoderBlock2D"] * len(vqgan),
-        up_block_types=["UpDecoderBlock2D"] * len(vqgan),
-        layers_per_block=2,
-        latent_channels=8,
-        num_vq_embeddings=codes,
-        norm_num_groups=16,
-        act_fn="silu",
-        mid_block_add_attention=False,
-        lookup_from_codebook=True,
-    ).save_pretrained(folder / "vqvae", safe_serialization=True)
-    write_text(folder, text)
-    config = UVitConfig(
-        **uvit,
-        encoder_hidden_size=text["width"],
-        cond_embed_dim=text["projection"],
-        micro_cond_encode_dim=32,
-        micro_cond_embed_dim=160,
-        vocab_size=codes + 64,
-        codebook_size=codes,
-        sample_size=grid,
-    )
-    network = UVit(config)
-    network.initialise(0)
-    draw = torch.Generator().manual_seed(0)
-    for weight in network.parameters():  # a fresh network is almost equally sure of many ids, and rounding decides
-        weight.data += 0.02 * torch.randn(weight.shape, generator=draw)
-    print(f"{folder.name}: {sum(p.numel() for p in network.parameters()) / 1e6:.1f} million parameters, {side} px")
-    save_network(UVit(config), config.to_diffusers(), folder / "transformer", network.state_dict())
-    Settings(side, side, (side, side, 0, 0, 6), SamplingConfig(steps=STEPS, guidance=GUIDANCE)).save(folder)
-    write_index(folder)
-    return str(folder)
-
-
-def write_text(folder: Path, shape: dict[str, int]) -> None:
-    """A CLIP of random weights, with a tokenizer of the shapes' captions."""
-    shards = folder / "shards"
-    shards.mkdir(parents=True)
-    drawn = shapes.samples(64, 0, 64, held_out=False)
-    write_shard(shards / "00000.tar", ((one.key, one.image, one.caption, {}) for one in drawn))
-    config = ClipConfig(
-        input=str(shards),
-        output=str(folder / "clip-run"),
-        workers=0,
-        steps=1,
-        resolution=64,
-        vocabulary=640,
-        text_length=77,
-        model=shape,
-    )
-    task = ClipTask(config)
-    task.save({f"network.{name}": value for name, value in task.network.state_dict().items()}, folder)
-
-
 if __name__ == "__main__":
     diffusers.utils.logging.set_verbosity_error()
-    main()
+    main(sys.argv[1:])

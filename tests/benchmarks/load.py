@@ -30,13 +30,13 @@ PARTS, ROWS, SIDE, TEXT, CODES, BATCH, BATCHES = 16, 4096, 16, 77, 8192, 256, 25
 WANTED = 50_000
 
 
-def write_tokens(folder: Path) -> None:
+def write_tokens(folder: Path, parts: int = PARTS) -> None:
     """Token shards of random ids, as the pretokenize stage lays them out with text=ids."""
     draw = np.random.default_rng(0)
     facts = {"codebook_size": CODES, "text_length": TEXT}
     manifest = Manifest.open(str(folder), facts)
     metadata = {name: str(value) for name, value in facts.items()}
-    for part, rows in [(EMPTY, 1), *((f"part-{number:06d}", ROWS) for number in range(PARTS))]:
+    for part, rows in [(EMPTY, 1), *((f"part-{number:06d}", ROWS) for number in range(parts))]:
         keys = [f"{part}-{row}" for row in range(rows)]
         captions = [
             *(pa.array(keys), pa.array(keys), fixed(draw.integers(0, 500, (rows, TEXT)), pa.int32())),
@@ -138,7 +138,6 @@ def main() -> None:
             goal=1.0,
             unit="samples/s of one core",
             packages=["numpy", "pyarrow", "torch", "datasets"],
-            pairs=3,
         )
     write("load", [row])
     print(f"{row.ours:,.0f} samples/s on one core; wanted: {WANTED:,}")

@@ -4,10 +4,11 @@ import importlib.metadata
 import json
 import platform
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 
@@ -37,6 +38,50 @@ class Row:
     hardware: str
 
 
+def paired(
+    name: str, contenders: Mapping[str, Callable[[], float]], unit: str, pairs: int = 5
+) -> dict[str, list[float]]:
+    """Rates of contenders that are run in turn, `pairs` times each, every other time in the opposite order."""
+    rates: dict[str, list[float]] = {contender: [] for contender in contenders}
+    for number in range(pairs):
+        for contender in list(contenders)[:: 1 if number % 2 == 0 else -1]:
+            rates[contender].append(contenders[contender]())
+        told = ", ".join(f"{contender} {said(rates[contender][-1])}" for contender in contenders)
+        print(f"  {name} {number + 1}/{pairs}: {told} {unit}", flush=True)
+    return rates
+
+
+def row_of(
+    name: str,
+    peer_name: str,
+    rates: Mapping[str, Sequence[float]],
+    goal: float,
+    unit: str,
+    packages: Sequence[str],
+    peer_versions: Mapping[str, str] | None = None,
+) -> Row:
+    """The row of `ours` and one peer out of paired rates.
+
+    Args:
+        packages: whose versions here count.
+        peer_versions: of an environment of the peer's own.
+    """
+    ours, peer = rates["ours"], rates[peer_name]
+    ratios = [one / other for one, other in zip(ours, peer, strict=True)]
+    return Row(
+        name,
+        peer_name,
+        statistics.median(ours),
+        statistics.median(peer),
+        statistics.median(ratios),
+        goal,
+        (min(ratios), max(ratios)),
+        unit,
+        {package: importlib.metadata.version(package) for package in packages} | dict(peer_versions or {}),
+        hardware(),
+    )
+
+
 def compare(
     name: str,
     peer_name: str,
@@ -47,33 +92,35 @@ def compare(
     unit: str,
     packages: Sequence[str],
     pairs: int = 5,
+    peer_versions: Mapping[str, str] | None = None,
 ) -> Row:
     """Run the two in turn, `pairs` times, each returning its rate."""
-    rates = []
-    for number in range(pairs):
-        pair = (ours(), peer()) if number % 2 == 0 else tuple(reversed((peer(), ours())))
-        print(f"  {name} {number + 1}/{pairs}: ours {said(pair[0])}, {peer_name} {said(pair[1])} {unit}", flush=True)
-        rates.append(pair)
-    ratios = [one / other for one, other in rates]
-    return Row(
-        name,
-        peer_name,
-        statistics.median(one for one, _ in rates),
-        statistics.median(other for _, other in rates),
-        statistics.median(ratios),
-        goal,
-        (min(ratios), max(ratios)),
-        unit,
-        {package: importlib.metadata.version(package) for package in packages},
-        hardware(),
-    )
+    rates = paired(name, {"ours": ours, peer_name: peer}, unit, pairs)
+    return row_of(name, peer_name, rates, goal, unit, packages, peer_versions)
 
 
-def write(name: str, rows: Sequence[Row]) -> None:
-    """The rows to the terminal and to build/bench/NAME.json."""
-    folder = Path("build/bench")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+def line(seconds: Mapping[int, float]) -> tuple[float, float, float]:
+    """(fixed seconds, seconds a unit, slope of the logarithms from 4 units on) by least squares of relative errors."""
+    work, took = np.array(list(seconds), float), np.array(list(seconds.values()))
+    fixed, each = np.linalg.lstsq(np.stack([1 / took, work / took], axis=1), np.ones_like(took), rcond=None)[0]
+    large = work >= 4
+    slope = np.polyfit(np.log(work[large]), np.log(took[large]), 1)[0]
+    return float(fixed), float(each), float(slope)
+
+
+def write(name: str, rows: Sequence[Row], keep: bool = False) -> None:
+    """The rows to the terminal and to build/bench/NAME.json.
+
+    Args:
+        keep: the rows of other names that the file holds already, since these are but some.
+    """
+    path = Path("build/bench") / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = [asdict(row) for row in rows]
+    named = {(row.name, row.peer_name) for row in rows}
+    old = json.loads(path.read_text()) if keep and path.exists() else []
+    kept = [row for row in old if (row["name"], row["peer_name"]) not in named]
+    path.write_text(json.dumps([*kept, *new], indent=1) + "\n")
     print(f"| {name} | peer | ours | peer's | unit | ratio (lowest to highest) | goal |\n|---|---|---|---|---|---|---|")
     for row in rows:
         low, high = row.spread

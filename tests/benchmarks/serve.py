@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
-from generate import PROMPT, SIZES, write_model
+from models import PROMPT, SIZES, write_model
 from ray import serve
 from report import compare, write
 

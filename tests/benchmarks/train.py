@@ -1,0 +1,186 @@
+"""`make bench-train`: ours on Ray Train and DeepSpeed, beside train_amused.py and beside a bare PyTorch loop.
+
+`python tests/benchmarks/train.py train_amused.py [256|512 ...]`, with the script of diffusers' examples/amused.
+
+All start from one model folder, on the same pictures (captions are their names), batch and optimizer settings, and one
+process of two threads. train_amused.py encodes pictures and captions in every step; ours trains from token shards, as
+`raymuse pretokenize` made them; the bare loop has its batches ready. Sizes are small, in the real ones' proportions:
+encoding a batch costs about a third of a train step at 256 and 1.3 times one at 512, which is measured and printed.
+The bare loop's losses must be ours, step by step; train_amused.py draws other masks, so that its mean is compared.
+"""
+
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import VQModel
+from models import write_model
+from peers import Training, python_of, start, versions_of
+from report import Row, paired, row_of, write
+
+from raymuse.config.training import BaseConfig, OptimizerConfig
+from raymuse.datasets import shapes
+
+BATCH, PICTURES, THREADS, PAIRS, SIDE = 4, 64, 2, 5, {"256": 256, "512": 512}
+STEPS = {"256": 12, "512": 8}  # a turn
+GOALS = {"256": 1.3, "512": 2.0}
+OVERHEAD = 1 / 1.1  # of Ray and DeepSpeed: at most 10 %
+PACKAGES = ("torch", "ray", "deepspeed", "diffusers")
+OPTIMIZER = OptimizerConfig(
+    lr=3e-4, beta1=0.9, beta2=0.999, weight_decay=0.01, warmup_steps=1, schedule="constant", clip_norm=None
+)
+UVIT: dict[str, Any] = {
+    "hidden_size": 208, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 572,
+    "in_channels": 160, "block_out_channels": 160, "block_num_heads": 4, "num_res_blocks": 2,
+}  # fmt: skip
+SIZES: dict[str, dict[str, Any]] = {
+    side: {
+        "uvit": UVIT | {"downsample": side == "512", "upsample": side == "512"},
+        "codes": 1024,
+        "grid": SIDE[side] // 16,
+        "vqgan": [16, 16, 32, 32, 48],
+        "text": {"width": 96, "layers": 2, "heads": 4, "projection": 64, "patch_size": 8},
+    }
+    for side in SIDE
+}
+OURS = """
+import sys
+from raymuse.clusters.local import session
+from raymuse.config.pretokenize import PretokenizeConfig
+from raymuse.config.training import BaseConfig
+from raymuse.stages.pretokenize import pretokenize
+from raymuse.stages.train import train
+from raymuse.tracking.run import Run
+
+with session(num_cpus=4, object_store_gib=0.3, dashboard=False):
+    pretokenize(PretokenizeConfig.model_validate_json(sys.argv[1]), Run.off())
+    train(BaseConfig.model_validate_json(sys.argv[2]), Run.off())
+"""
+
+
+def main(script: str, sides: list[str]) -> None:
+    rows: list[Row] = []
+    for side in sides:
+        root = Path(tempfile.mkdtemp(prefix="bench-"))
+        try:
+            rows += rows_of(script, side, root)
+        finally:
+            shutil.rmtree(root)
+    write("train", rows)
+
+
+def rows_of(script: str, side: str, root: Path) -> list[Row]:
+    model, pictures = write_model(root / "model", **SIZES[side]), write_pictures(root / "pictures", SIDE[side])
+    config = BaseConfig(
+        input=f"{root}/tokens", output=f"{root}/run", start_from=model, steps=10**6, batch_size=BATCH, workers=1,
+        cpus_per_worker=THREADS, optimizer=OPTIMIZER, caption_dropout=0.0, log_every=1, sample_every=10**6,
+        checkpoint={"every": 10**6}, zero={"stage": 1},
+    )  # fmt: skip
+    trainings: dict[str, Training] = {}
+    try:
+        trainings["ours"] = start_ours(config, model, pictures, SIDE[side])
+        trainings["ours"].turn(1)
+        trainings["bare-pytorch"] = start_bare(config)
+        trainings["bare-pytorch"].turn(1)
+        trainings["train_amused"] = start_amused(script, model, pictures, SIDE[side], root / "amused")
+        trainings["train_amused"].turn(1)
+        rates = paired(side, {name: rate(one, STEPS[side]) for name, one in trainings.items()}, "samples/s", PAIRS)
+    finally:
+        for training in trainings.values():
+            training.end()
+    same_losses({name: training.losses() for name, training in trainings.items()})
+    seconds = BATCH / statistics.median(rates["bare-pytorch"])
+    encoding = encoding_seconds(model, SIDE[side])
+    print(
+        f"{side}: the bare loop's step takes {seconds * 1000:.0f} ms; encoding a batch {encoding / seconds:.2f} of it"
+    )
+    versions = versions_of("amused", ("torch", "diffusers", "accelerate", "transformers"))
+    unit = "samples/s", PACKAGES
+    return [
+        row_of(f"{side}-shaped, from token shards", "train_amused", rates, GOALS[side], *unit, versions),
+        row_of(f"{side}-shaped, step of {seconds * 1000:.0f} ms, ZeRO-1", "bare-pytorch", rates, OVERHEAD, *unit),
+    ]
+
+
+def rate(training: Training, steps: int) -> Callable[[], float]:
+    return lambda: BATCH / training.turn(steps)
+
+
+def start_ours(config: BaseConfig, model: str, pictures: str, side: int) -> Training:
+    """Pre-tokenize, then train, in one Ray; the worker alone is suspended between turns."""
+    from raymuse.config.pretokenize import PretokenizeConfig
+
+    shards = PretokenizeConfig(
+        input=pictures, output=config.input, vqgan=model, text_encoder=model, resolution=side, chunk_size=16
+    )
+    command = [sys.executable, "-c", OURS, shards.model_dump_json(), config.model_dump_json()]
+    pattern = r"^step (?P<step>\d+)/\d+  loss (?P<loss>[\d.]+)"
+    return start(command, f"(?m){pattern}", threads=THREADS, worker="RayTrainWorker", extra={"PYTHONUNBUFFERED": "1"})
+
+
+def start_bare(config: BaseConfig) -> Training:
+    command = [sys.executable, str(Path(__file__).with_name("bare_training.py")), config.model_dump_json()]
+    return start(command, r"(?m)^step (?P<step>\d+) loss (?P<loss>[\d.]+)", threads=THREADS)
+
+
+def start_amused(script: str, model: str, pictures: str, side: int, out: Path) -> Training:
+    runner = str(Path(__file__).with_name("amused_peer.py").absolute())
+    arguments = {
+        "pretrained_model_name_or_path": model, "instance_data_dir": pictures, "output_dir": str(out),
+        "train_batch_size": BATCH, "resolution": side, "max_train_steps": 10**6, "learning_rate": OPTIMIZER.lr,
+        "lr_warmup_steps": 1, "adam_weight_decay": OPTIMIZER.weight_decay, "logging_steps": 1, "seed": 0,
+        "validation_steps": 10**6, "checkpointing_steps": 10**6, "report_to": "all", "mixed_precision": "no",
+    }  # fmt: skip
+    words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+    pattern = r"Step: (?P<step>\d+) Loss: (?P<loss>[\d.]+)"
+    return start([python_of("amused"), runner, script, *words], pattern, threads=THREADS)
+
+
+def same_losses(losses: dict[str, dict[int, float]]) -> None:
+    """The work was the same: the bare loop's losses step by step, train_amused.py's on average."""
+    ours, bare, amused = losses["ours"], losses["bare-pytorch"], losses["train_amused"]
+    both = sorted(ours.keys() & bare.keys())
+    apart = max(abs(ours[step] - bare[step]) for step in both)
+    print(f"losses of {len(both)} equal steps differ by {apart:.1e} at most between ours and the bare loop")
+    assert apart < 1e-3, "ours and the bare loop do not train the same"
+    last = min(max(ours), max(amused))
+    means = [statistics.mean(of[step] for step in of if last // 2 <= step <= last) for of in (ours, amused)]
+    print(f"mean loss of steps {last // 2} to {last}: ours {means[0]:.3f}, train_amused.py {means[1]:.3f}")
+    assert abs(means[0] / means[1] - 1) < 0.1, "ours and train_amused.py do not train the same"
+
+
+@torch.no_grad()
+def encoding_seconds(model: str, side: int) -> float:
+    """What encoding a batch costs: the quickest of three."""
+    torch.set_num_threads(THREADS)
+    vqgan = VQModel.from_pretrained(model, subfolder="vqvae").eval()
+    pixels = torch.rand(BATCH, 3, side, side)
+    seconds = []
+    for _ in range(4):
+        began = time.perf_counter()
+        vqgan.quantize(vqgan.encode(pixels).latents)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
+
+
+def write_pictures(folder: Path, side: int) -> str:
+    """Pictures of `side` pixels, named after their captions, as train_amused.py wants them."""
+    folder.mkdir()
+    for number, one in enumerate(shapes.samples(10 * PICTURES, 0, side, held_out=False)):
+        if len(list(folder.iterdir())) == PICTURES:
+            break
+        one.image.save(folder / f"{one.caption}.png")
+        assert number < 10 * PICTURES - 1
+    return str(folder)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or not Path(sys.argv[1]).exists():
+        sys.exit("usage: train.py TRAIN_AMUSED_SCRIPT [256|512 ...] (`make bench-train` fetches the script)")
+    main(sys.argv[1], sys.argv[2:] or list(SIDE))
