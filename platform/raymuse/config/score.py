@@ -103,6 +103,8 @@ class SweepConfig(DrawnConfig, DrawingConfig):
     top_k: tuple[int, ...] | None = None
     masking: tuple[MaskingSchedule, ...] | None = Field(None, description="the schedule")
     order: tuple[Order, ...] | None = None
+    guidance_every: tuple[int, ...] | None = None
+    masked_only: tuple[bool, ...] | None = None
     by: By = Field(
         "auto",
         description="what the best row is best by; auto: the judge, else FID where there is one, else CLIP score",
