@@ -228,7 +228,7 @@ def test_a_pass_of_rows_without_a_picture_is_left_out(pipeline: Pipeline, monkey
     monkeypatch.setattr("raymuse.drawing.sampler.CORE_CELLS", 2 * cells)  # two rows of the base
     passes, features = [], pipeline.base.features
     monkeypatch.setattr(
-        pipeline.base, "features", lambda ids, condition: (passes.append(len(ids)), features(ids, condition))[1]
+        pipeline.base, "features", lambda ids, *known: (passes.append(len(ids)), features(ids, *known))[1]
     )
     scheduler = Scheduler(pipeline)
     tickets = [Ticket(pipeline.request("a star", seed, steps=5)) for seed in range(4)]
