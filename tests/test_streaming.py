@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -286,6 +288,8 @@ def test_a_config_without_data_says_what_to_give() -> None:
 
 def test_decoders_need_no_torch() -> None:
     assert order.ORDER == masking.ORDER
+    code = "import sys, raymuse.training.crops; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
 
 
 # --- on Ray

@@ -208,6 +208,11 @@ class MaskedConfig(TrainConfig):
     )
 
     @property
+    def text_reader(self) -> str | None:
+        """Folder of the text encoder that reads captions in the step, where they are ids."""
+        return self.text_encoder if self.stream is None else self.stream.text_encoder
+
+    @property
     def source(self) -> str:
         """Where its data lies, for messages."""
         return self.input if self.stream is None else ", ".join(self.stream.inputs)

@@ -170,12 +170,12 @@ class MaskedTask(Stateless):
         """The text encoder with an adapter of its own, where the recipe wants one."""
         if not shape.text_targets:
             return None
-        if self.config.text_encoder is None or self.stream.store.has_states:
+        if self.config.text_reader is None or self.stream.store.has_states:
             raise UserError(
                 "lora.text_targets: the text encoder can only be trained where the token shards hold text ids "
-                "(pretokenize with text=ids) and text_encoder names its folder."
+                "(pretokenize with text=ids, or stream.text=ids) and text_encoder names its folder."
             )
-        text = TextEncoder.load(self.config.text_encoder, self.device)
+        text = TextEncoder.load(self.config.text_reader, self.device)
         lora.insert(text.network, shape.rank, shape.alpha, shape.text_targets, self.config.seed + 1)
         return text
 

@@ -117,9 +117,7 @@ class TokenStream:
     def _text_encoder(self) -> TextEncoder | None:
         if self.store.has_states:
             return None
-        stream = self.config.stream
-        address = self.config.text_encoder if stream is None else stream.text_encoder
-        if address is None:
+        if (address := self.config.text_reader) is None:
             raise UserError(
                 f"{self.config.input} holds text ids, not states: set text_encoder to the encoder's folder."
             )
