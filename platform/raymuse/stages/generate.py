@@ -85,7 +85,7 @@ def generate(config: GenerateConfig, run: Run) -> str:
         TooManyRejects: after the end, where more pictures failed than the config allows.
     """
     asked = survey(config)
-    facts = {"model_sha256": model_sha256(config.model, config.adapters), "prompts": asked.sha256}
+    facts: dict[str, Any] = {"model_sha256": model_sha256(config.model, config.adapters), "prompts": asked.sha256}
     if config.deny is not None:
         facts["denied"] = hashlib.sha256(repr(DenyList.read(config.deny)).encode()).hexdigest()
     if config.styles:
