@@ -642,11 +642,12 @@ def test_refused_pictures_are_not_answered_and_every_request_has_a_trace(
     assert check is not None
     refused = [check(picture) is not None for picture in drawn]
     safe, unsafe = refused.index(False), refused.index(True)
-    with Server.start(tmp_path / "mlflow") as mlflow:
+    with Server.start(tmp_path / "mlflow", wait=False) as mlflow:
         config = ServeConfig(
             model=base_model, name="model", port=http_port, batch_size=4, traces=mlflow.uri, **checking
         )
         deploy_api(config.model_copy(update={"deny": str(tmp_path / "deny.txt")}), [KEY])
+        mlflow.wait(300)
         np.testing.assert_array_equal(draw(client, extra_body={"seed": safe})[0], drawn[safe])
         for body in ({"seed": unsafe}, {"seed": unsafe, "stream": True}, {"prompt": "a Bad, bad STAR!"}):
             answer = post(address, **body)
