@@ -48,7 +48,7 @@ class Browser:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def wait_for(self, script: str, seconds: float = 60) -> None:
+    def wait_for(self, script: str, seconds: float = 300) -> None:
         until = time.monotonic() + seconds
         while not self.evaluate(script):
             assert time.monotonic() < until, f"{script} is not true within {seconds} s"

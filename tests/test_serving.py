@@ -43,6 +43,7 @@ from raymuse.tracking.server import Server
 
 KEY, OTHER_KEY = "a key that no log may show", "another one"
 PROMPT = "a large green star on a white background"
+WEB = httpx.Client(timeout=300)  # one for all: each of its own would read the certificates of the world anew
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +69,9 @@ def address(model: str, base_model: str, ink: str, http_port: int) -> Iterator[s
     serve.delete(APPLICATION)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(address: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0, timeout=300)
 
 
 def pixels(b64: str | None) -> NDArray[np.uint8]:
@@ -85,7 +86,7 @@ def draw(client: openai.OpenAI, **options: object) -> list[NDArray[np.uint8]]:
 
 def post(address: str, key: str | None = KEY, **body: object) -> httpx.Response:
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    return httpx.post(f"{address}/v1/images/generations", json={"prompt": PROMPT, **body}, headers=headers, timeout=60)
+    return WEB.post(f"{address}/v1/images/generations", json={"prompt": PROMPT, **body}, headers=headers)
 
 
 # --- pictures
@@ -157,11 +158,11 @@ def test_pictures_of_other_sizes(client: openai.OpenAI, model: str) -> None:
 
 def test_a_picture_by_its_url(client: openai.OpenAI, address: str) -> None:
     answer = client.images.generate(model="model", prompt=PROMPT, response_format="url", extra_body={"seed": 11})
-    fetched = httpx.get(answer.data[0].url)  # no key: nobody can guess it
+    fetched = WEB.get(answer.data[0].url)  # no key: nobody can guess it
     assert fetched.headers["content-type"] == "image/png"
     same = draw(client, extra_body={"seed": 11})[0]
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(fetched.content)).convert("RGB")), same)
-    assert httpx.get(f"{address}/v1/images/files/none.png").status_code == 404
+    assert WEB.get(f"{address}/v1/images/files/none.png").status_code == 404
 
 
 def test_a_stream_shows_the_picture_as_it_comes(client: openai.OpenAI) -> None:
@@ -233,9 +234,9 @@ def test_other_tasks_are_extensions(client: openai.OpenAI, picture: NDArray[np.u
 def test_without_the_right_key_nothing_is_drawn_or_told(address: str, key: str | None) -> None:
     headers = {} if key is None else {"Authorization": f"Bearer {key}".encode("latin-1")}
     answers = [
-        httpx.post(f"{address}/v1/images/generations", json={"prompt": PROMPT}, headers=headers),
-        httpx.post(f"{address}/v1/images/edits", data={"prompt": PROMPT}, files={"image": b""}, headers=headers),
-        httpx.get(f"{address}/v1/models", headers=headers),
+        WEB.post(f"{address}/v1/images/generations", json={"prompt": PROMPT}, headers=headers),
+        WEB.post(f"{address}/v1/images/edits", data={"prompt": PROMPT}, files={"image": b""}, headers=headers),
+        WEB.get(f"{address}/v1/models", headers=headers),
     ]
     assert [answer.status_code for answer in answers] == [401, 401, 401]
     assert {answer.json()["error"]["code"] for answer in answers} == {"invalid_api_key"}
@@ -254,7 +255,7 @@ def test_without_the_right_key_nothing_is_drawn_or_told(address: str, key: str |
 )
 def test_a_key_is_asked_for_before_the_body_is_read(address: str, body: dict[str, Any]) -> None:
     for path in ("generations", "edits"):
-        answer = httpx.post(f"{address}/v1/images/{path}", **body)
+        answer = WEB.post(f"{address}/v1/images/{path}", **body)
         assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
 
 
@@ -320,7 +321,7 @@ def test_a_bad_edit_is_told_what_is_wrong(
     }
     form = {"prompt": PROMPT, **fields}
     headers = {"Authorization": f"Bearer {KEY}"}
-    answer = httpx.post(f"{address}/v1/images/edits", data=form, files=sent or None, headers=headers)
+    answer = WEB.post(f"{address}/v1/images/edits", data=form, files=sent or None, headers=headers)
     assert answer.status_code == 400, answer.text
     assert said in answer.json()["error"]["message"]
 
@@ -347,7 +348,7 @@ def test_a_bad_edit_is_told_what_is_wrong(
 def test_a_body_that_is_none_is_refused(address: str, path: str, sent: dict[str, Any], code: int, said: str) -> None:
     kinds = {"generations": "application/json", "edits": "multipart/form-data; boundary=x"}
     headers = {"Authorization": f"Bearer {KEY}", **({"Content-Type": kinds[path]} if "content" in sent else {})}
-    answer = httpx.post(f"{address}/v1/images/{path}", headers=headers, **sent)
+    answer = WEB.post(f"{address}/v1/images/{path}", headers=headers, **sent)
     assert answer.status_code == code, answer.text
     assert said in answer.json()["error"]["message"]
 
@@ -380,7 +381,7 @@ def test_a_stream_is_refused_by_its_status(address: str) -> None:
     for body in ({"size": "63x64"}, {"model": "model:gone"}):
         answer = post(address, stream=True, **body)
         assert (answer.status_code, answer.headers["content-type"]) == (400, "application/json")
-    assert "raymuse_pictures_in_flight 0.0" in httpx.get(f"{address}/metrics").text
+    assert "raymuse_pictures_in_flight 0.0" in WEB.get(f"{address}/metrics").text
 
 
 # --- who looks after it
@@ -388,17 +389,17 @@ def test_a_stream_is_refused_by_its_status(address: str) -> None:
 
 def test_a_request_has_an_id_and_is_counted(address: str) -> None:
     def count() -> float:
-        lines = httpx.get(f"{address}/metrics").text.splitlines()
+        lines = WEB.get(f"{address}/metrics").text.splitlines()
         name = 'raymuse_requests_total{path="/v1/images/generations",status="404"} '
         return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
 
     before = count()
     headers = {"Authorization": f"Bearer {KEY}", "X-Request-Id": "mine-1"}
-    answer = httpx.post(f"{address}/v1/images/generations", json={"prompt": "a", "model": "x"}, headers=headers)
+    answer = WEB.post(f"{address}/v1/images/generations", json={"prompt": "a", "model": "x"}, headers=headers)
     assert answer.headers["x-request-id"] == "mine-1"
-    assert len(httpx.get(f"{address}/health").headers["x-request-id"]) > 20
+    assert len(WEB.get(f"{address}/health").headers["x-request-id"]) > 20
     assert count() == before + 1
-    assert "raymuse_pictures_in_flight 0.0" in httpx.get(f"{address}/metrics").text
+    assert "raymuse_pictures_in_flight 0.0" in WEB.get(f"{address}/metrics").text
 
 
 def test_nobody_draws_for_a_client_that_has_gone(address: str) -> None:
@@ -406,36 +407,36 @@ def test_nobody_draws_for_a_client_that_has_gone(address: str) -> None:
     body = {"prompt": PROMPT, "num_inference_steps": 256, "n": 8}
 
     def drawn() -> str:
-        metrics = httpx.get(f"{address}/metrics").text.splitlines()
+        metrics = WEB.get(f"{address}/metrics").text.splitlines()
         return next(line for line in metrics if line.startswith("raymuse_pictures_total"))
 
     before = drawn()
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{address}/v1/images/generations", json=body, headers=headers, timeout=0.5)
-    until = time.monotonic() + 20
+        WEB.post(f"{address}/v1/images/generations", json=body, headers=headers, timeout=0.5)
+    until = time.monotonic() + 300
     while (left := load_of(address)) and time.monotonic() < until:
         time.sleep(0.1)
     assert left == 0
     assert drawn() == before
-    assert "raymuse_pictures_in_flight 0.0" in httpx.get(f"{address}/metrics").text
+    assert "raymuse_pictures_in_flight 0.0" in WEB.get(f"{address}/metrics").text
 
 
 def load_of(address: str, name: str = "model") -> int:
     """Pictures that a model has on its way."""
-    told = httpx.get(f"{address}/ready", headers={"Authorization": f"Bearer {KEY}"}).json()
+    told = WEB.get(f"{address}/ready", headers={"Authorization": f"Bearer {KEY}"}).json()
     return int(told["models"][name]["load"])
 
 
 def test_health_and_documentation_need_no_key(address: str) -> None:
-    assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+    assert WEB.get(f"{address}/health").json() == {"status": "ok"}
     models = {"model": {"size": 64, "base_size": 32, "load": 0}, "small": {"size": 32, "base_size": 32, "load": 0}}
     for key in ({}, {"Authorization": "Bearer wrong"}):  # strangers learn neither names nor load
-        assert httpx.get(f"{address}/ready", headers=key).json() == {"status": "ready"}
-    told = httpx.get(f"{address}/ready", headers={"Authorization": f"Bearer {KEY}"}).json()
+        assert WEB.get(f"{address}/ready", headers=key).json() == {"status": "ready"}
+    told = WEB.get(f"{address}/ready", headers={"Authorization": f"Bearer {KEY}"}).json()
     assert told == {"status": "ready", "models": models}
-    assert httpx.get(f"{address}/nothing").json()["error"]["message"].startswith("GET /nothing: Not Found")
-    assert "raymuse" in httpx.get(f"{address}/docs").text
-    assert "/v1/images/generations" in httpx.get(f"{address}/openapi.json").json()["paths"]
+    assert WEB.get(f"{address}/nothing").json()["error"]["message"].startswith("GET /nothing: Not Found")
+    assert "raymuse" in WEB.get(f"{address}/docs").text
+    assert "/v1/images/generations" in WEB.get(f"{address}/openapi.json").json()["paths"]
 
 
 # --- the page
@@ -518,13 +519,13 @@ def test_a_batch_job_beside_the_api_leaves_it_serving(
 def test_joining_a_serve_that_runs_changes_nothing(address: str, http_port: int) -> None:
     join_serve()
     assert serves_http("127.0.0.1", http_port)
-    assert httpx.get(f"{address}/health").status_code == 200
+    assert WEB.get(f"{address}/health").status_code == 200
 
 
 def test_another_port_than_the_clusters_serve_has_is_refused(address: str, http_port: int, model: str) -> None:
     with pytest.raises(UserError, match=rf"already listens on 127\.0\.0\.1:{http_port}.*use host="):
         serve_forever(ServeConfig(model=model, port=http_port + 1))
-    assert httpx.get(f"{address}/health").status_code == 200
+    assert WEB.get(f"{address}/health").status_code == 200
 
 
 # --- before anything is deployed
@@ -607,7 +608,9 @@ def test_a_folder_that_is_no_model_is_refused_before_anything_is_deployed(http_p
 # --- last: it replaces the API
 
 
-def test_an_update_fails_no_request_and_a_deadline_holds(address: str, model: str, http_port: int) -> None:
+def test_an_update_fails_no_request_and_what_is_begun_is_finished_when_the_application_ends(
+    address: str, base_model: str, http_port: int
+) -> None:
     stop = threading.Event()
 
     def ask() -> list[int]:
@@ -618,16 +621,20 @@ def test_an_update_fails_no_request_and_a_deadline_holds(address: str, model: st
 
     with ThreadPoolExecutor(3) as pool:
         asking = [pool.submit(ask) for _ in range(3)]
-        config = ServeConfig(model=model, port=http_port, batch_size=4, max_queue=16, deadline=100)
-        deploy_api(config, [KEY])
+        deploy_api(ServeConfig(model=base_model, name="model", port=http_port, batch_size=4, max_queue=16), [KEY])
         stop.set()
         codes = [code for one in asking for code in one.result()]
     assert len(codes) > 3
     assert set(codes) == {200}
-    deploy_api(config.model_copy(update={"deadline": 1}), [KEY])
-    answer = post(address, n=16, num_inference_steps=256)
-    assert answer.status_code == 504
-    assert "not done in time" in answer.json()["error"]["message"]
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(post, address, num_inference_steps=200, n=4, seed=seed) for seed in range(4)]
+        wait_until(lambda: load_of(address) == 16, 300)
+        serve.delete(APPLICATION)
+        answers = [one.result() for one in asked]
+    assert [one.status_code for one in answers] == [200] * 4
+    assert [len(one.json()["data"]) for one in answers] == [4] * 4
+    alone = Pipeline.load(base_model, batch_size=4)([PROMPT] * 4, seeds=range(4), steps=200).pixels
+    np.testing.assert_array_equal([pixels(one.json()["data"][0]["b64_json"]) for one in answers], alone)
 
 
 def test_refused_pictures_are_not_answered_and_every_request_has_a_trace(
@@ -640,11 +647,12 @@ def test_refused_pictures_are_not_answered_and_every_request_has_a_trace(
     assert check is not None
     refused = [check(picture) is not None for picture in drawn]
     safe, unsafe = refused.index(False), refused.index(True)
-    with Server.start(tmp_path / "mlflow") as mlflow:
+    with Server.start(tmp_path / "mlflow", wait=False) as mlflow:
         config = ServeConfig(
             model=base_model, name="model", port=http_port, batch_size=4, traces=mlflow.uri, **checking
         )
         deploy_api(config.model_copy(update={"deny": str(tmp_path / "deny.txt")}), [KEY])
+        mlflow.wait(300)
         np.testing.assert_array_equal(draw(client, extra_body={"seed": safe})[0], drawn[safe])
         for body in ({"seed": unsafe}, {"seed": unsafe, "stream": True}, {"prompt": "a Bad, bad STAR!"}):
             answer = post(address, **body)
@@ -654,11 +662,11 @@ def test_refused_pictures_are_not_answered_and_every_request_has_a_trace(
         asked: dict[str, Any] = {"extra_body": {"seed": safe}}
         events = list(client.images.generate(model="model", prompt=PROMPT, stream=True, partial_images=2, **asked))
         assert [one.type for one in events] == ["image_generation.completed"]  # no part that nobody looked at
-        assert "raymuse_pictures_refused_total 2.0" in httpx.get(f"{address}/metrics").text
+        assert "raymuse_pictures_refused_total 2.0" in WEB.get(f"{address}/metrics").text
         headers = {"Authorization": f"Bearer {KEY}", "X-Request-Id": "mine-2"}
         body = {"prompt": PROMPT, "seed": safe}
-        assert httpx.post(f"{address}/v1/images/generations", json=body, headers=headers).status_code == 200
-        wait_until(lambda: "mine-2" in traces(mlflow.uri), 60)
+        assert WEB.post(f"{address}/v1/images/generations", json=body, headers=headers).status_code == 200
+        wait_until(lambda: "mine-2" in traces(mlflow.uri), 300)
         said = traces(mlflow.uri)
     assert said["mine-2"] == ("OK", ["POST /v1/images/generations", "draw", "encode"], PROMPT)
     assert sorted(state for state, *_ in said.values()) == ["ERROR"] * 3 + ["OK"] * 3
@@ -681,14 +689,8 @@ def traces(uri: str) -> dict[str, tuple[str, list[str], str]]:
     }
 
 
-def test_what_is_begun_is_finished_when_the_application_ends(address: str, base_model: str, http_port: int) -> None:
-    deploy_api(ServeConfig(model=base_model, name="model", port=http_port, batch_size=4), [KEY])  # without a checker
-    with ThreadPoolExecutor(4) as pool:
-        asked = [pool.submit(post, address, num_inference_steps=200, n=4, seed=seed) for seed in range(4)]
-        wait_until(lambda: load_of(address) == 16, 20)
-        serve.delete(APPLICATION)
-        answers = [one.result() for one in asked]
-    assert [one.status_code for one in answers] == [200] * 4
-    assert [len(one.json()["data"]) for one in answers] == [4] * 4
-    alone = Pipeline.load(base_model, batch_size=4)([PROMPT] * 4, seeds=range(4), steps=200).pixels
-    np.testing.assert_array_equal([pixels(one.json()["data"][0]["b64_json"]) for one in answers], alone)
+def test_a_deadline_holds(address: str, model: str, http_port: int) -> None:
+    deploy_api(ServeConfig(model=model, port=http_port, batch_size=4, deadline=1), [KEY])
+    answer = post(address, n=16, num_inference_steps=256)
+    assert answer.status_code == 504
+    assert "not done in time" in answer.json()["error"]["message"]

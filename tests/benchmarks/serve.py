@@ -30,7 +30,7 @@ def main() -> None:
             start_http(HOST, port)
             rows = [
                 compare(
-                    f"demo's size, {CLIENTS} clients, batches of {batch}",
+                    f"demo's size, {CLIENTS} clients, batch_size {batch}",
                     "one-by-one",
                     rate(model, port, batch_size=batch),
                     rate(model, port, batch_size=1),
@@ -38,7 +38,7 @@ def main() -> None:
                     unit="pictures/s",
                     packages=PACKAGES,
                 )
-                for batch in (4, 16)
+                for batch in (4, 8, 16)
             ]
         write("serve", rows)
     finally:
@@ -51,10 +51,11 @@ def rate(model: str, port: int, batch_size: int) -> Callable[[], float]:
     def measure() -> float:
         deploy_api(ServeConfig(model=model, port=port, batch_size=batch_size, max_queue=256), [])
         try:
-            with ThreadPoolExecutor(CLIENTS) as pool:
-                list(pool.map(lambda seed: draw(port, seed), range(CLIENTS)))  # warms up
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+            with ThreadPoolExecutor(CLIENTS) as pool, httpx.Client(timeout=120, limits=limits) as client:
+                list(pool.map(lambda seed: draw(client, port, seed), range(CLIENTS)))  # warms up
                 began = time.perf_counter()
-                list(pool.map(lambda seed: draw(port, seed), range(REQUESTS)))
+                list(pool.map(lambda seed: draw(client, port, seed), range(REQUESTS)))
                 return REQUESTS / (time.perf_counter() - began)
         finally:
             serve.delete(APPLICATION)
@@ -62,10 +63,8 @@ def rate(model: str, port: int, batch_size: int) -> Callable[[], float]:
     return measure
 
 
-def draw(port: int, seed: int) -> None:
-    answer = httpx.post(
-        f"http://{HOST}:{port}/v1/images/generations", json={"prompt": PROMPT, "seed": seed}, timeout=120
-    )
+def draw(client: httpx.Client, port: int, seed: int) -> None:
+    answer = client.post(f"http://{HOST}:{port}/v1/images/generations", json={"prompt": PROMPT, "seed": seed})
     answer.raise_for_status()
 
 

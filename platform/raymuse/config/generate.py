@@ -69,7 +69,7 @@ class GenerateConfig(StageConfig, DrawingConfig, GraphsChoice, CheckingConfig):
         "who draws: replicas of the cluster's Serve for this job, actors of this job alone, which start sooner, or "
         "the replicas of the `raymuse serve` that runs on the cluster, which begin what people ask for first",
     )
-    styles: dict[str, Address] = runtime({}, "LoRAs by name, of which a row's column `lora` names one")
+    styles: dict[str, str] = runtime({}, "LoRAs by name, of which a row's column `lora` names one")
     most_styles: int = runtime(4, "styles that a replica holds at a time, each with its own weights", ge=1)
     replicas: int = runtime(1, "Serve replicas, or actors", ge=1)
     cpus_per_replica: float = runtime(2, "cores a replica: so many batches at a time, without a GPU", gt=0)

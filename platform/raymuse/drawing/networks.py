@@ -15,6 +15,7 @@ from raymuse.drawing.compiled import compile_blocks, is_compiled
 from raymuse.drawing.graphs import require_graphs
 from raymuse.drawing.model_folder import Settings, check_widths, load_base, load_superres, local_folder
 from raymuse.drawing.packed import is_packed, pack
+from raymuse.drawing.sampler import rows_at_once
 from raymuse.drawing.traced import is_traced, trace
 from raymuse.models.base import Base
 from raymuse.models.lora import Adapter
@@ -143,7 +144,8 @@ class Networks:
             UserError: where it is not on the CPU, or PyTorch has no oneDNN.
         """
         self._require_plain("packed")
-        rows = self.batch_size * (self.settings.base_size // self.vqgan.factor) ** 2
+        cells = (self.settings.base_size // self.vqgan.factor) ** 2
+        rows = cells * rows_at_once(self.batch_size, cells, self.vqgan.network.device)
         base = pack(self.base, rows)
         return replace(self, base=base, superres=None if self.superres is None else pack(self.superres, rows))
 

@@ -33,7 +33,7 @@ from raymuse.masking import (
 )
 
 DOUBLED_CELLS = 4096  # ids up to which a guided step is one pass over twice the rows: beyond, two passes are as quick
-CORE_CELLS = 256  # ids of a pass on a core: what a layer makes of more leaves its cache, and no row gets any quicker
+CORE_CELLS = 512  # ids of a pass on a core: of fewer the calls cost more, of more the layers leave its cache
 EIGHTHS = 8  # of the ids: the steps in which `masked_only` counts, so that there are few shapes
 
 
