@@ -229,7 +229,7 @@ def _title(address: str) -> str:
 def _close(
     config: StageConfig, run: Run, inputs: list[Input], attempt: Attempt, outcome: str, *, is_maker: bool
 ) -> None:
-    run.metrics({f"cost/{name}": value for name, value in attempt.spent.items()}, attempt.number)
+    run.metrics({f"cost_{name}": value for name, value in attempt.spent.items()}, attempt.number)
     lines = [f"- {name.replace('_', ' ')}: {value:.3g}" for name, value in attempt.spent.items()]
     try:
         folder = Folder(config.output)

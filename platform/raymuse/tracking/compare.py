@@ -12,7 +12,7 @@ from raymuse.tracking.reading import Seen
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-QUIET = ("system/", "cost/")  # metrics of the machine, which say nothing of the model
+QUIET = ("system/", "cost_")  # metrics of the machine, which say nothing of the model
 TOLD = ("raymuse.commit", "raymuse.stage", "version.")  # tags that say which code it was
 SIDE = 640  # pixels at which a picture is shown, at most
 
