@@ -286,7 +286,7 @@ def _note(config: StageConfig, inputs: list[Input], outcome: str, lines: list[st
     text = [f"**{_stage(config)}** to `{config.output}`: {outcome}", ""]
     for one in inputs:
         made = f", made by {link_to(one.made.run, one.made.stage)}" if one.made is not None else ""
-        digest = f" `{one.digest[:12]}`" if one.digest else ""
+        digest = f" ({one.digest[:12]})" if one.digest else ""
         text.append(f"- {one.role}: `{one.address}`{digest}{made}")
     return "\n".join([*text, *lines])
 
