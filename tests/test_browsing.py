@@ -344,9 +344,8 @@ def test_a_person_browses_runs_pictures_and_models(work: Work, tmp_path: Path) -
         page.wait_for(f"location.hash.includes('/{experiment}/runs/{work.tokens.id}')", SECONDS)
         see(page, "to ", "tokens: finished")
         page.open(f"{runs}/runs/{work.quick.id}/model-metrics{TRAINING}")
-        see(page, "samples", "loss", "mfu")
-        page.evaluate(TO_THE_END)
-        page.wait_for(LOADED.format("images%2Fsamples%2Bstep%2B0"), SECONDS)
+        see(page, "accuracy")
+        page.wait_for(f"{TO_THE_END} || {LOADED.format('images%2Fsamples%2Bstep%2B0')}", SECONDS)
         page.screenshot(shots / "grid.png")
         page.open(f"{runs}/runs/{work.quick.id}/system-metrics{TRAINING}")
         see(page, "cpu_utilization_percentage")
@@ -363,7 +362,7 @@ BUTTON = "[...document.querySelectorAll('button')].find((one) => {})?.click()"
 CLOSE_THE_ASSISTANT = BUTTON.format("one.dataset.componentId?.endsWith('chat_panel.close')")
 SHOW_MORE = BUTTON.format("one.innerText === 'Show more'")
 TO_THE_END = """[...document.querySelectorAll("*")]
-.filter((one) => one.clientHeight > 200 && one.scrollHeight > one.clientHeight + 20)
+.filter((one) => one.clientHeight > 400 && one.scrollHeight > one.clientHeight + 20)
 .forEach((one) => { one.scrollTop = one.scrollHeight; })"""
 LOADED = "[...document.images].some((image) => image.src.includes('{}') && image.complete && image.naturalWidth > 30)"
 
