@@ -162,7 +162,7 @@ def test_names_are_made_acceptable() -> None:
 def test_a_worker_goes_on_with_the_drivers_run(server: Server, client: Any, tmp_path: Path) -> None:
     run = open_run(server.uri, "worker", "one", spool=tmp_path / "driver")
     code = "import pickle, sys; run = pickle.loads(bytes.fromhex(sys.argv[1])); run.metrics({'m': 4}, 9); run.flush()"
-    assert run_python(code, pickle.dumps(run).hex()).wait(60) == 0
+    assert run_python(code, pickle.dumps(run).hex()).wait(300) == 0
     assert client.get_metric_history(run.id, "m")[0].step == 9
 
 
@@ -382,7 +382,7 @@ def test_a_killed_writers_rest_is_sent_by_the_next_process(server: Server, clien
     victim = run_python(LOG_AND_DIE, server.uri, tmp_path, "")
     assert victim.stdout is not None
     name = victim.stdout.readline().strip()
-    assert victim.wait(60) == -signal.SIGKILL
+    assert victim.wait(300) == -signal.SIGKILL
     (segment,) = tmp_path.iterdir()
     with open(segment / "records.jsonl", "a") as torn:
         torn.write('{"do":"metrics","val')
@@ -463,7 +463,7 @@ def counts(leader: int, wanted: int) -> bool:
 
 def test_importing_is_cheap() -> None:
     code = "import sys, raymuse.tracking.run, raymuse.tracking.server; print({'mlflow', 'PIL'} & set(sys.modules))"
-    assert run_python(code).communicate(timeout=30)[0] == "set()\n"
+    assert run_python(code).communicate(timeout=300)[0] == "set()\n"
 
 
 TRACE_TO_NOBODY = """
@@ -480,7 +480,7 @@ print(taken.count(True) - MOST_WAITING, taken.count(False), len(lost), seconds)
 
 def test_traces_of_requests_wait_for_no_server_and_do_not_pile_up() -> None:
     given = [sys.executable, "-c", TRACE_TO_NOBODY, "http://127.0.0.1:9"]
-    done = subprocess.run(given, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(given, capture_output=True, text=True, check=True, timeout=300)
     more, dropped, lost, seconds = map(float, done.stdout.split())
     assert 0 <= more <= 1  # one is in the hands of the thread that sends
     assert dropped >= 9

@@ -229,7 +229,7 @@ def _title(address: str) -> str:
 def _close(
     config: StageConfig, run: Run, inputs: list[Input], attempt: Attempt, outcome: str, *, is_maker: bool
 ) -> None:
-    run.metrics({f"cost/{name}": value for name, value in attempt.spent.items()}, attempt.number)
+    run.metrics({f"cost_{name}": value for name, value in attempt.spent.items()}, attempt.number)
     lines = [f"- {name.replace('_', ' ')}: {value:.3g}" for name, value in attempt.spent.items()]
     try:
         folder = Folder(config.output)
@@ -286,7 +286,7 @@ def _note(config: StageConfig, inputs: list[Input], outcome: str, lines: list[st
     text = [f"**{_stage(config)}** to `{config.output}`: {outcome}", ""]
     for one in inputs:
         made = f", made by {link_to(one.made.run, one.made.stage)}" if one.made is not None else ""
-        digest = f" `{one.digest[:12]}`" if one.digest else ""
+        digest = f" ({one.digest[:12]})" if one.digest else ""
         text.append(f"- {one.role}: `{one.address}`{digest}{made}")
     return "\n".join([*text, *lines])
 

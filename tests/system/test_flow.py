@@ -159,8 +159,8 @@ def check_lineage(client: MlflowClient, runs: dict[str, Any]) -> None:
         run = runs[name]
         assert run.data.tags["raymuse.outcome"] == "finished", name
         assert run.data.tags["version.torch"], name
-        assert run.data.metrics["cost/hours"] > 0, name
-        assert run.data.metrics["cost/cpu_hours"] > 0, name
+        assert run.data.metrics["cost_hours"] > 0, name
+        assert run.data.metrics["cost_cpu_hours"] > 0, name
         assert run.data.params["output"], name
         assert run.data.tags["mlflow.note.content"].count("get-artifact") >= (name != "clip"), name
     digests = {

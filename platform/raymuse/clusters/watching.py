@@ -52,6 +52,13 @@ _MEANING = {
 }
 
 
+Spend = Callable[[Mapping[str, float]], None]  # told of what was spent since the last time, by name
+
+
+def _forgotten(_spent: Mapping[str, float]) -> None:
+    """Nobody asks."""
+
+
 class Meter:
     """One stage's metrics of one process.
 
@@ -110,7 +117,7 @@ def watching(
     steps: int | None = None,
     images_per_step: int = 0,
     pays: bool = True,
-    spend: Callable[[Mapping[str, float]], None] = lambda values: None,
+    spend: Spend = _forgotten,
 ) -> Iterator[None]:
     """Inside, what the stage logs in this process goes to Prometheus as well; nothing happens without Ray.
 
@@ -158,7 +165,7 @@ def _price(text: str) -> float:
         return 0.0
 
 
-def _pay(meter: Meter, ended: threading.Event, spend: Callable[[Mapping[str, float]], None]) -> None:
+def _pay(meter: Meter, ended: threading.Event, spend: Spend = _forgotten) -> None:
     """Count until the stage has ended; while the head does not answer, at the price that was known last."""
     since, price, there = time.monotonic(), 0.0, {"CPU": 0.0, "GPU": 0.0}
     while True:
@@ -166,13 +173,14 @@ def _pay(meter: Meter, ended: threading.Event, spend: Callable[[Mapping[str, flo
         if not ray.is_initialized():
             return
         try:
-            price, there = price_per_hour(), ray.cluster_resources()
+            price = price_per_hour()
+            there = ray.cluster_resources()
         except Exception as error:  # Ray raises several kinds, and none may end a stage's account
             _LOG.warning("cannot ask the cluster what it costs, and count with %g an hour: %s", price, error)
         now = time.monotonic()
-        hours, since = (now - since) / 3600, now
-        meter.paid(price * hours)
-        spent = {"cpu_hours": there.get("CPU", 0.0), "gpu_hours": there.get("GPU", 0.0), "dollars": price}
-        spend({name: each * hours for name, each in spent.items() if each})
+        meter.paid(price * (now - since) / 3600)
+        each_hour = {"cpu_hours": there.get("CPU", 0.0), "gpu_hours": there.get("GPU", 0.0), "dollars": price}
+        spend({name: value * (now - since) / 3600 for name, value in each_hour.items() if value})
+        since = now
         if last:
             return

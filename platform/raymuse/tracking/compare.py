@@ -12,7 +12,7 @@ from raymuse.tracking.reading import Seen
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-QUIET = ("system/", "cost/")  # metrics of the machine, which say nothing of the model
+QUIET = ("system/", "cost_")  # metrics of the machine, which say nothing of the model
 TOLD = ("raymuse.commit", "raymuse.stage", "version.")  # tags that say which code it was
 SIDE = 640  # pixels at which a picture is shown, at most
 
@@ -84,7 +84,7 @@ body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2rem; color: #222; backgro
 table {{ border-collapse: collapse; background: #fff }} h2 {{ font-size: 1.05rem; margin: 1.5rem 0 .4rem }}
 td, th {{ border: 1px solid #ddd; padding: .25rem .6rem; text-align: left; vertical-align: top;
   overflow-wrap: anywhere }}
-th {{ background: #f0f0f0 }} img {{ max-width: {SIDE}px; image-rendering: pixelated }}
+th {{ background: #f0f0f0 }} img {{ max-width: min({SIDE}px, 44vw); image-rendering: pixelated }}
 </style>
 <h1>{html.escape(title)}</h1>
 {"".join(sections)}

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from raymuse.config.errors import UserError
-from raymuse.config.training import TrainConfig
+from raymuse.config.training import MaskedConfig, TrainConfig
 from raymuse.tracking.provenance import own_commit, own_version
 from raymuse.tracking.run import Run
 from raymuse.training.ema import Ema
 from raymuse.training.engine import Engine, full_weights, global_sum
 from raymuse.training.optimizers import learning_rate_scale
 from raymuse.training.order import share
-from raymuse.training.saving import Report, Saver, barrier
+from raymuse.training.saving import Report, Saver, agreed, barrier
 from raymuse.training.stopping import Stopping, never
 from raymuse.training.task import Task
 from raymuse.training.usage import Usage
@@ -81,6 +81,8 @@ class Loop:
         """
         start = self._restore()
         self.run.begin(start)
+        if start == 0 and isinstance(self.config, MaskedConfig) and agreed(self.run.identity is not None):
+            self._sample(0)  # MLflow's grid of pictures opens on step 0
         for step in range(start, self.config.steps):
             metrics = self._step(step)
             self.next_step()
