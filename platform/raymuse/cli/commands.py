@@ -285,7 +285,7 @@ def score(
     from raymuse.stages import sweep as sweeping
 
     stage = sweeping.sweep if sweep else scoring.score if compare is None else comparing.compare
-    run_stage(stage, loaded, mlflow)
+    run_stage(stage, loaded, mlflow, ray=loaded.workers > 0)
 
 
 @app.command()

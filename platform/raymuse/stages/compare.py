@@ -73,7 +73,7 @@ def compare(config: CompareConfig, run: Run) -> str:
             work="draw",
         )
         reference = None if wanted is None else get_reference(manifest, config, looks, wanted)
-        found = collect_parts(config.output, list(plan), config.kept_features)
+        found = collect_parts(config.output, list(plan), config.kept_features, config.workers)
         rows = {side: _rows(manifest.folder, plan, side) for side in SIDES}
         pairs = _pairs(config, rows["a"], rows["b"])
         figures = {side: set_figures(found.named(side), reference, config) for side in SIDES}

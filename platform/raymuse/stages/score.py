@@ -98,7 +98,7 @@ def _finish(
     """Put rows.parquet and scores.json in place, from the parts."""
     tables = [read_rows(manifest.folder, name) for name in names]
     rows = sorted((row for table in tables for row in table), key=lambda row: (row["key"], KINDS.index(row["kind"])))
-    found = collect_parts(manifest.folder.address, names, config.kept_features)
+    found = collect_parts(manifest.folder.address, names, config.kept_features, config.workers)
     kinds = kinds_of(rows)
     if reference is None and "truth" in kinds:
         reference = Reference.of(found.named("truth"), {})

@@ -138,7 +138,7 @@ def _point(
     """One combination's row of the table; `quality` is added when all are known."""
     parts = list(plan)
     rows = [row for part in parts for row in read_rows(manifest.folder, part)]
-    found = collect_parts(manifest.folder.address, parts, config.kept_features).named(KIND)
+    found = collect_parts(manifest.folder.address, parts, config.kept_features, config.workers).named(KIND)
     figures = figures_of(summarise(rows, {KIND: set_figures(found, reference, config)}), KIND)
     seconds = sum(manifest.done[part].counts["seconds"] for part in parts)
     figures.pop("attributes", None)
