@@ -62,6 +62,7 @@ VQGANS = ["vqgan-decoder", "vqgan-f16", "vqgan-f8"]
         (("train-clip", "train-base", "train-superres", "train-critic"), sorted(["critic", *TUNED, *BASES])),
         (("export",), ["export-256", "export-512"]),
         (("score",), ["cc3m", "coco-30k"]),
+        (("score", "sweep", "compare"), ["cc3m", "coco-30k", "sweep"]),
         (("generate",), ["cc3m-draw", "coco-30k-draw"]),
     ],
 )

@@ -19,7 +19,7 @@ from raymuse.config.errors import UserError
 from raymuse.config.sampling import Options
 from raymuse.config.score import CompareConfig, SideConfig
 from raymuse.drawing.model_folder import model_sha256
-from raymuse.scoring.drawn import DrawnPart, PlannedPart, Way, asked_of, plan_drawn, resolved, sampling_of
+from raymuse.scoring.drawn import DrawnPart, PlannedPart, Way, asked_of, asked_sha256, plan_drawn, resolved, sampling_of
 from raymuse.scoring.measures import Row, extractors
 from raymuse.scoring.paired import Paired
 from raymuse.scoring.paired import compare as compare_pairs
@@ -57,7 +57,7 @@ def compare(config: CompareConfig, run: Run) -> str:
         "reference": wanted,
     }
     plan = _plan(config)
-    facts["prompts"] = [[one.key, one.prompt, one.negative, one.seed] for part in plan.values() for one in part.asked]
+    facts["prompts"] = asked_sha256(one for part in plan.values() for one in part.asked)
     manifest = Manifest.open(config.output, {**config.identity(), **facts})
     if not manifest.finished:
         run.params(config.model_dump(mode="json"))

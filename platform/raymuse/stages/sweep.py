@@ -17,8 +17,18 @@ from PIL import Image
 from raymuse.config.errors import UserError
 from raymuse.config.score import SweepConfig
 from raymuse.drawing.model_folder import model_sha256
-from raymuse.scoring.drawn import Asked, DrawnPart, PlannedPart, Way, asked_of, plan_drawn, resolved, sampling_of
-from raymuse.scoring.measures import Row, extractors
+from raymuse.scoring.drawn import (
+    Asked,
+    DrawnPart,
+    PlannedPart,
+    Way,
+    asked_of,
+    asked_sha256,
+    plan_drawn,
+    resolved,
+    sampling_of,
+)
+from raymuse.scoring.measures import Row, extractors, is_judged
 from raymuse.scoring.parts import collect_parts, run_parts
 from raymuse.scoring.real_pictures import get_reference, reference_facts
 from raymuse.scoring.reference import Reference
@@ -50,9 +60,11 @@ def sweep(config: SweepConfig, run: Run) -> str:
     asked = asked_of(config, config.prompts)
     wanted = reference_facts(config, config.model, min(config.size or (side, side)))
     _check_by(config)
+    if config.by == "accuracy" and not any(is_judged(config.judge, one.prompt) for one in asked):
+        raise UserError(f"by=accuracy: no prompt of {config.prompts} is of drawn shapes, and others have no judge.")
     facts = {
         "model_sha256": model_sha256(config.model, config.adapters),
-        "prompts": [[one.key, one.prompt, one.negative, one.seed] for one in asked],
+        "prompts": asked_sha256(asked),
         "extractors": extractors(config, config.model),
         "reference": wanted,
     }
