@@ -90,7 +90,7 @@ def sides(a: dict[str, Any], b: dict[str, Any]) -> tuple[str, str]:
 
 
 def test_sides_are_called_by_what_they_differ_in() -> None:
-    assert sides({"model": "m", "guidance": 2}, {"model": "m"}) == ("guidance=2.0", "the model's own")
+    assert sides({"model": "m", "guidance": 2}, {"model": "m"}) == ("guidance=2.0", "the model's defaults")
     assert sides({"model": "m"}, {"model": "n", "steps": 6}) == ("m", "n steps=6")
     assert sides({"model": "m", "lora": "ink"}, {"model": "m", "label": "plain"}) == ("ink", "plain")
 
@@ -192,7 +192,7 @@ def test_two_ways_are_compared_on_the_same_prompts_and_seeds(
     config = from_values("compare", values)
     assert isinstance(config, CompareConfig)
     found = read_comparison(compare(config, Run.off()))
-    assert found["labels"] == {"a": "the model's own", "b": "steps=1 temperature=0.0"}
+    assert found["labels"] == {"a": "the model's defaults", "b": "steps=1 temperature=0.0"}
     for name in ("clip_score", "correct"):
         result = found["by"][name]
         assert (result["pairs"], result["prompts"]) == (10, 5)

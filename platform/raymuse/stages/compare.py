@@ -9,7 +9,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,7 +100,7 @@ def label_of(side: SideConfig, other: SideConfig) -> str:
     if side.adapters != other.adapters:
         different += list(side.adapters) or ["no LoRA"]
     name = "" if own == others else own
-    return " ".join([*([name] if name else []), *different]) or "the model's own"
+    return " ".join([*([name] if name else []), *different]) or "the model's defaults"
 
 
 def _identity(side: SideConfig) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def _identity(side: SideConfig) -> dict[str, Any]:
 
 
 def _options(side: SideConfig) -> Options:
-    return Options(**side.options)
+    return cast(Options, side.options)
 
 
 def _way(name: str, side: SideConfig) -> Way:

@@ -9,12 +9,13 @@ import io
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
 
 from raymuse.config.errors import UserError
+from raymuse.config.sampling import Options
 from raymuse.config.score import SweepConfig
 from raymuse.drawing.model_folder import model_sha256
 from raymuse.scoring.drawn import (
@@ -93,7 +94,7 @@ def _ways(config: SweepConfig) -> list[Way]:
     """Every combination, the last option varying fastest."""
     choices = config.choices
     combined = (dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values()))
-    return [Way(KIND, None, config.model, config.adapters, options) for options in combined]  # type: ignore[arg-type]
+    return [Way(KIND, None, config.model, config.adapters, cast(Options, options)) for options in combined]
 
 
 def _check_by(config: SweepConfig) -> None:
@@ -215,7 +216,7 @@ def _auto(figures: Mapping[str, float]) -> str:
 def _said(points: Sequence[Point], best: int, by: str) -> str:
     """One sentence: the best row, and which others it cannot be told from."""
     point = points[best]
-    options = " ".join(f"{name}={_value(value)}" for name, value in point["options"].items()) or "the model's own"
+    options = " ".join(f"{name}={_value(value)}" for name, value in point["options"].items()) or "the model's defaults"
     half = point["half_width"]
     width = "" if half is None else f" +- {rounded(half)}"
     sentence = f"best by {by}: {options} ({rounded(point['quality'])}{width}, {point['rate']:.2f} pictures/s)"
@@ -267,7 +268,9 @@ def _samples(
         rows = [row for row in read_rows(manifest.folder, first) if row["png"] is not None]
         prompts = [row["prompt"] for row in rows]
         lines.append([np.asarray(Image.open(io.BytesIO(row["png"])).convert("RGB")) for row in rows])
-        labels.append("\n".join(f"{name} {_value(point['options'][name])}" for name in varied) or "the model's own")
+        labels.append(
+            "\n".join(f"{name} {_value(point['options'][name])}" for name in varied) or "the model's defaults"
+        )
     buffer = io.BytesIO()
     grid_png(lines, labels, prompts).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
