@@ -65,6 +65,7 @@ VQGANS = ["vqgan-decoder", "vqgan-f16", "vqgan-f8"]
         ),
         (("export",), ["export-256", "export-512"]),
         (("score",), ["cc3m", "coco-30k"]),
+        (("score", "sweep", "compare"), ["cc3m", "coco-30k", "sweep"]),
         (("generate",), ["cc3m-draw", "coco-30k-draw"]),
     ],
 )

@@ -2,18 +2,23 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
+import fidelity_reference
+import tiny
 from raymuse.cli.words import compare_config, sweep_config
 from raymuse.config.errors import UserError
 from raymuse.config.load import from_values
 from raymuse.config.score import CompareConfig, SweepConfig
+from raymuse.models.clip import Clip, clip_fingerprint
 from raymuse.pipeline import Pipeline, image_seed
 from raymuse.stages.compare import compare, label_of, read_comparison
 from raymuse.stages.sweep import read_sweep, sweep
@@ -27,6 +32,16 @@ PROMPTS = [
     "a small red star on a yellow background",
     "a large cyan circle on a black background",
 ]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A cascade of random weights, a CLIP, and real pictures: `model`, `clip`, `reference`."""
+    root = tmp_path_factory.mktemp("made")
+    shards = tiny.write_shards(root / "shards")
+    encoders = tiny.write_encoders(root / "encoders", shards)
+    model = tiny.write_model(root / "model", encoders, cascade=True)
+    return {"model": model, "clip": encoders, "reference": shards}
 
 
 @pytest.fixture
@@ -75,7 +90,7 @@ def sides(a: dict[str, Any], b: dict[str, Any]) -> tuple[str, str]:
 
 
 def test_sides_are_called_by_what_they_differ_in() -> None:
-    assert sides({"model": "m", "guidance": 2}, {"model": "m"}) == ("guidance=2.0", "the model's own")
+    assert sides({"model": "m", "guidance": 2}, {"model": "m"}) == ("guidance=2.0", "the model's defaults")
     assert sides({"model": "m"}, {"model": "n", "steps": 6}) == ("m", "n steps=6")
     assert sides({"model": "m", "lora": "ink"}, {"model": "m", "label": "plain"}) == ("ink", "plain")
 
@@ -92,15 +107,15 @@ def test_a_sheet_frames_the_better_picture_and_says_both_scores() -> None:
     assert "two &lt;things&gt;" in page
 
 
-# --- the whole, on Ray
+# --- the whole; on Ray it is in test_score.py
 
 
 def test_a_sweep_draws_every_combination_once_and_names_the_best(
-    model: str, clip: str, prompts: str, shards: str, tmp_path: Path
+    made: dict[str, str], prompts: str, tmp_path: Path
 ) -> None:
-    values = {"model": model, "clip": clip, "prompts": prompts, "output": str(tmp_path / "sweep")}
-    values |= {"reference": f"{shards}/test", "steps": [2, 3], "guidance": [1.0, 2.0], "pictures_per_part": 3}
-    config = from_values("sweep", {**values, "by": "clip_score"})
+    values = {**made, "prompts": prompts, "output": str(tmp_path / "sweep"), "workers": 0}
+    values |= {"steps": [2, 3], "guidance": [1.0, 2.0], "pictures_per_part": 3, "by": "clip_score"}
+    config = from_values("sweep", values)
     assert isinstance(config, SweepConfig)
     table = read_sweep(sweep(config, Run.off()))
     assert [point["options"] for point in table["points"]] == [
@@ -144,14 +159,17 @@ def assert_a_resume_draws_what_is_missing_alone(config: SweepConfig, table: dict
 
 
 def test_what_cannot_be_swept_is_refused_before_anything_is_drawn(
-    model: str, clip: str, prompts: str, tmp_path: Path
+    made: dict[str, str], prompts: str, tmp_path: Path
 ) -> None:
-    values = {"model": model, "clip": clip, "prompts": prompts, "output": str(tmp_path / "sweep")}
+    values = {**made, "prompts": prompts, "output": str(tmp_path / "sweep"), "workers": 0, "reference": None}
+    plain = tmp_path / "plain.txt"
+    plain.write_text("a cat\n")
     jsonl = tmp_path / "own.jsonl"
     jsonl.write_text(json.dumps({"prompt": PROMPTS[0], "steps": 5}) + "\n")
     for changes, said in (
         ({"by": "fid"}, "by=fid needs inception, and reference or statistics"),
         ({"order": "critic"}, "has no critic/"),
+        ({"by": "accuracy", "prompts": str(plain)}, r"no prompt of .*plain.txt is of drawn shapes"),
         ({"top_p": [0.5, 2.0]}, "top_p: must be at most 1"),
         ({"prompts": str(jsonl)}, "has its own steps, and here the command says how all are drawn"),
         ({"clip": None, "judge": "none"}, "nothing looks at the pictures"),
@@ -164,14 +182,17 @@ def test_what_cannot_be_swept_is_refused_before_anything_is_drawn(
 
 
 def test_two_ways_are_compared_on_the_same_prompts_and_seeds(
-    model: str, clip: str, prompts: str, tmp_path: Path
+    made: dict[str, str], prompts: str, tmp_path: Path
 ) -> None:
-    values = {"a": {"model": model}, "b": {"model": model, "steps": 1, "temperature": 0.0}, "clip": clip}
-    values |= {"prompts": prompts, "output": str(tmp_path / "compare"), "samples": 2, "resamples": 500}
+    torch.save(fidelity_reference.inception_state(), tmp_path / "inception.pth")
+    model = {"model": made["model"]}
+    values = {"a": model, "b": {**model, "steps": 1, "temperature": 0.0}, "clip": made["clip"], "prompts": prompts}
+    values |= {"output": str(tmp_path / "compare"), "samples": 2, "resamples": 500, "workers": 0}
+    values |= {"inception": str(tmp_path / "inception.pth")}
     config = from_values("compare", values)
     assert isinstance(config, CompareConfig)
     found = read_comparison(compare(config, Run.off()))
-    assert found["labels"] == {"a": "the model's own", "b": "steps=1 temperature=0.0"}
+    assert found["labels"] == {"a": "the model's defaults", "b": "steps=1 temperature=0.0"}
     for name in ("clip_score", "correct"):
         result = found["by"][name]
         assert (result["pairs"], result["prompts"]) == (10, 5)
@@ -183,3 +204,27 @@ def test_two_ways_are_compared_on_the_same_prompts_and_seeds(
     assert page.count("<figure>") == 10
     assert "steps=1 temperature=0.0 wins" in page
     assert Image.open(Path(config.output, "contact_sheet.png")).width > 300
+    assert found["figures"]["a"]["inception_score"] >= 1
+    assert "fid" not in found["figures"]["a"]  # which needs a reference
+
+
+def test_a_clip_with_a_preprocessing_of_its_own_sees_pictures_so(made: dict[str, str], tmp_path: Path) -> None:
+    own = tmp_path / "clip"
+    shutil.copytree(f"{made['clip']}/clip", own)
+    shutil.copytree(f"{made['clip']}/tokenizer", own, dirs_exist_ok=True)
+    plain = Clip.load(str(own))
+    said = {"do_resize": True, "size": {"shortest_edge": 36}, "resample": 2, "crop_size": {"height": 32, "width": 32}}
+    said |= {"do_center_crop": True, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    (own / "preprocessor_config.json").write_text(json.dumps(said))
+    clip = Clip.load(str(own))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 48, 96, 3), dtype=np.uint8)
+    cropped = [Image.fromarray(x).resize((72, 36), Image.Resampling.BILINEAR).crop((20, 2, 52, 34)) for x in pixels]
+    wanted = (torch.from_numpy(np.stack([np.asarray(x) for x in cropped])).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
+    seen = clip.network.visual_projection(clip.network.vision_model(pixel_values=wanted).pooler_output)
+    torch.testing.assert_close(clip.embed(pixels), seen, atol=1e-4, rtol=1e-4)
+    assert plain.processor is None
+    prints = [clip_fingerprint(folder)["preprocessing"] for folder in (str(own), made["clip"])]
+    assert prints[0] != prints[1] == "as our own CLIPs are trained"
+    (own / "config.json").write_text(json.dumps({"model_type": "siglip"}))
+    with pytest.raises(UserError, match=r"is a siglip, no CLIP with both towers"):
+        Clip.load(str(own))

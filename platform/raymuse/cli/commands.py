@@ -8,6 +8,7 @@ from typer.core import TyperGroup
 
 from raymuse.cli import batch, cluster, config, doctor, runs, submit, tokens
 from raymuse.cli.words import (
+    SCORES,
     TRAININGS,
     compare_config,
     config_for,
@@ -303,8 +304,8 @@ def score(
 
     raymuse score --compare MODEL MODEL prompts=my.txt clip=CLIP b.guidance=2 output=compared
     """
+    from raymuse.config.base import StageConfig
     from raymuse.config.errors import UserError
-    from raymuse.config.score import ScoreConfig
 
     loaded: Any
     if sweep and compare is not None:
@@ -314,14 +315,14 @@ def score(
     elif compare is not None:
         loaded = compare_config(compare, words)
     else:
-        loaded = config_for(ScoreConfig, "score", words, ("score",))
+        loaded = config_for(StageConfig, "score", words, SCORES)
     from raymuse.cli.launch import run_stage
     from raymuse.stages import compare as comparing
     from raymuse.stages import score as scoring
     from raymuse.stages import sweep as sweeping
 
-    stage = sweeping.sweep if sweep else scoring.score if compare is None else comparing.compare
-    run_stage(stage, loaded, mlflow)
+    stages: dict[str, Any] = {"score": scoring.score, "sweep": sweeping.sweep, "compare": comparing.compare}
+    run_stage(stages[loaded.stage], loaded, mlflow, ray=loaded.workers > 0)
 
 
 @app.command()

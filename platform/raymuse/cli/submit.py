@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from raymuse.cli.words import config_for, data_config, split
+from raymuse.cli.words import SCORES, config_for, data_config, split
 
 if TYPE_CHECKING:
     from raymuse.clusters.jobserver import JobServer
@@ -111,12 +111,12 @@ def job_config(command: str, words: list[str]) -> "Config":
     Raises:
         UserError: there is no such stage, or its recipe is wrong.
     """
+    from raymuse.config.base import StageConfig
     from raymuse.config.errors import UserError
     from raymuse.config.export import ExportConfig
     from raymuse.config.flow import FlowConfig
     from raymuse.config.generate import GenerateConfig
     from raymuse.config.pretokenize import PretokenizeConfig
-    from raymuse.config.score import ScoreConfig
 
     kinds: dict[str, Callable[[], Any]] = {
         "data": lambda: data_config(words),
@@ -124,7 +124,7 @@ def job_config(command: str, words: list[str]) -> "Config":
         "train": lambda: _trained(words),
         "export": lambda: config_for(ExportConfig, "export", words, ("export",)),
         "generate": lambda: config_for(GenerateConfig, "generate", words, ("generate",)),
-        "score": lambda: config_for(ScoreConfig, "score", words, ("score",)),
+        "score": lambda: config_for(StageConfig, "score", words, SCORES),
         "pipeline": lambda: config_for(FlowConfig, "submit --pipeline", words, ("flow",)),
     }
     if command not in kinds:

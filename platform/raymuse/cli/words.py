@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     C = TypeVar("C", bound=Config)
 
+SCORES = ("score", "sweep", "compare")
 TRAININGS = ("train-vqgan", "train-clip", "train-base", "train-superres", "train-critic")
 
 

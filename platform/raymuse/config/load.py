@@ -80,7 +80,7 @@ def command(stage: str) -> str:
     if stage == "flow":
         return "raymuse demo --recipe"
     if stage in ("sweep", "compare"):
-        return f"raymuse score --{stage}"
+        return "raymuse score"
     return f"raymuse {'train' if stage.startswith('train-') else stage}"
 
 

@@ -45,7 +45,7 @@ class MeasuresConfig(Config):
         10_000, ge=2, description="pictures of either side that KID, precision and recall look at: the first so many"
     )
     batch_size: int = Field(64, ge=1)
-    workers: int = runtime(1, "scoring actors", ge=1)
+    workers: int = runtime(1, "scoring actors; 0: this process does it, without Ray", ge=0)
     gpus_per_worker: float = runtime(0.0, "share of a GPU an actor", ge=0)
 
     @model_validator(mode="after")

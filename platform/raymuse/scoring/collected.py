@@ -10,7 +10,6 @@ from functools import reduce
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from raymuse.scoring.frechet import Moments, pack, unpack
@@ -67,9 +66,10 @@ class Collected:
     def packed(self) -> bytes:
         """As bytes, to travel; `unpacked` reads them."""
         file = io.BytesIO()
-        arrays: dict[str, NDArray[Any]] = {f"kept/{name}": x for name, x in self.kept.items()}
+        arrays: dict[str, Any] = {f"kept/{name}": x for name, x in self.kept.items()}
         arrays |= {f"codes/{name}": x for name, x in self.codes.items()}
-        np.savez(file, keep=self.keep, moments=np.frombuffer(pack(self.moments), np.uint8), **arrays)  # type: ignore[arg-type]
+        arrays |= {"keep": np.array(self.keep), "moments": np.frombuffer(pack(self.moments), np.uint8)}
+        np.savez(file, **arrays)
         return file.getvalue()
 
     @classmethod

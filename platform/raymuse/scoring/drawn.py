@@ -3,7 +3,8 @@
 parts/p003-000000.parquet    rows of the way `p003`: also index, sample, seed, and `png` of those that a sheet shows
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from time import perf_counter
@@ -131,6 +132,11 @@ def _seed(prompt: Prompt, sample: int, run_seed: int) -> int:
     if own is None:
         return image_seed(run_seed, prompt.index, sample)
     return own if sample == 0 else image_seed(own, 0, sample)
+
+
+def asked_sha256(asked: Iterable[Asked]) -> str:
+    """sha256 (hex) of what is drawn, in its order."""
+    return hashlib.sha256("\n".join(repr(one) for one in asked).encode()).hexdigest()
 
 
 def plan_drawn(way: str, asked: Sequence[Asked], size: int) -> dict[str, PlannedPart]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional as F
@@ -80,8 +81,6 @@ class Measures:
         found = self.features(pixels)
         fits: list[float | None] = [None] * len(pixels)
         if self.clip is not None:
-            import torch
-
             seen = F.normalize(torch.from_numpy(found["clip"]), dim=-1)
             fits = (seen * self.clip.texts(subject.prompts)).sum(dim=-1).tolist()
         rows = [
@@ -92,20 +91,22 @@ class Measures:
         return rows, found
 
     def _verdict(self, picture: Pixels, prompt: str, side: int) -> Row:
-        if not self._judged(prompt):
+        if not is_judged(self.config.judge, prompt):
             return {"attributes": None, "correct": None, "render_error": None}
         verdict = judge(picture, prompt)
         error = render_error(picture, prompt, side)
         return {"attributes": dict(verdict.attributes), "correct": verdict.correct, "render_error": error}
 
-    def _judged(self, caption: str) -> bool:
-        if self.config.judge != "auto":
-            return self.config.judge == "shapes"
-        try:
-            parse(caption)
-        except UserError:
-            return False
-        return True
+
+def is_judged(judge: str, caption: str) -> bool:
+    """Whether the judge looks at a picture of that caption; `judge` is the config's word."""
+    if judge != "auto":
+        return judge == "shapes"
+    try:
+        parse(caption)
+    except UserError:
+        return False
+    return True
 
 
 def extractors(config: MeasuresConfig, model: str | None) -> dict[str, dict[str, str]]:

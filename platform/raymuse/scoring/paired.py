@@ -92,7 +92,8 @@ def _resampled(values: Values, groups: NDArray[np.intp], resamples: int) -> Valu
     """Means (K, R) of values (K, N) over R draws of as many groups as there are, with replacement."""
     sums = np.stack([np.bincount(groups, row) for row in values])
     counts = np.bincount(groups).astype(np.float64)
-    rng, found = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    found: list[Values] = []
     at_once = max(1, AT_ONCE // len(counts))
     for start in range(0, resamples, at_once):
         drawn = rng.integers(len(counts), size=(min(at_once, resamples - start), len(counts)))

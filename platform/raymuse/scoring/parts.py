@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -35,6 +35,7 @@ def run_parts(
 
     Args:
         names: of the parts, in the order of the plan.
+        workers: actors; 0: this process does it, without Ray.
         actor: picklable callable; takes {"part": [name]} and returns {"record": [what `written` said]}.
         arguments: of its constructor.
         what: is told with the progress.
@@ -43,6 +44,20 @@ def run_parts(
     pending = manifest.pending(names)
     if not pending:
         return
+    rows = _on_ray(pending, actor, arguments, workers, gpus, work) if workers else _here(pending, actor, arguments)
+    told = began = time.monotonic()
+    for number, record in enumerate(rows, 1):
+        manifest.record(PartRecord.parse(json.loads(record)))
+        now = time.monotonic()
+        if now - told > TOLD_EVERY:
+            left = (now - began) / number * (len(pending) - number)
+            print(f"{what}: {number} of {len(pending)} parts, {left:.0f} s to go", flush=True)
+            told = now
+
+
+def _on_ray(
+    pending: Sequence[str], actor: type, arguments: Mapping[str, Any], workers: int, gpus: float, work: Work | None
+) -> Iterator[str]:
     quiet_data()
     where = {"label_selector": place(work, gpus)} if work is not None else {}
     made = ray.data.from_items(
@@ -55,14 +70,13 @@ def run_parts(
         fn_constructor_kwargs=dict(arguments),
         **where,
     )
-    told = began = time.monotonic()
-    for number, row in enumerate(made.iter_rows(), 1):
-        manifest.record(PartRecord.parse(json.loads(row["record"])))
-        now = time.monotonic()
-        if now - told > TOLD_EVERY:
-            left = (now - began) / number * (len(pending) - number)
-            print(f"{what}: {number} of {len(pending)} parts, {left:.0f} s to go", flush=True)
-            told = now
+    return (row["record"] for row in made.iter_rows())
+
+
+def _here(pending: Sequence[str], actor: type, arguments: Mapping[str, Any]) -> Iterator[str]:
+    """In this process, without Ray."""
+    work = actor(**arguments)
+    return (work({"part": [name]})["record"][0] for name in pending)
 
 
 def written(
@@ -76,10 +90,10 @@ def written(
     return {"record": [json.dumps(asdict(PartRecord(part, rows, rejects, source, records, counts)))]}
 
 
-def collect_parts(address: str, parts: Sequence[str], keep: int) -> Collected:
-    """The features of all parts: of many, added up by tasks, a chunk of parts each."""
+def collect_parts(address: str, parts: Sequence[str], keep: int, workers: int) -> Collected:
+    """The features of all parts: of many, added up by tasks of Ray, a chunk of parts each, unless `workers` is 0."""
     chunks = [list(parts[start : start + CHUNK]) for start in range(0, len(parts), CHUNK)]
-    if len(chunks) < 2:
+    if len(chunks) < 2 or workers == 0:
         return collect(address, parts, keep)
     items = [{"number": number, "parts": chunk} for number, chunk in enumerate(chunks)]
     added = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(

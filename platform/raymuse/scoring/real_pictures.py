@@ -87,7 +87,7 @@ def _compute(
     if rows < 2:
         raise UserError(f"{config.reference} has {rows} pictures that can be read ({refused} cannot): two are needed.")
     print(f"reference: {rows} pictures" + (f", {refused} could not be read" if refused else ""), flush=True)
-    found = collect_parts(manifest.folder.address, names, config.kept_features).named(KIND)
+    found = collect_parts(manifest.folder.address, names, config.kept_features, config.workers).named(KIND)
     folder, name = split_address(address)
     folder.create()
     folder.write(name, Reference.of(found, {**wanted, "refused": refused}).to_bytes())

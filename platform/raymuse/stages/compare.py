@@ -9,7 +9,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from raymuse.config.errors import UserError
 from raymuse.config.sampling import Options
 from raymuse.config.score import CompareConfig, SideConfig
 from raymuse.drawing.model_folder import model_sha256
-from raymuse.scoring.drawn import DrawnPart, PlannedPart, Way, asked_of, plan_drawn, resolved, sampling_of
+from raymuse.scoring.drawn import DrawnPart, PlannedPart, Way, asked_of, asked_sha256, plan_drawn, resolved, sampling_of
 from raymuse.scoring.measures import Row, extractors
 from raymuse.scoring.paired import Paired
 from raymuse.scoring.paired import compare as compare_pairs
@@ -57,7 +57,7 @@ def compare(config: CompareConfig, run: Run) -> str:
         "reference": wanted,
     }
     plan = _plan(config)
-    facts["prompts"] = [[one.key, one.prompt, one.negative, one.seed] for part in plan.values() for one in part.asked]
+    facts["prompts"] = asked_sha256(one for part in plan.values() for one in part.asked)
     manifest = Manifest.open(config.output, {**config.identity(), **facts})
     if not manifest.finished:
         run.params(config.model_dump(mode="json"))
@@ -73,7 +73,7 @@ def compare(config: CompareConfig, run: Run) -> str:
             work="draw",
         )
         reference = None if wanted is None else get_reference(manifest, config, looks, wanted)
-        found = collect_parts(config.output, list(plan), config.kept_features)
+        found = collect_parts(config.output, list(plan), config.kept_features, config.workers)
         rows = {side: _rows(manifest.folder, plan, side) for side in SIDES}
         pairs = _pairs(config, rows["a"], rows["b"])
         figures = {side: set_figures(found.named(side), reference, config) for side in SIDES}
@@ -100,7 +100,7 @@ def label_of(side: SideConfig, other: SideConfig) -> str:
     if side.adapters != other.adapters:
         different += list(side.adapters) or ["no LoRA"]
     name = "" if own == others else own
-    return " ".join([*([name] if name else []), *different]) or "the model's own"
+    return " ".join([*([name] if name else []), *different]) or "the model's defaults"
 
 
 def _identity(side: SideConfig) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def _identity(side: SideConfig) -> dict[str, Any]:
 
 
 def _options(side: SideConfig) -> Options:
-    return Options(**side.options)
+    return cast(Options, side.options)
 
 
 def _way(name: str, side: SideConfig) -> Way:

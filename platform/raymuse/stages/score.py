@@ -41,6 +41,8 @@ def score(config: ScoreConfig, run: Run) -> str:
     """
     parts = read_finished(config.images, "generate")
     side = _check_pictures(config)
+    if (config.clip, config.inception, config.model) == (None, None, None) and config.judge == "none":
+        raise UserError("nothing looks at the pictures: give clip, inception or model, or judge=auto.")
     wanted = reference_facts(config, config.model, side)
     facts: dict[str, Any] = {"extractors": extractors(config, config.model), "reference": wanted}
     facts["images"] = [file.sha256 for part in parts.values() for file in part.files]
@@ -98,11 +100,11 @@ def _finish(
     """Put rows.parquet and scores.json in place, from the parts."""
     tables = [read_rows(manifest.folder, name) for name in names]
     rows = sorted((row for table in tables for row in table), key=lambda row: (row["key"], KINDS.index(row["kind"])))
-    found = collect_parts(manifest.folder.address, names, config.kept_features)
+    found = collect_parts(manifest.folder.address, names, config.kept_features, config.workers)
     kinds = kinds_of(rows)
+    against = dict.fromkeys(kinds, reference)
     if reference is None and "truth" in kinds:
-        reference = Reference.of(found.named("truth"), {})
-    against = {kind: None if kind == "truth" and config.reference is None else reference for kind in kinds}
+        against = {**dict.fromkeys(kinds, Reference.of(found.named("truth"), {})), "truth": None}
     figures = {kind: set_figures(found.named(kind), against[kind], config) for kind in kinds}
     summary = summarise(rows, figures)
     manifest.folder.write("rows.parquet", rows_bytes(rows))

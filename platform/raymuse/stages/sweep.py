@@ -9,16 +9,27 @@ import io
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
 
 from raymuse.config.errors import UserError
+from raymuse.config.sampling import Options
 from raymuse.config.score import SweepConfig
 from raymuse.drawing.model_folder import model_sha256
-from raymuse.scoring.drawn import Asked, DrawnPart, PlannedPart, Way, asked_of, plan_drawn, resolved, sampling_of
-from raymuse.scoring.measures import Row, extractors
+from raymuse.scoring.drawn import (
+    Asked,
+    DrawnPart,
+    PlannedPart,
+    Way,
+    asked_of,
+    asked_sha256,
+    plan_drawn,
+    resolved,
+    sampling_of,
+)
+from raymuse.scoring.measures import Row, extractors, is_judged
 from raymuse.scoring.parts import collect_parts, run_parts
 from raymuse.scoring.real_pictures import get_reference, reference_facts
 from raymuse.scoring.reference import Reference
@@ -50,9 +61,11 @@ def sweep(config: SweepConfig, run: Run) -> str:
     asked = asked_of(config, config.prompts)
     wanted = reference_facts(config, config.model, min(config.size or (side, side)))
     _check_by(config)
+    if config.by == "accuracy" and not any(is_judged(config.judge, one.prompt) for one in asked):
+        raise UserError(f"by=accuracy: no prompt of {config.prompts} is of drawn shapes, and others have no judge.")
     facts = {
         "model_sha256": model_sha256(config.model, config.adapters),
-        "prompts": [[one.key, one.prompt, one.negative, one.seed] for one in asked],
+        "prompts": asked_sha256(asked),
         "extractors": extractors(config, config.model),
         "reference": wanted,
     }
@@ -81,7 +94,7 @@ def _ways(config: SweepConfig) -> list[Way]:
     """Every combination, the last option varying fastest."""
     choices = config.choices
     combined = (dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values()))
-    return [Way(KIND, None, config.model, config.adapters, options) for options in combined]  # type: ignore[arg-type]
+    return [Way(KIND, None, config.model, config.adapters, cast(Options, options)) for options in combined]
 
 
 def _check_by(config: SweepConfig) -> None:
@@ -138,7 +151,7 @@ def _point(
     """One combination's row of the table; `quality` is added when all are known."""
     parts = list(plan)
     rows = [row for part in parts for row in read_rows(manifest.folder, part)]
-    found = collect_parts(manifest.folder.address, parts, config.kept_features).named(KIND)
+    found = collect_parts(manifest.folder.address, parts, config.kept_features, config.workers).named(KIND)
     figures = figures_of(summarise(rows, {KIND: set_figures(found, reference, config)}), KIND)
     seconds = sum(manifest.done[part].counts["seconds"] for part in parts)
     figures.pop("attributes", None)
@@ -203,7 +216,7 @@ def _auto(figures: Mapping[str, float]) -> str:
 def _said(points: Sequence[Point], best: int, by: str) -> str:
     """One sentence: the best row, and which others it cannot be told from."""
     point = points[best]
-    options = " ".join(f"{name}={_value(value)}" for name, value in point["options"].items()) or "the model's own"
+    options = " ".join(f"{name}={_value(value)}" for name, value in point["options"].items()) or "the model's defaults"
     half = point["half_width"]
     width = "" if half is None else f" +- {rounded(half)}"
     sentence = f"best by {by}: {options} ({rounded(point['quality'])}{width}, {point['rate']:.2f} pictures/s)"
@@ -255,7 +268,9 @@ def _samples(
         rows = [row for row in read_rows(manifest.folder, first) if row["png"] is not None]
         prompts = [row["prompt"] for row in rows]
         lines.append([np.asarray(Image.open(io.BytesIO(row["png"])).convert("RGB")) for row in rows])
-        labels.append("\n".join(f"{name} {_value(point['options'][name])}" for name in varied) or "the model's own")
+        labels.append(
+            "\n".join(f"{name} {_value(point['options'][name])}" for name in varied) or "the model's defaults"
+        )
     buffer = io.BytesIO()
     grid_png(lines, labels, prompts).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
