@@ -63,6 +63,7 @@ def test_a_node_that_crashes_loses_and_changes_nothing(head: Head, tmp_path: Pat
     job = threading.Thread(target=lambda: codes.append(main(words)))
     job.start()
     wait_until(lambda: codes or (written(tmp_path / "tokens") and encoding(head)), 300)
+    assert not codes, "the job ended before its node could"
     encoding(head)[0].crash()
     assert written(tmp_path / "tokens") < PARTS
     job.join(400)
