@@ -47,12 +47,12 @@ def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
     return found
 
 
-def wait_until(true: Callable[[], object], seconds: float) -> None:
-    """Return as soon as `true()` is; fail after `seconds`."""
+def wait_until(true: Callable[[], object], seconds: float, pause: float = 0.002) -> None:
+    """Return as soon as `true()` is, asked every `pause` seconds; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.002)
+        time.sleep(pause)
 
 
 class Job:

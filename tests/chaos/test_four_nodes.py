@@ -100,10 +100,10 @@ def finish(job: Job) -> None:
 def ends_a_node(nodes: Nodes, job: Job, end: str, moments: random.Random) -> bool:
     """End a node that works for the job, and start another in its place; False where the job ended first."""
     if job.section in BRIEF:
-        wait_until(lambda: job.ended or "Tailing logs" in job.log.read_text(), PATIENCE)
+        wait_until(lambda: job.ended or "Tailing logs" in job.log.read_text(), PATIENCE, pause=0.1)
     else:
         before = job.written()
-        wait_until(lambda: job.more_than(before), PATIENCE)
+        wait_until(lambda: job.more_than(before), PATIENCE, pause=0.02)
     if job.ended:
         return False
     found = nodes_of(nodes.head)

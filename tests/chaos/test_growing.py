@@ -29,7 +29,7 @@ def test_stages_make_their_nodes_appear_and_idle_ones_go(
             """The types of the nodes that a job made appear; all of them have gone again."""
             before = Counter(types(head, "DEAD"))
             assert main(["submit", command, f"smoke:{section}", f"workdir={tmp_path}/flow", *changes]) == 0
-            wait_until(lambda: not types(head, "ALIVE"), 120)
+            wait_until(lambda: not types(head, "ALIVE"), 300, pause=0.5)
             appeared = set(Counter(types(head, "DEAD")) - before)
             said = capfd.readouterr().out
             assert {kind for kind in RESOURCES if f"node(s) of type {kind}." in said} == appeared, said
