@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from report import PROCESSOR
 
 ROOT = Path("build/peers")
 READY = 600  # seconds until a process has its first line
@@ -49,7 +50,7 @@ def environment(threads: int) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Step:
-    """A line of a training: when it was seen, its step and its loss."""
+    """A line of a training: when it was seen (by the benchmark's clock), its step and its loss."""
 
     seconds: float
     step: int
@@ -97,16 +98,16 @@ class Training:
         return {line.step: line.loss for line in self.lines}
 
     def end(self) -> None:
+        """Ask it to stop, which a training answers with a checkpoint; what is left of it after two minutes is killed."""
         self._each(psutil.Process.resume)
-        for process in [*self.process.children(recursive=True)[::-1], self.process]:
-            with suppress(psutil.NoSuchProcess):
-                process.terminate()
-        _, alive = psutil.wait_procs([self.process], timeout=60)
-        for process in alive:
-            process.kill()
+        with suppress(psutil.NoSuchProcess):
+            tree = [self.process, *self.process.children(recursive=True)]
+            self.process.terminate()
+            for process in psutil.wait_procs(tree, timeout=120)[1]:
+                process.kill()
 
     def _follow(self) -> None:
-        now = time.perf_counter()
+        now = self._clock()
         with self.log.open() as file:
             file.seek(self._read)
             text = file.read()
@@ -114,6 +115,14 @@ class Training:
         self._read += len(whole.encode())
         found = self.pattern.finditer(whole)
         self.lines += [Step(now, int(match["step"]), float(match["loss"])) for match in found]
+
+    def _clock(self) -> float:
+        """Seconds, or processor seconds of what is suspended between turns."""
+        if not PROCESSOR:
+            return time.perf_counter()
+        spent: list[float] = []
+        self._each(lambda process: spent.append(sum(process.cpu_times()[:2])))
+        return sum(spent)
 
     def _each(self, act: Callable[[psutil.Process], None]) -> None:
         tree = [self.process, *self.process.children(recursive=True)]

@@ -1,15 +1,30 @@
-"""Side-by-side timings: pairs of runs in turn, the ratio of each pair, a table and build/bench/NAME.json."""
+"""Side-by-side timings: pairs of runs in turn, the ratio of each pair, a table and build/bench/NAME.json.
+
+Where the machine does other work at the time, BENCH_CLOCK=processor has generate and train count processor seconds of
+one thread a contender instead of seconds: what other work takes then counts for nobody. Their units say so.
+"""
 
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import psutil
+
+PROCESSOR = os.environ.get("BENCH_CLOCK") == "processor"
+THREADS = 1 if PROCESSOR else 2
+OF_WHAT = " of a core" if PROCESSOR else ""
+
+
+def clock() -> float:
+    """Seconds, or this process's processor seconds."""
+    return time.process_time() if PROCESSOR else time.perf_counter()
 
 
 @dataclass(frozen=True)
