@@ -1,8 +1,9 @@
-"""`python tests/benchmarks/sampling.py MODEL PROMPTS`: how well and how fast a model draws with each sampling option.
+"""`python tests/benchmarks/sampling.py MODEL PROMPTS [OPTION ...]`: how well and fast a model draws with each option.
 
 MODEL is one of shapes (`runs/demo/model`), PROMPTS a .jsonl with a column `prompt` (`runs/demo/data/prompts.jsonl`).
 The judge looks at the pictures of the captions with one object; a line an option, of the same seeds: the base's, then,
-with the base as it is, the super-resolution's.
+with the base as it is, the super-resolution's. Of all options, or those that are named, beside the model as it is.
+Differences are of pairs: the same caption and seed with and without the option.
 """
 
 import json
@@ -41,6 +42,10 @@ OPTIONS: dict[str, Options] = {
     "top_p 0.5": {"top_p": 0.5},
     "6 steps": {"steps": 6},
     "24 steps": {"steps": 24},
+    "guidance every 2nd step": {"guidance_every": 2},
+    "guidance every 3rd step": {"guidance_every": 3},
+    "masked only": {"masked_only": True},
+    "order: critic": {"order": "critic"},
 }
 HIGH_OPTIONS: dict[str, Options] = {
     AS_IT_IS: {},
@@ -54,36 +59,52 @@ HIGH_OPTIONS: dict[str, Options] = {
     "linear": {"masking": "linear"},
     "2 steps": {"steps": 2},
     "16 steps": {"steps": 16},
+    "masked only": {"masked_only": True},
 }
 
 
 def main() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     pipeline = Pipeline.load(sys.argv[1], batch_size=16)
     lines = Path(sys.argv[2]).read_text().splitlines()
     captions = [
         caption for caption in (json.loads(line)["prompt"] for line in lines) if len(parse(caption).things) == 1
     ]
     seeds = range(len(captions))
+    names = {AS_IT_IS, *(sys.argv[3:] or (*OPTIONS, *HIGH_OPTIONS))}
     alone = replace(pipeline, superres=None, superres_vqgan=None)
-    print(f"{len(captions)} captions\n\n| base | one object right | pictures/s |\n|---|---|---|")
-    for name, options in OPTIONS.items():
-        began = time.perf_counter()
-        pixels = alone(captions, seeds=seeds, **options).pixels
-        rate = len(captions) / (time.perf_counter() - began)
-        print(f"| {name} | {_right(pixels, captions)} | {rate:.1f} |", flush=True)
+    print(f"{len(captions)} captions\n\n| base | one object right | difference | pictures/s | of a core |")
+    print("|---|---|---|---|---|")
+    before: NDArray[np.bool_] | None = None
+    for name in (name for name in OPTIONS if name in names and (alone.critic or "critic" not in name)):
+        began, spent = time.perf_counter(), time.process_time()
+        pixels = alone(captions, seeds=seeds, **OPTIONS[name]).pixels
+        rates = len(captions) / (time.perf_counter() - began), len(captions) / (time.process_time() - spent)
+        right = _right(pixels, captions)
+        before = right if before is None else before
+        print(f"| {name} | {_share(right)} | {_change(right, before)} | {rates[0]:.1f} | {rates[1]:.1f} |", flush=True)
     if pipeline.settings.superres is None:
         return
     print("\n| super-resolution | one object right | error less the enlarged base's, grey levels |\n|---|---|---|")
-    for name, options in HIGH_OPTIONS.items():
-        settings = replace(pipeline.settings, superres=pipeline.settings.superres.model_copy(update=dict(options)))
-        drawn = replace(pipeline, settings=settings)(captions, seeds=seeds)
-        print(f"| {name} | {_right(drawn.pixels, captions)} | {_nearer(drawn.pixels, drawn.base_pixels, captions)} |")
+    for name in (name for name in HIGH_OPTIONS if name in names):
+        drawn = pipeline(captions, seeds=seeds, superres=HIGH_OPTIONS[name])
+        share, error = _share(_right(drawn.pixels, captions)), _nearer(drawn.pixels, drawn.base_pixels, captions)
+        print(f"| {name} | {share} | {error} |", flush=True)
 
 
-def _right(pixels: NDArray[np.uint8], captions: list[str]) -> str:
-    right = np.mean([judge(picture, caption).correct for picture, caption in zip(pixels, captions, strict=True)])
-    return f"{right:.1%} +- {(right * (1 - right) / len(captions)) ** 0.5:.1%}"
+def _right(pixels: NDArray[np.uint8], captions: list[str]) -> NDArray[np.bool_]:
+    return np.array([judge(picture, caption).correct for picture, caption in zip(pixels, captions, strict=True)])
+
+
+def _share(right: NDArray[np.bool_]) -> str:
+    share = right.mean()
+    return f"{share:.1%} +- {(share * (1 - share) / len(right)) ** 0.5:.1%}"
+
+
+def _change(right: NDArray[np.bool_], before: NDArray[np.bool_]) -> str:
+    """The difference in points, and its standard error, of pairs."""
+    difference = right.astype(float) - before
+    return f"{100 * difference.mean():+.1f} +- {100 * difference.std(ddof=1) / len(right) ** 0.5:.1f}"
 
 
 def _nearer(pixels: NDArray[np.uint8], base: NDArray[np.uint8], captions: list[str]) -> str:
