@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from raymuse.config.base import Address, AddressMark, Config, StageConfig, runtime
 from raymuse.config.sampling import MaskingSchedule
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 OptimizerName = Literal["adamw", "adamw-8bit", "adafactor", "lion", "muon"]
@@ -54,7 +54,9 @@ class TrainConfig(StageConfig):
     micro_batch_size: int | None = runtime(None, "samples a worker holds at once; None: its whole share", ge=1)
     seed: int = 0
     precision: Precision = Field(
-        "fp32", description="of the network's matrix products and convolutions; weights and losses are fp32 always"
+        "fp32",
+        description="of the network's matrix products and convolutions; weights and losses are fp32 always; "
+        "fp16 scales the loss",
     )
     optimizer: OptimizerConfig = OptimizerConfig()
     ema_decay: float | None = Field(None, gt=0, lt=1)
@@ -158,6 +160,15 @@ class VqganConfig(TrainConfig):
     def _decoder_of_something(self) -> "VqganConfig":
         if self.train == "decoder" and self.start_from is None:
             raise ValueError("train: decoder needs start_from, the VQGAN whose ids stay as they are")
+        return self
+
+    @model_validator(mode="after")
+    def _one_loss_to_scale(self) -> "VqganConfig":
+        if self.precision == "fp16" and self.adversarial is not None:
+            raise ValueError(
+                "precision: fp16 scales one loss, and with adversarial there are two, weighed by their gradients: take "
+                "bf16 or fp32"
+            )
         return self
 
 

@@ -22,6 +22,7 @@ from raymuse.training.engine import Engine, full_weights, global_sum
 from raymuse.training.optimizers import learning_rate_scale
 from raymuse.training.order import share
 from raymuse.training.saving import Report, Saver, barrier
+from raymuse.training.scaling import LossScale
 from raymuse.training.stopping import Stopping, never
 from raymuse.training.task import Task
 
@@ -60,6 +61,7 @@ class Loop:
         self.next_step = next_step
         self.root = Path(config.output)
         self.ema = Ema(engine, config.ema_decay) if config.ema_decay is not None else None
+        self.scaling = LossScale(config.precision)
         self.saver = Saver(config, task, engine, self.ema, report, say)
         self.clock = Clock(config.batch_size)
         self.asked = False
@@ -95,6 +97,7 @@ class Loop:
         """The step to go on with. Collective."""
         found = self.saver.restore()
         self.skipped = found.state.get("skipped", 0) if found is not None else 0
+        self.scaling.load(found.state.get("loss_scale") if found is not None else None)
         return found.step if found is not None else 0
 
     def _stop(self, done: int) -> bool:
@@ -111,6 +114,7 @@ class Loop:
         self.clock.loaded()
         count = self._agree(sum(self.task.count(batch) for batch in batches))
         sums: dict[str, Any] = {"loss": 0.0}
+        self.engine.loss_scale = self.scaling.value
         for batch in batches:
             loss, extra = self.engine.forward(batch)
             finite = loss.detach() * 0 + 1  # else not a number, so that the gradients of all ranks are none either
@@ -121,9 +125,11 @@ class Loop:
         norm = self.engine.step(scale)
         if math.isfinite(norm):
             self.loss_since, self.steps_since = self.loss_since + float(sums["loss"]), self.steps_since + 1
-        care = self._cared_for(step) if math.isfinite(norm) else self._passed_over(step)
+        care = self._cared_for(step) if math.isfinite(norm) else self._not_taken(step, float(sums["loss"]))
         self.clock.stop()
         same = {**care, "grad_norm": norm, "lr_scale": scale, "skipped_steps": self.skipped}
+        if self.scaling.scales:
+            same["loss_scale"] = self.engine.loss_scale
         return {**sums, **{f"={name}": value for name, value in same.items()}}
 
     def _agree(self, mine: float) -> float:
@@ -141,14 +147,25 @@ class Loop:
     def _cared_for(self, step: int) -> dict[str, float]:
         """What follows a step that changed the weights."""
         self.skipped_in_a_row = 0
+        self.scaling.fitted()
         care = self.task.after_step(step, self.engine)
         if self.ema is not None:
             self.ema.update()
         return care
 
-    def _passed_over(self, step: int) -> dict[str, float]:
-        """A step whose loss or gradients were not finite changed nothing; too many of them end the run."""
+    def _not_taken(self, step: int, loss: float) -> dict[str, float]:
+        """A step that changed nothing: its gradients, scaled, were more than fp16 holds; or there is something wrong.
+
+        Collective.
+        """
         self.task.skipped()
+        wrong = float(global_sum(torch.tensor([float(not math.isfinite(loss))])))
+        if not wrong and self.scaling.lowered():
+            return {}
+        return self._passed_over(step)
+
+    def _passed_over(self, step: int) -> dict[str, float]:
+        """A step whose loss or gradients were not finite is counted; too many of them end the run."""
         self.skipped += 1
         self.skipped_in_a_row += 1
         positions = np.arange(step * self.config.batch_size, (step + 1) * self.config.batch_size)
@@ -219,6 +236,8 @@ class Loop:
         total = float(global_sum(torch.tensor([self.loss_since], dtype=torch.float64)))
         mean = total / self.steps_since if self.steps_since else None
         state = {"skipped": self.skipped, "loss": mean, "steps": self.steps_since}
+        if self.scaling.scales:
+            state["loss_scale"] = self.scaling.state()
         self.saver.begin(done, {"step": float(done), "loss": self._global(metrics)["loss"]}, state)
         self.loss_since, self.steps_since = 0.0, 0
         self.clock.restart()

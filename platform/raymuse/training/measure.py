@@ -114,7 +114,7 @@ def _step(network: Base | SuperRes, sizes: Sizes, precision: Precision, backward
     ids_Bhw = torch.zeros(batch, *sizes.grid, dtype=torch.int64)
     count = round(ids_Bhw.numel() * sizes.masked)
     places = torch.zeros(count, dtype=torch.int64)
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), _no_grad_unless(backward):
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"), _no_grad_unless(backward):
         told: Any
         if isinstance(network, SuperRes):
             told = network.condition(states_BTE, torch.zeros(batch, *sizes.low, dtype=torch.int64))
