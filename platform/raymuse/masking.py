@@ -36,7 +36,7 @@ GUIDANCE_SCHEDULES: dict[str, Callable[[float], float]] = {
 
 # Streams keep draws for different purposes apart under one seed.
 MASK, DROPOUT, LOW_NOISE, CAPTION, ORDER, CHOICE, CONFIDENCE, HIGH_CHOICE, HIGH_CONFIDENCE, SEED, START = range(11)
-RECTANGLE, CRITIC = 11, 12
+RECTANGLE, CRITIC, FED_BACK = 11, 12, 13
 
 
 def _sigmoid(x: float) -> float:
@@ -128,6 +128,12 @@ def hide(
         scattered = np.where(whole.any(axis=1, keepdims=True), whole, scattered)
     mask = torch.from_numpy(scattered).to(ids.device)
     return Hidden(torch.where(mask, mask_id, ids), mask)
+
+
+def mean_masking_ratio(schedule: str, min_ratio: float = 0.0) -> float:
+    """Of the draws of `hide`."""
+    draws = (np.arange(1000) + 0.5) / 1000
+    return float(np.mean([max(SCHEDULES[schedule](u), min_ratio) for u in draws]))
 
 
 def masked_counts(length: int, steps: int, schedule: str = "cosine", start_ratio: float = 1.0) -> list[int]:

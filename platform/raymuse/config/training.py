@@ -232,6 +232,9 @@ class GeneratorConfig(MaskedConfig):
 
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     unmasked_weight: float = Field(0.0, ge=0, le=1, description="of the loss on ids that are not masked")
+    fed_back_share: float = Field(
+        0.9, ge=0, le=1, description="of samples that see the network's own features, where model.self_conditioning is"
+    )
     vqgan: Annotated[str, AddressMark()] | None = Field(None, description="VQGAN folder, to draw samples with")
     start_from: Annotated[str, AddressMark()] | None = Field(
         None, description="model folder or Hugging Face id whose weights to start from; `model` is then not used"
@@ -252,6 +255,7 @@ class BaseConfig(GeneratorConfig):
     architecture: Literal["uvit", "maskgit"] = Field(
         "uvit", description="uvit: aMUSEd's; maskgit: Muse's. With start_from it is that model's"
     )
+    critic_weight: float = Field(1.0, gt=0, description="of the loss of telling true ids, where model.self_critic is")
 
 
 class SuperresConfig(GeneratorConfig):

@@ -37,7 +37,7 @@ class TokenTransformer(Protocol):
 
     def precompute(self, condition: Any) -> Any: ...
 
-    def features(self, ids: Tensor, condition: Any) -> Tensor: ...
+    def features(self, ids: Tensor, condition: Any, before: Tensor | None = None) -> Tensor: ...
 
     def head(self, features: Tensor) -> Tensor: ...
 
@@ -129,7 +129,7 @@ class Rows:
     Args:
         shape: (B, h, w).
         draws, streams: see `sample_ids`.
-        critic: where `draws.order` is "critic": a U-ViT with one logit an id.
+        critic: where `draws.order` is "critic": a network with one logit an id.
 
     Attributes:
         ids: (B, h, w), the mask id where still unknown.
@@ -160,6 +160,8 @@ class Rows:
         self._scale = _Table(count, (), torch.float32, 1.0, device)
         self._hide = _Table(count, (length,), torch.bool, False, device)
         self._priority = torch.zeros(count, length, dtype=torch.float64, device=device)
+        self._feeds = bool(getattr(network.config, "self_conditioning", False))
+        self._before: Tensor | None = None  # (2B, h, w, D), a self-conditioned network's features of the step before
 
     def ended(self, row: int) -> bool:
         """Whether a row's picture has no step left."""
@@ -195,6 +197,8 @@ class Rows:
             self._conditions.put(index + len(self.ids), self.network.precompute(unconditional))
         if self.critic is not None:
             self._judged.put(index, self.critic.precompute(judged))
+        if self._before is not None:
+            self._before[index] = self._before[index + len(self.ids)] = 0
         self.ids[index] = ids
         self._steps[index] = 0
         for row, course in zip(rows, courses, strict=True):
@@ -241,24 +245,39 @@ class Rows:
 
     def _predict(self, ids: Tensor, guided: bool) -> Tensor:
         """Logits (B, h, w, C) for ids (B, h, w); `guided` where a row has guidance at this step."""
-        network, batch = self.network, len(ids)
+        batch = len(ids)
         if not guided:
-            return _logits(network, ids, self._conditions.part(0, batch))
+            return self._logits(ids, 0)
         if self._doubles:
-            both = _logits(network, torch.cat([ids, ids]), self._conditions.part(0, 2 * batch))
-            conditional, free = both.chunk(2)
+            conditional, free = self._logits(torch.cat([ids, ids]), 0).chunk(2)
         else:
-            conditional, free = (_logits(network, ids, self._conditions.part(first, batch)) for first in (0, batch))
+            conditional, free = (self._logits(ids, first) for first in (0, batch))
         scale = self._scale.now(self._steps).view(-1, *[1] * (conditional.ndim - 1))
         return torch.where(scale == 1, conditional, guide(conditional, free, scale.to(conditional.dtype)))
 
+    def _logits(self, ids: Tensor, first: int) -> Tensor:
+        """Of the network, under so many conditions from the first on."""
+        condition, before = self._conditions.part(first, len(ids)), self._before
+        if not self._feeds:
+            return self.network.head(self.network.features(ids, condition))
+        features = self.network.features(ids, condition, None if before is None else before[first : first + len(ids)])
+        self._feed_back(features, first)
+        return self.network.head(features)
+
+    def _feed_back(self, features: Tensor, first: int) -> None:
+        """Keep what a row's next step reads: without the prompt only of rows that are guided, whatever others are."""
+        batch = len(self.ids)
+        if self._before is None:
+            self._before = features.new_zeros(2 * batch, *features.shape[1:])
+        if first == 0:
+            self._before[:batch] = features[:batch]
+        if first + len(features) > batch:
+            unguided = (self._scale.now(self._steps) == 1).view(-1, 1, 1, 1)
+            self._before[batch:] = torch.where(unguided, self._before[batch:], features[-batch:])
+
     def _judge(self, ids: Tensor) -> Tensor:
         assert self.critic is not None
-        return _logits(self.critic, ids, self._judged.part(0, len(ids))).squeeze(-1)
-
-
-def _logits(network: TokenTransformer, ids: Tensor, condition: Any) -> Tensor:
-    return network.head(network.features(ids, condition))
+        return self.critic.head(self.critic.features(ids, self._judged.part(0, len(ids)))).squeeze(-1)
 
 
 class _Conditions:

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from raymuse.models.layers import (
     Attention,
     Block,
+    CriticHead,
     Prepared,
     RMSNorm,
+    SelfConditioning,
     initialise_weights,
     run_blocks,
     token_shape_problems,
@@ -48,6 +50,8 @@ class MaskGitConfig:
     qk_norm: bool = False  # RMSNorm on each head's queries and keys
     layer_norm_eps: float = 1e-6
     dropout: float = 0.0
+    self_conditioning: bool = False  # reads its own features of the step before
+    self_critic: bool = False  # tells with a second head which ids are true
 
     def __post_init__(self) -> None:
         if problems := token_shape_problems(self):
@@ -103,6 +107,8 @@ class MaskGit(nn.Module):
         self.layers = nn.ModuleList(MaskGitLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(width, eps)
         self.mlm_head = MlmHead(width, config.codebook_size, eps)
+        self.self_conditioning = SelfConditioning(width, eps) if config.self_conditioning else None
+        self.critic_head = CriticHead(width, eps) if config.self_critic else None
 
     def condition(self, text_states_BTE: Tensor, pooled_BP: Tensor, micro_B5: Tensor) -> Condition:
         """From the text encoder's states. Muse knows neither a pooled vector nor micro-conditions: these are what a
@@ -119,11 +125,17 @@ class MaskGit(nn.Module):
         prepared = tuple(layer.prepare(condition.text, condition.bias) for layer in layers)
         return condition._replace(prepared=prepared)
 
-    def features(self, ids_Bhw: Tensor, condition: Condition) -> Tensor:
-        """What the head reads, (B, h, w, D). Raises ValueError for a grid larger than the config's."""
+    def features(self, ids_Bhw: Tensor, condition: Condition, before_BhwD: Tensor | None = None) -> Tensor:
+        """What the head reads, (B, h, w, D). Raises ValueError for a grid larger than the config's.
+
+        Args:
+            before_BhwD: the features of the step before, of a model with self-conditioning; None: there was none.
+        """
         if max(ids_Bhw.shape[1:]) > self.config.sample_size:
             raise ValueError(f"grid {tuple(ids_Bhw.shape[1:])} is larger than {self.config.sample_size} on a side")
         embedded = self.embed(ids_Bhw) + self.positions(ids_Bhw, coarse=False)
+        if self.self_conditioning is not None and before_BhwD is not None:
+            embedded = embedded + self.self_conditioning(before_BhwD)
         context = (condition.text, condition.bias)
         x_BhwD = run_blocks(self.layers, embedded, context, condition.prepared, recompute=self.gradient_checkpointing)
         out: Tensor = self.norm(x_BhwD)
@@ -133,6 +145,12 @@ class MaskGit(nn.Module):
         """Logits (..., K) of features (..., D) of any leading shape: training gathers masked positions first."""
         logits: Tensor = self.mlm_head(features)
         return logits
+
+    def judge(self, features: Tensor) -> Tensor:
+        """How true the ids look that the features (..., D) are of, a logit (..., 1); of a `self_critic` alone."""
+        assert self.critic_head is not None
+        logit: Tensor = self.critic_head(features)
+        return logit
 
     def forward(self, ids_Bhw: Tensor, text_states_BTE: Tensor, pooled_BP: Tensor, micro_B5: Tensor) -> Tensor:
         """Logits (B, h, w, K)."""
@@ -144,7 +162,7 @@ class MaskGit(nn.Module):
             self,
             seed,
             embedding_std=0.3,  # as the super-resolution's
-            zero=(),
+            zero=("self_conditioning.ff.net.2",),
             residual=("to_out.0", "mlp.2"),
             depth=self.config.num_hidden_layers,
         )

@@ -121,7 +121,11 @@ def _step(network: Base | SuperRes, sizes: Sizes, precision: Precision, backward
         else:
             pooled_BP = torch.zeros(batch, getattr(shape, "cond_embed_dim", 1))
             told = network.condition(states_BTE, pooled_BP, torch.zeros(batch, 5))
-        features: Tensor = network.features(ids_Bhw, told)
+        before: Tensor | None = None
+        if shape.self_conditioning:
+            with torch.no_grad():
+                before = network.features(ids_Bhw, told)
+        features: Tensor = network.features(ids_Bhw, told, before)
         logits_NK = network.head(features.flatten(0, 2)[places]).float()
         if shape.codebook_size == 1:
             loss = F.binary_cross_entropy_with_logits(logits_NK[:, 0], logits_NK[:, 0].detach(), reduction="sum")
@@ -130,6 +134,9 @@ def _step(network: Base | SuperRes, sizes: Sizes, precision: Precision, backward
             log_probabilities = logits_NK.detach().log_softmax(dim=-1)
             _ = (log_probabilities.exp() * log_probabilities).sum()
             del log_probabilities
+        if not isinstance(network, SuperRes) and network.critic_head is not None:
+            judged = network.judge(network.features(ids_Bhw, told))[..., 0].float()
+            loss = loss + F.binary_cross_entropy_with_logits(judged, judged.detach(), reduction="sum")
     if backward:
         loss.backward()  # type: ignore[no-untyped-call]
 
