@@ -77,6 +77,9 @@ class TrainConfig(StageConfig):
     notice: float = runtime(
         25, "seconds in which a training that is told to stop must have written its checkpoint", gt=0
     )
+    peak_tflops: float | None = runtime(
+        None, "what a worker's device can do, for the share of it that is used; None: as known of GPUs in bf16", gt=0
+    )
     profile: bool = runtime(False, "write torch's trace of three steps to output/profile")
     model: dict[str, Any] = Field(default_factory=dict, description="shape of the network, by its own field names")
 

@@ -19,12 +19,14 @@ from raymuse.config.training import TrainConfig
 from raymuse.tracking.run import Run
 from raymuse.training.ema import Ema
 from raymuse.training.engine import Engine, full_weights, global_sum
+from raymuse.training.lineage import lineage, write_record
 from raymuse.training.optimizers import learning_rate_scale
 from raymuse.training.order import share
 from raymuse.training.saving import Report, Saver, barrier
 from raymuse.training.scaling import LossScale
 from raymuse.training.stopping import Stopping, never
 from raymuse.training.task import Task
+from raymuse.training.utilisation import Utilisation
 
 
 class Loop:
@@ -64,8 +66,12 @@ class Loop:
         self.scaling = LossScale(config.precision)
         self.saver = Saver(config, task, engine, self.ema, report, say)
         self.clock = Clock(config.batch_size)
+        self.utilisation = Utilisation(config, task)
+        self.worker_seconds = 0.0
+        self.lineage = lineage(config) if engine.rank == 0 else {}
         self.asked = False
         self.loss_since, self.steps_since = 0.0, 0
+        self.last_loss: float | None = None
         self.skipped = self.skipped_in_a_row = 0
         self.micro_batch, self.accumulation = micro_batches(config, engine.world)
 
@@ -98,6 +104,8 @@ class Loop:
         found = self.saver.restore()
         self.skipped = found.state.get("skipped", 0) if found is not None else 0
         self.scaling.load(found.state.get("loss_scale") if found is not None else None)
+        self.worker_seconds = found.state.get("worker_seconds", 0.0) if found is not None else 0.0
+        self.lineage["resumed_from"] = found.step if found is not None else None
         return found.step if found is not None else 0
 
     def _stop(self, done: int) -> bool:
@@ -126,7 +134,7 @@ class Loop:
         if math.isfinite(norm):
             self.loss_since, self.steps_since = self.loss_since + float(sums["loss"]), self.steps_since + 1
         care = self._cared_for(step) if math.isfinite(norm) else self._not_taken(step, float(sums["loss"]))
-        self.clock.stop()
+        self.worker_seconds += self.clock.stop() * self.engine.world
         same = {**care, "grad_norm": norm, "lr_scale": scale, "skipped_steps": self.skipped}
         if self.scaling.scales:
             same["loss_scale"] = self.engine.loss_scale
@@ -201,6 +209,7 @@ class Loop:
         values = self._global(metrics)
         values["learning_rate"] = values.pop("lr_scale") * self.config.optimizer.lr
         values.update(self.clock.rates())
+        values.update(self.utilisation.of(self.clock.seconds_per_step))
         if self.engine.rank == 0:
             self.run.metrics(values, done)
             left = (self.config.steps - done) * self.clock.seconds_per_step
@@ -235,11 +244,12 @@ class Loop:
         """Begin a checkpoint, with the mean loss since the one before (`keep_best` goes by it). Collective."""
         total = float(global_sum(torch.tensor([self.loss_since], dtype=torch.float64)))
         mean = total / self.steps_since if self.steps_since else None
-        state = {"skipped": self.skipped, "loss": mean, "steps": self.steps_since}
+        state = {"skipped": self.skipped, "loss": mean, "steps": self.steps_since, "lineage": self.lineage}
+        state["worker_seconds"] = self.worker_seconds
         if self.scaling.scales:
             state["loss_scale"] = self.scaling.state()
         self.saver.begin(done, {"step": float(done), "loss": self._global(metrics)["loss"]}, state)
-        self.loss_since, self.steps_since = 0.0, 0
+        self.loss_since, self.steps_since, self.last_loss = 0.0, 0, mean
         self.clock.restart()
 
     def _finish(self) -> None:
@@ -248,6 +258,7 @@ class Loop:
         best = self._best_weights()
         if self.engine.rank == 0:
             facts = self.task.save(best, self.root / "model")
+            write_record(self.config, self.engine.world, self.worker_seconds, self.last_loss)
             if self.ema is not None:
                 self.task.save(raw, self.root / "model_raw")
             numbers = {name: float(value) for name, value in facts.items() if isinstance(value, int | float)}
@@ -273,9 +284,12 @@ class Clock:
     def loaded(self) -> None:
         self.waiting += time.perf_counter() - self.began
 
-    def stop(self) -> None:
+    def stop(self) -> float:
+        """Seconds of the step."""
+        seconds = time.perf_counter() - self.began
         self.steps += 1
-        self.busy += time.perf_counter() - self.began
+        self.busy += seconds
+        return seconds
 
     def rates(self) -> dict[str, float]:
         """Rates since the last call; empty right after a restart."""
