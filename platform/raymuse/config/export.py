@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from raymuse.config.base import Address, AddressMark, StageConfig
+from raymuse.config.base import Address, AddressMark, StageConfig, runtime
 from raymuse.config.drawing import LoraChoice
 from raymuse.config.sampling import SamplingConfig
 
@@ -21,6 +21,16 @@ class ExportConfig(StageConfig, LoraChoice):
     )
     critic: Annotated[str, AddressMark()] | None = Field(None, description="output of train-critic, or a model folder")
     weights: Literal["ema", "raw"] = "ema"
+    variants: tuple[Literal["fp16", "bf16"], ...] = Field(
+        (), description="the weights once more in these, as NAME.fp16.safetensors: opened with variant="
+    )
+    lora_apart: bool = Field(False, description="put the LoRAs into lora/ of the folder, and not into the weights")
+    licence: str | None = runtime(None, "on the model card, as the Hub knows it, such as apache-2.0")
+    scores: Annotated[str, AddressMark()] | None = Field(None, description="output of score, for the model card")
+    push_to: str | None = runtime(
+        None, "owner/name on the Hugging Face Hub to send the folder to", pattern=r"^[\w.-]+/[\w.-]+$"
+    )
+    push_private: bool = runtime(True, "make it a private repository, where there is none yet")
     name: str = Field("raymuse-model", description="name on the model card and in the registry")
     micro_conditioning: tuple[float, float, float, float, float] | None = Field(
         None, description="width, height, crop top, crop left, aesthetic; None: the drawn size, 0, 0, 6"
