@@ -217,3 +217,13 @@ def test_a_hub_that_is_not_there_says_so(made: Made, tmp_path: Path, monkeypatch
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with pytest.raises(UserError, match=r"push_to=me/tiny: the Hugging Face Hub did not take .* run the same command"):
         export(config(tmp_path, made.encoders, made.base, push_to="me/tiny"), Run.off())
+
+
+def test_a_super_resolution_may_have_a_vqgan_of_its_own(made: Made, tmp_path: Path) -> None:
+    cascade = tiny.write_model(tmp_path / "cascade", made.encoders, cascade=True)
+    given = config(tmp_path, made.encoders, cascade, superres=cascade, superres_vqgan=made.encoders)
+    pipeline = Pipeline.load(export(given, Run.off()), batch_size=2)
+    assert pipeline.superres_vqgan is not pipeline.vqgan
+    assert pipeline(["a red circle"], seeds=[1]).pixels.shape == (1, tiny.SIDE, tiny.SIDE, 3)
+    with pytest.raises(UserError, match="there is no superres whose ids it would decode"):
+        export(config(tmp_path / "no", made.encoders, made.base, superres_vqgan=made.encoders), Run.off())

@@ -107,6 +107,7 @@ def hide(
     schedule: str = "cosine",
     min_ratio: float = 0.0,
     rectangles: Rectangles | None = None,
+    ratio: float | None = None,
 ) -> Hidden:
     """Mask `max(1, round(L schedule(u)))` random ids of every sample, u ~ U(0, 1) (MaskGIT, section 3.1).
 
@@ -115,10 +116,12 @@ def hide(
         positions: global position of each sample in the training data (B,); the mask is keyed by it.
         min_ratio: masks at least this share of the ids.
         rectangles: which samples mask a rectangle of about as many ids instead.
+        ratio: of every sample, in place of the schedule's draw.
     """
     length = ids.shape[1]
     draws = uniforms(seed, MASK, positions, 1 + length)
-    ratios = np.array([max(SCHEDULES[schedule](u), min_ratio) for u in draws[:, 0]])
+    drawn = (SCHEDULES[schedule](u) for u in draws[:, 0])
+    ratios = np.array([max(share, min_ratio) if ratio is None else ratio for share in drawn])
     counts = np.maximum(1, np.round(ratios * length)).astype(np.int64)
     places = draws[:, 1:]
     last = np.take_along_axis(np.sort(places, axis=1), counts[:, None] - 1, axis=1)

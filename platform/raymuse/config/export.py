@@ -19,6 +19,9 @@ class ExportConfig(StageConfig, LoraChoice):
     superres: Annotated[str, AddressMark()] | None = Field(
         None, description="output of train-superres, or a model folder"
     )
+    superres_vqgan: Annotated[str, AddressMark()] | None = Field(
+        None, description="whose ids the super-resolution draws, where they are not those of `vqgan`"
+    )
     critic: Annotated[str, AddressMark()] | None = Field(None, description="output of train-critic, or a model folder")
     weights: Literal["ema", "raw"] = "ema"
     variants: tuple[Literal["fp16", "bf16"], ...] = Field(

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from raymuse.config.base import Address, AddressMark, Config, StageConfig, runtime
-from raymuse.config.sampling import MaskingSchedule
+from raymuse.config.sampling import MaskingSchedule, SamplingConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -230,6 +230,31 @@ class MaskedConfig(TrainConfig):
         return self
 
 
+class EvaluationConfig(Config):
+    """The loss on held-out token shards at given masking ratios, without dropout; the average's where there is one."""
+
+    input: Address = Field(description="token shards that the training does not see")
+    every: int = Field(500, ge=1, description="steps")
+    rows: int = Field(512, ge=1, description="of the shards, the same ones each time")
+    mask_ratios: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field((0.1, 0.3, 0.5, 0.7, 0.9), min_length=1)
+
+
+class SamplesConfig(Config):
+    """What is drawn every `sample_every` steps, with seeds that stay the same."""
+
+    prompts: tuple[str, ...] = Field((), description="none: the first captions of the data, under their pictures")
+    sampling: SamplingConfig = Field(SamplingConfig(temperature=0.5, guidance=1.0), description="steps, guidance, ...")
+    base: Annotated[str, AddressMark()] | None = Field(
+        None, description="of a super-resolution with prompts: who draws the low-res ids; as the export's base"
+    )
+
+    @model_validator(mode="after")
+    def _no_critic(self) -> "SamplesConfig":
+        if self.sampling.order == "critic":
+            raise ValueError("sampling.order: samples have no critic, so take another order")
+        return self
+
+
 class GeneratorConfig(MaskedConfig):
     """Training of what draws ids: base and super-resolution."""
 
@@ -239,6 +264,8 @@ class GeneratorConfig(MaskedConfig):
         0.9, ge=0, le=1, description="of samples that see the network's own features, where model.self_conditioning is"
     )
     vqgan: Annotated[str, AddressMark()] | None = Field(None, description="VQGAN folder, to draw samples with")
+    samples: SamplesConfig = runtime(SamplesConfig(), "what is drawn while it trains")
+    evaluation: EvaluationConfig | None = runtime(None, "held-out loss while it trains")
     start_from: Annotated[str, AddressMark()] | None = Field(
         None, description="model folder or Hugging Face id whose weights to start from; `model` is then not used"
     )
@@ -248,6 +275,13 @@ class GeneratorConfig(MaskedConfig):
     def _lora_of_something(self) -> "GeneratorConfig":
         if self.lora is not None and self.start_from is None:
             raise ValueError("lora needs start_from, the model folder that it changes")
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_can_be_drawn(self) -> "GeneratorConfig":
+        wanted = {"vqgan": self.vqgan, "text_encoder": self.text_encoder}
+        if self.samples.prompts and (missing := [name for name, address in wanted.items() if address is None]):
+            raise ValueError(f"samples.prompts: to read and draw them, set {' and '.join(missing)} as well")
         return self
 
 
@@ -266,6 +300,12 @@ class SuperresConfig(GeneratorConfig):
 
     stage: Literal["train-superres"] = "train-superres"
     low_noise: float = Field(0.1, ge=0, lt=1, description="largest share of the low-res ids replaced at random")
+
+    @model_validator(mode="after")
+    def _low_ids_can_be_drawn(self) -> "SuperresConfig":
+        if self.samples.prompts and self.samples.base is None:
+            raise ValueError("samples.prompts of a super-resolution: set samples.base, which draws their low-res ids")
+        return self
 
 
 class CriticConfig(MaskedConfig):

@@ -9,7 +9,7 @@ from raymuse.config.export import ExportConfig
 from raymuse.drawing.model_folder import Settings
 from raymuse.storage.folder import Folder
 
-TRAINED = ("base", "superres", "critic", "vqgan", "text_encoder")
+TRAINED = ("base", "superres", "critic", "vqgan", "superres_vqgan", "text_encoder")
 """Fields of the export's config that say where the parts came from."""
 
 

@@ -28,15 +28,12 @@ Grid = tuple[int, int]
 MOST_CELLS = 128 * 128  # ids of the base: 16 times those of a 512-pixel aMUSEd
 
 
-@dataclass(frozen=True)
 class SelfCritic:
     """A base that was trained to judge as well, as the critic of what it drew."""
 
-    base: Base
-
-    @property
-    def config(self) -> Any:
-        return self.base.config
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        self.config: Any = base.config
 
     def condition(self, states: Tensor, pooled: Tensor, micro: Tensor) -> Any:
         return self.base.condition(states, pooled, micro)

@@ -105,6 +105,12 @@ def _parts(config: ExportConfig) -> dict[str, Path]:
     }
     if config.superres is not None:
         parts["superres"] = trained_part(config.superres, "superres", chosen)
+    if config.superres_vqgan is not None:
+        if config.superres is None:
+            raise UserError(
+                "superres_vqgan: there is no superres whose ids it would decode. Leave it out, or name one."
+            )
+        parts["superres_vqvae"] = _within(config.superres_vqgan, "vqvae")
     if config.critic is not None:
         parts["critic"] = trained_part(config.critic, "critic", chosen)
     missing = [str(path) for path in parts.values() if not path.exists()]
@@ -144,7 +150,9 @@ def _settings(config: ExportConfig, folder: Path) -> Settings:
     """Sizes follow from the grids that the transformers were trained on."""
     factor = Vqgan.load(str(folder)).factor
     base_size = _read(folder / "transformer")["sample_size"] * factor
-    high = _read(folder / "superres")["high_grid"] * factor if (folder / "superres").exists() else None
+    own = folder / "superres_vqvae"
+    high_factor = Vqgan.load(str(own)).factor if own.exists() else factor
+    high = _read(folder / "superres")["high_grid"] * high_factor if (folder / "superres").exists() else None
     micro = config.micro_conditioning or (base_size, base_size, 0, 0, 6)
     return Settings(
         base_size=base_size,

@@ -19,6 +19,7 @@ from raymuse.config.training import TrainConfig
 from raymuse.tracking.run import Run
 from raymuse.training.ema import Ema
 from raymuse.training.engine import Engine, full_weights, global_sum
+from raymuse.training.evaluation import Evaluation, evaluation_of
 from raymuse.training.lineage import lineage, write_record
 from raymuse.training.optimizers import learning_rate_scale
 from raymuse.training.order import share
@@ -74,6 +75,7 @@ class Loop:
         self.last_loss: float | None = None
         self.skipped = self.skipped_in_a_row = 0
         self.micro_batch, self.accumulation = micro_batches(config, engine.world)
+        self.evaluation = evaluation_of(config, task, self.micro_batch)
 
     def fit(self) -> bool:
         """Train to `config.steps`, from the newest checkpoint where there is one, and save the model.
@@ -89,6 +91,8 @@ class Loop:
             done, last = step + 1, step + 1 == self.config.steps
             if done % self.config.log_every == 0 or last:
                 self._log(metrics, done)
+            if self.evaluation is not None and (done % self.evaluation.wanted.every == 0 or last) and not self.asked:
+                self._evaluate(self.evaluation, done)
             if (done % self.config.sample_every == 0 and not self.asked) or last:
                 self._sample(done)
             if done % self.config.checkpoint.every == 0 or last or self.asked:
@@ -236,6 +240,13 @@ class Loop:
             self.run.picture("samples", picture, done)
         self.clock.restart()
 
+    def _evaluate(self, evaluation: Evaluation, done: int) -> None:
+        values = evaluation.measure(self.engine, self.ema)
+        if self.engine.rank == 0:
+            self.run.metrics(values, done)
+            self.say(f"step {done}/{self.config.steps}  held-out loss {values['eval_loss']:.4f}")
+        self.clock.restart()
+
     def _best_weights(self) -> dict[str, Tensor]:
         """The average's weights where there is one. Collective."""
         return self.ema.weights() if self.ema is not None else full_weights(self.engine)
@@ -244,8 +255,8 @@ class Loop:
         """Begin a checkpoint, with the mean loss since the one before (`keep_best` goes by it). Collective."""
         total = float(global_sum(torch.tensor([self.loss_since], dtype=torch.float64)))
         mean = total / self.steps_since if self.steps_since else None
-        state = {"skipped": self.skipped, "loss": mean, "steps": self.steps_since, "lineage": self.lineage}
-        state["worker_seconds"] = self.worker_seconds
+        state: dict[str, Any] = {"skipped": self.skipped, "loss": mean, "steps": self.steps_since}
+        state |= {"lineage": self.lineage, "worker_seconds": self.worker_seconds}
         if self.scaling.scales:
             state["loss_scale"] = self.scaling.state()
         self.saver.begin(done, {"step": float(done), "loss": self._global(metrics)["loss"]}, state)

@@ -15,9 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from raymuse.config.errors import UserError
-from raymuse.config.sampling import SamplingConfig
 from raymuse.config.training import BaseConfig, LoraConfig, Precision, SuperresConfig
-from raymuse.drawing.sampler import Course, sample_ids
 from raymuse.masking import CRITIC, FED_BACK, mean_masking_ratio, pick, uniforms
 from raymuse.models import lora
 from raymuse.models.base import Base, like, record_of
@@ -25,6 +23,7 @@ from raymuse.models.network_files import save_network
 from raymuse.models.superres import SuperRes
 from raymuse.models.text import TextEncoder
 from raymuse.models.vqgan import Vqgan
+from raymuse.training.samples import drawn, low_ids_by, told_by
 from raymuse.training.start import first_network
 from raymuse.training.task import Batch, Loss, Stateless, network_weights, sheet
 from raymuse.training.tokens import TokenStream
@@ -165,19 +164,34 @@ class MaskedTask(Stateless):
         assert not trained.intersection(missing), missing
         module.to(self.device)
         count, grid = min(SAMPLES, len(self.stream.store)), self.stream.grid
-        truth, told = self.stream.first(count)
-        sampling = SamplingConfig(temperature=0.5, guidance=1)
-        with torch.no_grad():
-            ids = sample_ids(
-                module.network,
-                module.condition(told),
-                None,
-                ids=torch.full((count, *grid), self.network.config.mask_id, device=self.device),
-                seeds=list(range(count)),
-                courses=[Course.of(sampling, grid[0] * grid[1])] * count,
-            )
         vqgan = Vqgan.load(self.config.vqgan, self.device)
+        wanted = self.config.samples
+        if wanted.prompts:
+            return sheet([vqgan.decode(self._prompted(module, vqgan.factor))])
+        truth, told = self.stream.first(count)
+        free = {**told, **self._without_words(count)}
+        with torch.no_grad():
+            ids = drawn(module.network, module.condition(told), module.condition(free), grid, wanted.sampling, count)
         return sheet([vqgan.decode(truth), vqgan.decode(ids)])
+
+    def _without_words(self, count: int) -> Batch:
+        """What an empty caption tells, so many times."""
+        if self.stream.text_trained:
+            return {"text_ids": self.stream.empty_ids.expand(count, -1).to(self.device)}
+        empty = {"states": self.stream.empty_states, "pooled": self.stream.empty_pooled}
+        return {name: value.expand(count, *value.shape[1:]).to(self.device) for name, value in empty.items()}
+
+    def _prompted(self, module: MaskedLoss, factor: int) -> Tensor:
+        """Ids (B, h, w) drawn for the user's prompts, of a super-resolution from what its base draws for them."""
+        wanted, grid = self.config.samples, self.stream.grid
+        told = told_by(wanted.prompts, self.config, self.stream, factor, self.device)
+        if wanted.base is not None and isinstance(self.config, SuperresConfig):
+            low_grid = self.stream.store.grid("low_ids")
+            told["low_ids"] = low_ids_by(wanted.base, told, low_grid, wanted.sampling)
+        free = {**told, **{name: told[f"free_{name}"] for name in ("states", "pooled", "text_ids")}}
+        with torch.no_grad():
+            conditions = module.condition(told), module.condition(free)
+            return drawn(module.network, *conditions, grid, wanted.sampling, len(wanted.prompts))
 
     def save(self, weights: dict[str, Tensor], folder: Path) -> dict[str, Any]:
         if self.config.lora is None:

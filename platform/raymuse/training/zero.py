@@ -111,6 +111,7 @@ class DeepSpeedEngine:
         if self.zero_stage in (1, 2):
             self.optimizer.update_lp_params()
         elif self.zero_stage == 3:
+            self.optimizer._partition_all_parameters()  # what a pass without gradients gathered may lie there still
             for group in range(len(self.optimizer.fp32_partitioned_groups_flat)):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
             self._refresh_persistent()
