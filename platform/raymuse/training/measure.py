@@ -11,6 +11,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ def outline(shape: Shape, adapter: LoraConfig | None) -> Base | SuperRes:
     return network
 
 
+@lru_cache(maxsize=64)
 def flops(shape: Shape, sizes: Sizes, adapter: LoraConfig | None, recompute: bool, backward: bool = True) -> float:
     """Floating-point operations (a multiply-add is two) of a forward and backward pass, or a forward pass alone."""
 
@@ -68,6 +70,7 @@ def flops(shape: Shape, sizes: Sizes, adapter: LoraConfig | None, recompute: boo
     return _over_layers(shape, adapter, recompute, count)
 
 
+@lru_cache(maxsize=64)
 def activations(shape: Shape, sizes: Sizes, adapter: LoraConfig | None, recompute: bool, precision: Precision) -> float:
     """Bytes at the fullest moment of a step beside the weights and their gradients, which lie there before."""
 
