@@ -19,7 +19,7 @@ from raymuse.training.ema import Ema
 from raymuse.training.engine import Engine, PlainEngine, full_weights, global_sum, rank_and_world
 from raymuse.training.optimizers import build_optimizer, learning_rate_scale
 
-ROWS, STEPS, HALF, MICRO = 8, 20, 10, 2
+ROWS, STEPS, HALF, MICRO = 8, 12, 6, 2
 WORDS = 15_001  # ZeRO-3 keeps parameters of fewer than 100,000 numbers whole on every rank: one must be larger
 HAS_8BIT = find_spec("bitsandbytes") is not None  # the machine of the tests may have none: then the rest is shown
 NAMES = [name for name in get_args(OptimizerName) if name != "adamw-8bit" or HAS_8BIT]
@@ -70,6 +70,24 @@ class Trained:
     poisoned: State
     poisoned_norm: float
     norm_after: float
+
+
+SCALE = 2.0**12
+
+
+def scaled(kind: str) -> list[State]:
+    """Half way with a factor on the loss, as fp16 needs one; and after a step that it made too large."""
+    engine = make_engine(kind)
+    ema = Ema(engine, 0.9)
+    engine.loss_scale = SCALE
+    run_steps(engine, ema, 0, HALF)
+    half = read_state(engine, ema)
+    engine.loss_scale = 2.0**127
+    first, second = micro_batches(0)
+    for batch in (first, second):
+        engine.backward(engine.forward(batch)[0] / ROWS)
+    assert not math.isfinite(engine.step(1.0))
+    return [half, read_state(engine, ema)]
 
 
 def make_engine(kind: str, optimizer: str = "adamw") -> Engine:
@@ -159,9 +177,10 @@ def resume(kind: str, optimizer: str, half: State) -> State:
     return read_state(engine, ema)
 
 
-def train_all() -> dict[str, Trained]:
+def train_all() -> dict[str, Any]:
     assert shutil.which("g++") is shutil.which("ninja") is shutil.which("cc") is None
-    return {f"{kind} {optimizer}": train(kind, optimizer) for kind, optimizer in CELLS}
+    trained: dict[str, Any] = {f"{kind} {optimizer}": train(kind, optimizer) for kind, optimizer in CELLS}
+    return {**trained, **{f"{kind} scaled": scaled(kind) for kind in ENGINES}}
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +190,7 @@ def alone() -> dict[str, Trained]:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Trained]]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks(train_all, 2, tmp_path_factory.mktemp("engines"))
 
 
@@ -247,6 +266,17 @@ def test_gradients_that_are_not_finite_change_nothing(
         assert not math.isfinite(trained.poisoned_norm)
         identical(trained.poisoned, trained.end)
         assert math.isfinite(trained.norm_after)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_a_factor_on_the_loss_changes_nothing_but_what_overflows(
+    kind: str, alone: dict[str, Trained], pair: list[dict[str, Any]]
+) -> None:
+    for rank in pair:
+        half, overflowed = rank[f"{kind} scaled"]
+        close(half.tensors, alone["adamw"].half.tensors, TOLERANCE)
+        close(half.ema, alone["adamw"].half.ema, TOLERANCE)
+        identical(overflowed, half)
 
 
 def test_weight_decay_is_on_matrices_alone() -> None:

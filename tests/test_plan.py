@@ -11,6 +11,7 @@ import tiny
 from raymuse.cli.training_plan import GIB, train_plan
 from raymuse.config.errors import ConfigError, UserError
 from raymuse.config.load import load
+from raymuse.config.recipe import recipes
 from raymuse.config.training import BaseConfig, LoraConfig, MaskedConfig
 from raymuse.models.maskgit import MaskGitConfig
 from raymuse.models.superres import SuperResConfig
@@ -175,3 +176,36 @@ def test_what_cannot_be_planned_says_why(tmp_path: Path) -> None:
     assert isinstance(load("muse-3b"), BaseConfig)
     with torch.device("meta"):
         assert outline(SuperResConfig(), None).config.high_grid == 64
+
+
+ASKED = {
+    *("base-256", "base-512", "muse-632m", "muse-3b", "superres-512", "vqgan-f16", "vqgan-f8", "vqgan-decoder"),
+    *("finetune-256", "finetune-512", "finetune-8bit-256", "finetune-8bit-512", "lora-256", "lora-512"),
+    *("styledrop-256", "styledrop-512", "pokemon-blip-512", "critic"),
+}
+"""What docs/train.md names, and a person expects to find."""
+
+
+def test_every_recipe_that_the_docs_name_is_there() -> None:
+    assert {name for name, _ in recipes()} >= ASKED
+
+
+@pytest.mark.parametrize("name", sorted(ASKED - {"critic", "vqgan-f16", "vqgan-f8", "vqgan-decoder"}))
+def test_a_recipe_is_planned_without_data_weights_or_a_gpu(name: str) -> None:
+    """Of a critic the base decides, and of a VQGAN the pictures are looked at first: see the tests beside."""
+    text = train_plan(masked(name))
+    assert "parameters" in text.splitlines()[0]
+    assert "GiB a worker   weights" in text
+    assert "GPU hours" in text
+
+
+def test_vqgans_and_critics_are_planned_from_what_they_start_with(tmp_path: Path) -> None:
+    shards = tiny.write_shards(tmp_path / "shards", side=64)
+    small = "model={block_out_channels: [8, 8, 16], layers_per_block: 1, norm_num_groups: 4}"
+    encoders = tiny.write_encoders(tmp_path / "encoders", shards)
+    for name, more in (("vqgan-f16", small), ("vqgan-f8", small), ("vqgan-decoder", f"start_from={encoders}")):
+        text = train_plan(load(name, [f"input={shards}", f"output={tmp_path / name}", more]))  # type: ignore[arg-type]
+        assert text.startswith("train-vqgan: ")
+    tokens = tiny.write_tokens(tmp_path / "tokens", shards, encoders)
+    model = tiny.write_model(tmp_path / "model", encoders)
+    assert "to train and" in train_plan(masked("critic", f"input={tokens}", f"base={model}", "ids=image_ids"))

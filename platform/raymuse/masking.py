@@ -36,7 +36,7 @@ GUIDANCE_SCHEDULES: dict[str, Callable[[float], float]] = {
 
 # Streams keep draws for different purposes apart under one seed.
 MASK, DROPOUT, LOW_NOISE, CAPTION, ORDER, CHOICE, CONFIDENCE, HIGH_CHOICE, HIGH_CONFIDENCE, SEED, START = range(11)
-RECTANGLE, CRITIC = 11, 12
+RECTANGLE, CRITIC, FED_BACK = 11, 12, 13
 
 _KEY = 0x7261796D757365
 _LOW = np.uint64(0xFFFFFFFF)
@@ -133,6 +133,7 @@ def hide(
     schedule: str = "cosine",
     min_ratio: float = 0.0,
     rectangles: Rectangles | None = None,
+    ratio: float | None = None,
 ) -> Hidden:
     """Mask `max(1, round(L schedule(u)))` random ids of every sample, u ~ U(0, 1) (MaskGIT, section 3.1).
 
@@ -141,10 +142,12 @@ def hide(
         positions: global position of each sample in the training data (B,); the mask is keyed by it.
         min_ratio: masks at least this share of the ids.
         rectangles: which samples mask a rectangle of about as many ids instead.
+        ratio: of every sample, in place of the schedule's draw.
     """
     length = ids.shape[1]
     draws = uniforms(seed, MASK, positions, 1 + length)
-    ratios = np.array([max(SCHEDULES[schedule](u), min_ratio) for u in draws[:, 0]])
+    drawn = (SCHEDULES[schedule](u) for u in draws[:, 0])
+    ratios = np.array([max(share, min_ratio) if ratio is None else ratio for share in drawn])
     counts = np.maximum(1, np.round(ratios * length)).astype(np.int64)
     places = draws[:, 1:]
     last = np.take_along_axis(np.sort(places, axis=1), counts[:, None] - 1, axis=1)
@@ -154,6 +157,12 @@ def hide(
         scattered = np.where(whole.any(axis=1, keepdims=True), whole, scattered)
     mask = torch.from_numpy(scattered).to(ids.device)
     return Hidden(torch.where(mask, mask_id, ids), mask)
+
+
+def mean_masking_ratio(schedule: str, min_ratio: float = 0.0) -> float:
+    """Of the draws of `hide`."""
+    draws = (np.arange(1000) + 0.5) / 1000
+    return float(np.mean([max(SCHEDULES[schedule](u), min_ratio) for u in draws]))
 
 
 def masked_counts(length: int, steps: int, schedule: str = "cosine", start_ratio: float = 1.0) -> list[int]:

@@ -19,8 +19,21 @@ class ExportConfig(StageConfig, LoraChoice):
     superres: Annotated[str, AddressMark()] | None = Field(
         None, description="output of train-superres, or a model folder"
     )
+    superres_vqgan: Annotated[str, AddressMark()] | None = Field(
+        None, description="whose ids the super-resolution draws, where they are not those of `vqgan`"
+    )
     critic: Annotated[str, AddressMark()] | None = Field(None, description="output of train-critic, or a model folder")
     weights: Literal["ema", "raw"] = "ema"
+    variants: tuple[Literal["fp16", "bf16"], ...] = Field(
+        (), description="the weights once more in these, as NAME.fp16.safetensors: opened with variant="
+    )
+    lora_apart: bool = Field(False, description="put the LoRAs into lora/ of the folder, and not into the weights")
+    licence: str | None = runtime(None, "on the model card, as the Hub knows it, such as apache-2.0")
+    scores: Annotated[str, AddressMark()] | None = Field(None, description="output of score, for the model card")
+    push_to: str | None = runtime(
+        None, "owner/name on the Hugging Face Hub to send the folder to", pattern=r"^[\w.-]+/[\w.-]+$"
+    )
+    push_private: bool = runtime(True, "make it a private repository, where there is none yet")
     name: str = Field("raymuse-model", description="name on the model card and in the registry")
     alias: str | None = runtime(
         None, "put the model into MLflow's registry, where a server is named, as the version that this alias means"

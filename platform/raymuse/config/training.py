@@ -6,9 +6,9 @@ from pydantic import Field, model_validator
 
 from raymuse.config.base import Address, AddressMark, Config, StageConfig, runtime
 from raymuse.config.pretokenize import StreamConfig
-from raymuse.config.sampling import MaskingSchedule
+from raymuse.config.sampling import MaskingSchedule, SamplingConfig
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 OptimizerName = Literal["adamw", "adamw-8bit", "adafactor", "lion", "muon"]
@@ -55,7 +55,9 @@ class TrainConfig(StageConfig):
     micro_batch_size: int | None = runtime(None, "samples a worker holds at once; None: its whole share", ge=1)
     seed: int = 0
     precision: Precision = Field(
-        "fp32", description="of the network's matrix products and convolutions; weights and losses are fp32 always"
+        "fp32",
+        description="of the network's matrix products and convolutions; weights and losses are fp32 always; "
+        "fp16 scales the loss",
     )
     optimizer: OptimizerConfig = OptimizerConfig()
     ema_decay: float | None = Field(None, gt=0, lt=1)
@@ -75,6 +77,9 @@ class TrainConfig(StageConfig):
     sample_every: int = runtime(400, "steps between sample pictures in MLflow", ge=1)
     notice: float = runtime(
         25, "seconds in which a training that is told to stop must have written its checkpoint", gt=0
+    )
+    peak_tflops: float | None = runtime(
+        None, "what a worker's device can do, for the share of it that is used; None: as known of GPUs in bf16", gt=0
     )
     profile: bool = runtime(False, "write torch's trace of three steps to output/profile")
     model: dict[str, Any] = Field(default_factory=dict, description="shape of the network, by its own field names")
@@ -161,6 +166,15 @@ class VqganConfig(TrainConfig):
             raise ValueError("train: decoder needs start_from, the VQGAN whose ids stay as they are")
         return self
 
+    @model_validator(mode="after")
+    def _one_loss_to_scale(self) -> "VqganConfig":
+        if self.precision == "fp16" and self.adversarial is not None:
+            raise ValueError(
+                "precision: fp16 scales one loss, and with adversarial there are two, weighed by their gradients: take "
+                "bf16 or fp32"
+            )
+        return self
+
 
 class ClipConfig(TrainConfig):
     """Train a tokenizer on the captions and a CLIP (transformers `CLIPModel`) contrastively on the pairs."""
@@ -234,12 +248,42 @@ class MaskedConfig(TrainConfig):
         return self
 
 
+class EvaluationConfig(Config):
+    """The loss on held-out token shards at given masking ratios, without dropout; the average's where there is one."""
+
+    input: Address = Field(description="token shards that the training does not see")
+    every: int = Field(500, ge=1, description="steps")
+    rows: int = Field(512, ge=1, description="of the shards, the same ones each time")
+    mask_ratios: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field((0.1, 0.3, 0.5, 0.7, 0.9), min_length=1)
+
+
+class SamplesConfig(Config):
+    """What is drawn every `sample_every` steps, with seeds that stay the same."""
+
+    prompts: tuple[str, ...] = Field((), description="none: the first captions of the data, under their pictures")
+    sampling: SamplingConfig = Field(SamplingConfig(temperature=0.5, guidance=1.0), description="steps, guidance, ...")
+    base: Annotated[str, AddressMark()] | None = Field(
+        None, description="of a super-resolution with prompts: who draws the low-res ids; as the export's base"
+    )
+
+    @model_validator(mode="after")
+    def _no_critic(self) -> "SamplesConfig":
+        if self.sampling.order == "critic":
+            raise ValueError("sampling.order: samples have no critic, so take another order")
+        return self
+
+
 class GeneratorConfig(MaskedConfig):
     """Training of what draws ids: base and super-resolution."""
 
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     unmasked_weight: float = Field(0.0, ge=0, le=1, description="of the loss on ids that are not masked")
+    fed_back_share: float = Field(
+        0.9, ge=0, le=1, description="of samples that see the network's own features, where model.self_conditioning is"
+    )
     vqgan: Annotated[str, AddressMark()] | None = Field(None, description="VQGAN folder, to draw samples with")
+    samples: SamplesConfig = runtime(SamplesConfig(), "what is drawn while it trains")
+    evaluation: EvaluationConfig | None = runtime(None, "held-out loss while it trains")
     start_from: Annotated[str, AddressMark()] | None = Field(
         None, description="model folder or Hugging Face id whose weights to start from; `model` is then not used"
     )
@@ -251,6 +295,13 @@ class GeneratorConfig(MaskedConfig):
             raise ValueError("lora needs start_from, the model folder that it changes")
         return self
 
+    @model_validator(mode="after")
+    def _prompts_can_be_drawn(self) -> "GeneratorConfig":
+        wanted = {"vqgan": self.vqgan, "text_encoder": self.text_encoder}
+        if self.samples.prompts and (missing := [name for name, address in wanted.items() if address is None]):
+            raise ValueError(f"samples.prompts: to read and draw them, set {' and '.join(missing)} as well")
+        return self
+
 
 class BaseConfig(GeneratorConfig):
     """Train the base transformer: aMUSEd's U-ViT, or Muse's own."""
@@ -259,6 +310,7 @@ class BaseConfig(GeneratorConfig):
     architecture: Literal["uvit", "maskgit"] = Field(
         "uvit", description="uvit: aMUSEd's; maskgit: Muse's. With start_from it is that model's"
     )
+    critic_weight: float = Field(1.0, gt=0, description="of the loss of telling true ids, where model.self_critic is")
 
 
 class SuperresConfig(GeneratorConfig):
@@ -266,6 +318,12 @@ class SuperresConfig(GeneratorConfig):
 
     stage: Literal["train-superres"] = "train-superres"
     low_noise: float = Field(0.1, ge=0, lt=1, description="largest share of the low-res ids replaced at random")
+
+    @model_validator(mode="after")
+    def _low_ids_can_be_drawn(self) -> "SuperresConfig":
+        if self.samples.prompts and self.samples.base is None:
+            raise ValueError("samples.prompts of a super-resolution: set samples.base, which draws their low-res ids")
+        return self
 
 
 class CriticConfig(MaskedConfig):

@@ -3,10 +3,11 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Self, get_args
+from typing import Any, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from raymuse.config.drawing import DrawPrecision
 from raymuse.config.errors import UserError
@@ -32,6 +33,26 @@ Grid = tuple[int, int]
 MOST_CELLS = 128 * 128  # ids of the base: 16 times those of a 512-pixel aMUSEd
 
 
+class SelfCritic:
+    """A base that was trained to judge as well, as the critic of what it drew."""
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        self.config: Any = base.config
+
+    def condition(self, states: Tensor, pooled: Tensor, micro: Tensor) -> Any:
+        return self.base.condition(states, pooled, micro)
+
+    def precompute(self, condition: Any) -> Any:
+        return self.base.precompute(condition)
+
+    def features(self, ids: Tensor, condition: Any, at: Tensor | None = None) -> Tensor:
+        return self.base.features(ids, condition, at)
+
+    def head(self, features: Tensor) -> Tensor:
+        return self.base.judge(features)
+
+
 @dataclass(frozen=True)
 class Networks:
     """Everything that draws: text encoder, base transformer, VQGAN, and super-resolution where there is one.
@@ -39,7 +60,7 @@ class Networks:
     Attributes:
         batch_size: rows that every network call is padded to, so that a picture does not depend on its batch.
         attention: the kernel of the transformers.
-        critic: tells drawn ids of the base from true ones: a network like it with one logit an id.
+        critic: tells drawn ids of the base from true ones: a network like it with one logit an id, or itself.
         cuda_graphs: whether sampling steps are CUDA graphs.
     """
 
@@ -50,7 +71,7 @@ class Networks:
     superres: SuperRes | None = None
     superres_vqgan: Vqgan | None = None
     batch_size: int = 16
-    critic: Base | None = None
+    critic: Base | SelfCritic | None = None
     attention: Attention = "auto"
     cuda_graphs: bool = False
 
@@ -103,8 +124,9 @@ class Networks:
         check_widths(folder_or_id, "transformer", base.config, vqgan.codes, text)
         if superres is not None and superres_vqgan is not None:
             check_widths(folder_or_id, "superres", superres.config, superres_vqgan.codes, text)
-        critic = load_base(folder / "critic", device, variant) if (folder / "critic").exists() else None
-        if critic is not None:
+        critic: Base | SelfCritic | None = SelfCritic(base) if base.config.self_critic else None
+        if (folder / "critic").exists():
+            critic = load_base(folder / "critic", device, variant)
             check_widths(folder_or_id, "critic", critic.config, 1, text)
         if settings.base.order == "critic" and critic is None:
             raise UserError(f"{folder_or_id} is sampled with order: critic and has no critic/: export one with it.")
@@ -135,7 +157,8 @@ class Networks:
                 adapter.merge(superres, "superres", scale)
             elif "superres" in adapter.changes:
                 raise UserError(f"{adapter.name} was made for a cascade, and this model has no super-resolution.")
-        return replace(self, base=base, superres=superres, text=replace(self.text, network=text))
+        told = replace(self.text, network=text)
+        return replace(self, base=base, superres=superres, text=told, critic=self._critic_with(base))
 
     def packed(self) -> Self:
         """This model with its linears laid out for oneDNN: quicker on a CPU; add styles before.
@@ -147,7 +170,8 @@ class Networks:
         cells = (self.settings.base_size // self.vqgan.factor) ** 2
         rows = cells * rows_at_once(self.batch_size, cells, self.vqgan.network.device)
         base = pack(self.base, rows)
-        return replace(self, base=base, superres=None if self.superres is None else pack(self.superres, rows))
+        superres = None if self.superres is None else pack(self.superres, rows)
+        return replace(self, base=base, superres=superres, critic=self._critic_with(base))
 
     def compiled(self, backend: str = "inductor") -> Self:
         """This model with its transformers' blocks compiled by `torch.compile`: quicker, but for the first picture of
@@ -158,9 +182,11 @@ class Networks:
         """
         self._require_plain("compiled")
         base = compile_blocks(self.base, backend)
-        return replace(
-            self, base=base, superres=None if self.superres is None else compile_blocks(self.superres, backend)
-        )
+        superres = None if self.superres is None else compile_blocks(self.superres, backend)
+        return replace(self, base=base, superres=superres, critic=self._critic_with(base))
+
+    def _critic_with(self, base: Base) -> Base | SelfCritic | None:
+        return SelfCritic(base) if isinstance(self.critic, SelfCritic) else self.critic
 
     def traced(self) -> Self:
         """This model with its transformers' operations recorded, and called without Python: quicker where the model is

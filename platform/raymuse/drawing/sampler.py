@@ -18,7 +18,7 @@ from raymuse.config.errors import UserError
 from raymuse.config.sampling import SamplingConfig
 from raymuse.drawing.graphs import StepGraphs
 from raymuse.drawing.parts import Parts
-from raymuse.drawing.tables import Conditions, Table
+from raymuse.drawing.tables import Conditions, FedBack, Table
 from raymuse.masking import (
     CHOICE,
     CONFIDENCE,
@@ -44,7 +44,9 @@ class TokenTransformer(Protocol):
 
     def precompute(self, condition: Any) -> Any: ...
 
-    def features(self, ids: Tensor, condition: Any, at: Tensor | None = None) -> Tensor: ...
+    def features(
+        self, ids: Tensor, condition: Any, at: Tensor | None = None, before: Tensor | None = None
+    ) -> Tensor: ...
 
     def head(self, features: Tensor) -> Tensor: ...
 
@@ -170,7 +172,7 @@ class Rows:
         shape: (B, h, w).
         at_once: rows of a pass, divides B; None: all. Passes without a picture are left out.
         draws, streams: see `sample_ids`.
-        critic: where `draws.order` is "critic": a U-ViT with one logit an id.
+        critic: where `draws.order` is "critic": a network with one logit an id.
         parts: how many a pass is done in; None: as it turns out.
         graphs: whether steps are CUDA graphs.
 
@@ -213,7 +215,11 @@ class Rows:
         self._added: Tensor | None = None  # (B, L, C): what guidance adds, where a course keeps it
         self._half = False  # whether logits come in fp16
         self._finite = torch.ones(count, dtype=torch.bool, device=device)  # whether all of a row's did, where they do
+        self._feeds = bool(getattr(network.config, "self_conditioning", False))
+        if graphs and self._feeds:
+            raise UserError("cuda_graphs: not with a model that is self-conditioned: draw without.")
         self._graphs = StepGraphs(self._run, self._changing) if graphs else None
+        self._fed = FedBack(2 * count)  # as _conditions
 
     def ended(self, row: int) -> bool:
         """Whether a row's picture has no step left."""
@@ -257,6 +263,7 @@ class Rows:
             self._conditions.put(told + self.at_once, self.network.precompute(unconditional))
         if self.critic is not None:
             self._judged.put(index, self.critic.precompute(judged))
+        self._fed.forget(torch.cat([told, told + self.at_once]))
         self.ids[index], self._steps[index], self._finite[index] = ids, 0, True
         length = self._priority.shape[1]
         masked = (ids == int(self.network.config.mask_id)).flatten(1).sum(1).tolist() if self.draws.masked_only else []
@@ -296,7 +303,7 @@ class Rows:
         """What the next step does."""
         going = [(row, self._courses[row], step) for row, step in enumerate(self._at) if not self.ended(row)]
         most = 0
-        if self.draws.masked_only:
+        if self.draws.masked_only and not self._feeds:  # what is fed back is of all ids
             length = self._priority.shape[1]
             eighth = -(-length // EIGHTHS)
             most = min(
@@ -323,6 +330,7 @@ class Rows:
             return self._stepped(slice(first + part.start, first + part.stop), kind)
 
         self.ids[first : first + self.at_once] = self._parts.run(self.at_once, stepped)
+        self._fed.turn(2 * first, 2 * self.at_once)
 
     def _changing(self) -> list[Tensor]:
         return [self.ids, self._steps, self._finite, *([] if self._added is None else [self._added])]
@@ -357,16 +365,14 @@ class Rows:
         """Logits (b, L, C) for the ids (b, h, w) of some rows; (b, M, C), of the ids `at` (b, M) alone."""
         count, start = len(ids), part.start + part.start // self.at_once * self.at_once
         if not kind.anew:
-            conditional = self._logits(ids, self._conditions.part(start, count), at)
+            conditional = self._logits(part, ids, start, at)
             return conditional if not kind.guided else self._with_kept(part, conditional, at)
         if self._parts.count == 1 and ids.numel() <= DOUBLED_CELLS:
             twice = None if at is None else torch.cat([at, at])
-            both = self._logits(torch.cat([ids, ids]), self._conditions.part(start, 2 * count), twice)
+            both = self._logits(part, torch.cat([ids, ids]), start, twice)
             conditional, free = both.chunk(2)
         else:
-            conditional, free = (
-                self._logits(ids, self._conditions.part(first, count), at) for first in (start, start + self.at_once)
-            )
+            conditional, free = (self._logits(part, ids, first, at) for first in (start, start + self.at_once))
         if self._added is not None:
             return self._with_kept(part, conditional, at, free)
         scale = self._scale.now(self._steps, part)[:, None, None]
@@ -385,10 +391,27 @@ class Rows:
         scale = self._scale.now(self._steps, part)[:, None, None]
         return torch.where(scale == 1, conditional, conditional + (scale - 1) * added)
 
-    def _logits(self, ids: Tensor, condition: Any, at: Tensor | None) -> Tensor:
-        logits = self.network.head(self.network.features(ids, condition, at))
+    def _logits(self, part: slice, ids: Tensor, first: int, at: Tensor | None) -> Tensor:
+        """Of the ids of a part, once or twice, under so many conditions from the first on."""
+        condition = self._conditions.part(first, len(ids))
+        if self._feeds:
+            features = self.network.features(ids, condition, None, self._fed.before(first, len(ids)))
+            self._fed.keep(features, first, self._is_kept(part, first, len(ids)))
+        else:
+            features = self.network.features(ids, condition, at)
+        logits = self.network.head(features)
         self._half = logits.dtype == torch.float16
         return logits.flatten(1, 2).float()
+
+    def _is_kept(self, part: slice, first: int, count: int) -> Tensor:
+        """Bool (count,): of which rows a step's features are the next step's; without the prompt of guided ones alone,
+        so that a row's picture does not depend on whether its neighbours are guided.
+        """
+        rows = part.stop - part.start
+        guided = self._scale.now(self._steps, part) != 1
+        if count > rows:
+            return torch.cat([torch.ones_like(guided), guided])
+        return guided if first - part.start - part.start // self.at_once * self.at_once else torch.ones_like(guided)
 
     def _judge(self, part: slice, ids: Tensor) -> Tensor:
         assert self.critic is not None

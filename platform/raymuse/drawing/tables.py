@@ -58,6 +58,41 @@ class Table:
         return self.values.new_full((steps, rows, *self.values.shape[2:]), self.after)
 
 
+class FedBack:
+    """Of a self-conditioned network: the features (S, h, w, D) that its next step reads, and those that this one does.
+
+    The one becomes the other when a pass is done, so that a part of it may be done twice. 0 before the first step.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._now: Tensor | None = None
+        self._next: Tensor | None = None
+
+    def before(self, first: int, count: int) -> Tensor | None:
+        """Of so many samples, those of the step before; None: no step has been."""
+        return None if self._now is None else self._now[first : first + count]
+
+    def keep(self, features: Tensor, first: int, kept: Tensor) -> None:
+        """What the step gave for so many samples; where `kept` (b,) is False, that of the step before stays."""
+        if self._now is None or self._next is None:
+            self._now = features.new_zeros(self.count, *features.shape[1:])
+            self._next = self._now.clone()
+        place = slice(first, first + len(features))
+        self._next[place] = torch.where(kept.view(-1, 1, 1, 1), features, self._now[place])
+
+    def turn(self, first: int, count: int) -> None:
+        """The pass of so many samples is done."""
+        if self._now is not None and self._next is not None:
+            self._now[first : first + count] = self._next[first : first + count]
+
+    def forget(self, index: Tensor) -> None:
+        """Other pictures begin in these samples."""
+        for features in (self._now, self._next):
+            if features is not None:
+                features[index] = 0
+
+
 def _each(function: Callable[..., Tensor], *conditions: Any) -> Any:
     """The condition whose tensors are those of the given ones, one by one, under the function: nested tuples."""
     if isinstance(conditions[0], Tensor):

@@ -31,23 +31,24 @@ def is_traced(network: nn.Module) -> bool:
 
 
 class _Recorded:
-    """`features` of ids (B, h, w) and a condition, a recording for every shape of the ids."""
+    """A network's `features`, a recording for every shape of what it is given."""
 
     def __init__(self, network: Any) -> None:
         self.network = network
-        self.recordings: dict[tuple[int, ...], Any] = {}
+        self.recordings: dict[tuple[Any, ...], Any] = {}
 
-    def __call__(self, ids: Tensor, condition: Any) -> Tensor:
-        tensors = list(_tensors(condition))
-        shape = tuple(ids.shape)
+    def __call__(self, ids: Tensor, condition: Any, at: Tensor | None = None, before: Tensor | None = None) -> Tensor:
+        given = (condition, at, before)
+        tensors = list(_tensors(given))
+        shape = tuple(ids.shape), None if at is None else tuple(at.shape), before is not None
         if shape not in self.recordings:
-            self.recordings[shape] = self._record(ids, condition, tensors)
+            self.recordings[shape] = self._record(ids, given, tensors)
         out: Tensor = self.recordings[shape](ids, *tensors)
         return out
 
-    def _record(self, ids: Tensor, condition: Any, tensors: list[Tensor]) -> Any:
+    def _record(self, ids: Tensor, given: tuple[Any, ...], tensors: list[Tensor]) -> Any:
         def features(ids: Tensor, *tensors: Tensor) -> Tensor:
-            out: Tensor = self.network.features(ids, _filled(condition, iter(tensors)))
+            out: Tensor = self.network.features(ids, *_filled(given, iter(tensors)))
             return out
 
         with torch.no_grad(), warnings.catch_warnings():
@@ -59,7 +60,7 @@ def _tensors(condition: Any) -> Iterator[Tensor]:
     """All tensors of nested tuples, in order."""
     if isinstance(condition, Tensor):
         yield condition
-    else:
+    elif condition is not None:
         for part in condition:
             yield from _tensors(part)
 
@@ -68,6 +69,8 @@ def _filled(condition: Any, tensors: Iterator[Tensor]) -> Any:
     """The same nested tuples with other tensors."""
     if isinstance(condition, Tensor):
         return next(tensors)
+    if condition is None:
+        return None
     parts = [_filled(part, tensors) for part in condition]
     kind = type(condition)
     return kind(*parts) if hasattr(kind, "_fields") else tuple(parts)

@@ -63,6 +63,36 @@ class FeedForward(nn.Module):
         return out
 
 
+class SelfConditioning(nn.Module):
+    """What a network's features of the ids before add to the embedding of those now, (B, h, w, D) to (B, h, w, D).
+
+    Chen et al., "Analog Bits", arXiv 2208.04202, section 2.3; in masked-image models by lucidrains' muse-maskgit. It
+    starts at zero, and of features that are 0 it makes 0: so does a first step, which has none.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.norm = RMSNorm(width, eps)
+        self.ff = FeedForward(width, 2 * width, False, 0.0)
+
+    def forward(self, features_BhwD: Tensor) -> Tensor:
+        out: Tensor = self.ff(self.norm(features_BhwD))
+        return out
+
+
+class CriticHead(nn.Module):
+    """Of a network that judges ids itself: features (..., D) to how true each id looks, a logit (..., 1)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.norm = RMSNorm(width, eps)
+        self.logit = nn.Linear(width, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        out: Tensor = self.logit(self.norm(features))
+        return out
+
+
 class Attention(nn.Module):
     """Multi-head attention in two halves, so that keys and values of a constant context are computed once.
 

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from raymuse.models.layers import (
     Attention,
     Block,
+    CriticHead,
     Prepared,
     RMSNorm,
+    SelfConditioning,
     cells,
     initialise_weights,
     run_blocks,
@@ -49,6 +51,8 @@ class MaskGitConfig:
     qk_norm: bool = False  # RMSNorm on each head's queries and keys
     layer_norm_eps: float = 1e-6
     dropout: float = 0.0
+    self_conditioning: bool = False  # reads its own features of the step before
+    self_critic: bool = False  # tells with a second head which ids are true
 
     def __post_init__(self) -> None:
         if problems := token_shape_problems(self):
@@ -104,6 +108,8 @@ class MaskGit(nn.Module):
         self.layers = nn.ModuleList(MaskGitLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(width, eps)
         self.mlm_head = MlmHead(width, config.codebook_size, eps)
+        self.self_conditioning = SelfConditioning(width, eps) if config.self_conditioning else None
+        self.critic_head = CriticHead(width, eps) if config.self_critic else None
 
     def condition(self, text_states_BTE: Tensor, pooled_BP: Tensor, micro_B5: Tensor) -> Condition:
         """From the text encoder's states. Muse knows neither a pooled vector nor micro-conditions: these are what a
@@ -120,14 +126,20 @@ class MaskGit(nn.Module):
         prepared = tuple(layer.prepare(condition.text, condition.bias) for layer in layers)
         return condition._replace(prepared=prepared)
 
-    def features(self, ids_Bhw: Tensor, condition: Condition, at_BM: Tensor | None = None) -> Tensor:
+    def features(
+        self, ids_Bhw: Tensor, condition: Condition, at_BM: Tensor | None = None, before_BhwD: Tensor | None = None
+    ) -> Tensor:
         """What the head reads, (B, h, w, D). Raises ValueError for a grid larger than the config's.
 
-        at_BM: only these cells' is wanted, (B, M, 1, D), of a prepared condition: the last layer computes no other.
+        Args:
+            def features(self, ids_Bhw: Tensor, condition: Condition, at_BM: Tensor | None = None) -> Tensor:
+            before_BhwD: the features of the step before, of a model with self-conditioning; None: there was none.
         """
         if max(ids_Bhw.shape[1:]) > self.config.sample_size:
             raise ValueError(f"grid {tuple(ids_Bhw.shape[1:])} is larger than {self.config.sample_size} on a side")
         embedded = self.embed(ids_Bhw) + self.positions(ids_Bhw, coarse=False)
+        if self.self_conditioning is not None and before_BhwD is not None:
+            embedded = embedded + self.self_conditioning(before_BhwD)
         context = (condition.text, condition.bias)
         recompute = self.gradient_checkpointing
         x_BhwD = run_blocks(self.layers, embedded, context, condition.prepared, recompute=recompute, at_BM=at_BM)
@@ -139,6 +151,12 @@ class MaskGit(nn.Module):
         logits: Tensor = self.mlm_head(features)
         return logits
 
+    def judge(self, features: Tensor) -> Tensor:
+        """How true the ids look that the features (..., D) are of, a logit (..., 1); of a `self_critic` alone."""
+        assert self.critic_head is not None
+        logit: Tensor = self.critic_head(features)
+        return logit
+
     def forward(self, ids_Bhw: Tensor, text_states_BTE: Tensor, pooled_BP: Tensor, micro_B5: Tensor) -> Tensor:
         """Logits (B, h, w, K)."""
         return self.head(self.features(ids_Bhw, self.condition(text_states_BTE, pooled_BP, micro_B5)))
@@ -149,7 +167,7 @@ class MaskGit(nn.Module):
             self,
             seed,
             embedding_std=0.3,  # as the super-resolution's
-            zero=(),
+            zero=("self_conditioning.ff.net.2",),
             residual=("to_out.0", "mlp.2"),
             depth=self.config.num_hidden_layers,
         )

@@ -23,6 +23,7 @@ from raymuse.models.layers import (
     FeedForward,
     Prepared,
     RMSNorm,
+    SelfConditioning,
     cells,
     initialise_weights,
     run_blocks,
@@ -53,6 +54,7 @@ class SuperResConfig:
     qk_norm: bool = False  # RMSNorm on each head's queries and keys
     layer_norm_eps: float = 1e-6
     dropout: float = 0.0
+    self_conditioning: bool = False  # reads its own features of the step before; not in the paper
 
     def __post_init__(self) -> None:
         if problems := self._problems():
@@ -128,6 +130,7 @@ class SuperRes(nn.Module):
         self.layers = nn.ModuleList(HighResLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(width, eps)
         self.mlm_head = MlmHead(width, config.codebook_size, eps)
+        self.self_conditioning = SelfConditioning(width, eps) if config.self_conditioning else None
 
     def condition(self, text_states_BTE: Tensor, low_ids_Bhw: Tensor) -> Condition:
         """From text states and the low-res ids. Raises ValueError for a grid larger than the config's."""
@@ -147,14 +150,20 @@ class SuperRes(nn.Module):
         prepared = tuple(block.prepare(context_BSD) for block in blocks)
         return condition._replace(prepared=prepared, spread=self._spread(condition))
 
-    def features(self, ids_BHW: Tensor, condition: Condition, at_BM: Tensor | None = None) -> Tensor:
+    def features(
+        self, ids_BHW: Tensor, condition: Condition, at_BM: Tensor | None = None, before_BHWD: Tensor | None = None
+    ) -> Tensor:
         """What the head reads, (B, H, W, D). Raises ValueError if the grid does not fit the condition's.
 
-        at_BM: only these cells' is wanted, (B, M, 1, D), of a prepared condition: the last layer computes no other.
+        Args:
+            def features(self, ids_BHW: Tensor, condition: Condition, at_BM: Tensor | None = None) -> Tensor:
+            before_BHWD: the features of the step before, of a model with self-conditioning; None: there was none.
         """
         self._check_grid(ids_BHW, condition)
         context = () if condition.prepared else (_join(condition),)
         embedded = self.embed(ids_BHW) + self.positions(ids_BHW, coarse=False)
+        if self.self_conditioning is not None and before_BHWD is not None:
+            embedded = embedded + self.self_conditioning(before_BHWD)
         for spread in condition.spread or self._spread(condition):
             embedded = embedded + spread
         recompute = self.gradient_checkpointing
@@ -177,7 +186,7 @@ class SuperRes(nn.Module):
             self,
             seed,
             embedding_std=0.3,  # a toy task took half as long again with 0.02, a quarter with 1
-            zero=(),
+            zero=("self_conditioning.ff.net.2",),
             residual=("to_out.0", "ff.net.2"),
             depth=self.config.num_hidden_layers,
         )

@@ -19,9 +19,11 @@ from torch.nn import functional as F
 from raymuse.models.layers import (
     Attention,
     Block,
+    CriticHead,
     FeedForward,
     Prepared,
     RMSNorm,
+    SelfConditioning,
     cells,
     initialise_weights,
     positive_fields,
@@ -60,6 +62,8 @@ class UVitConfig:
     layer_norm_eps: float = 1e-6
     ln_elementwise_affine: bool = True
     sample_size: int = 64  # grid side the model was made for; the network itself takes any
+    self_conditioning: bool = False  # reads its own features of the step before; diffusers has none
+    self_critic: bool = False  # tells with a second head which ids are true; diffusers has none
 
     def __post_init__(self) -> None:
         if problems := self._problems():
@@ -82,8 +86,15 @@ class UVitConfig:
         return cls(**given)
 
     def to_diffusers(self) -> dict[str, Any]:
-        """The contents of a `transformer/config.json` that diffusers' `UVit2DModel.from_config` takes."""
-        return {"_class_name": "UVit2DModel", **asdict(self)}
+        """The contents of a `transformer/config.json` that diffusers' `UVit2DModel.from_config` takes.
+
+        With what diffusers has not, it has another class name.
+        """
+        record = asdict(self)
+        own = {name: record.pop(name) for name in ("self_conditioning", "self_critic")}
+        if any(own.values()):
+            return {"_class_name": "UVit", **record, **own}
+        return {"_class_name": "UVit2DModel", **record}
 
     def _problems(self) -> list[str]:
         problems = positive_fields(self, [field.name for field in fields(self) if field.type is int])
@@ -158,6 +169,8 @@ class UVit(nn.Module):
         self.project_from_hidden = nn.Linear(width, channels, bias=bias)
         self.up_block = ConvStage(config, upsample=config.upsample)
         self.mlm_layer = MlmHead(config)
+        self.self_conditioning = SelfConditioning(channels, eps) if config.self_conditioning else None
+        self.critic_head = CriticHead(channels, eps) if config.self_critic else None
 
     def condition(self, text_states_BTE: Tensor, pooled_BP: Tensor, micro_B5: Tensor) -> Condition:
         """From the text encoder's penultimate states and projected pooled state, and the micro-conditions.
@@ -175,16 +188,23 @@ class UVit(nn.Module):
         prepared = tuple(block.prepare(condition.text, condition.embedding) for block in self._blocks())
         return condition._replace(prepared=prepared)
 
-    def features(self, ids_Bhw: Tensor, condition: Condition, at_BM: Tensor | None = None) -> Tensor:
+    def features(
+        self, ids_Bhw: Tensor, condition: Condition, at_BM: Tensor | None = None, before_BhwC: Tensor | None = None
+    ) -> Tensor:
         """What the head reads, (B, h, w, C). Raises ValueError for an odd grid if the model down-samples.
 
-        at_BM: only these cells' is wanted, (B, M, 1, C). The convolutions need all of them to the end.
+        Args:
+            def features(self, ids_Bhw: Tensor, condition: Condition, at_BM: Tensor | None = None) -> Tensor:
+            before_BhwC: the features of the step before, of a model with self-conditioning; None: there was none.
         """
         self._check_grid(ids_Bhw)
         n_down, n_layers = len(self.down_block.blocks()), len(self.transformer_layers)
         context, prepared = (condition.text, condition.embedding), condition.prepared
         recompute = self.gradient_checkpointing
-        x = self.down_block.enter(self.embed(ids_Bhw))
+        x = self.embed(ids_Bhw)
+        if self.self_conditioning is not None and before_BhwC is not None:
+            x = x + self.self_conditioning(before_BhwC)
+        x = self.down_block.enter(x)
         x = run_blocks(self.down_block.blocks(), x, context, prepared[:n_down], recompute=recompute)
         x = self.project_to_hidden(self.project_to_hidden_norm(x))
         x = run_blocks(self.transformer_layers, x, context, prepared[n_down : n_down + n_layers], recompute=recompute)
@@ -198,6 +218,12 @@ class UVit(nn.Module):
         logits: Tensor = self.mlm_layer(features)
         return logits
 
+    def judge(self, features: Tensor) -> Tensor:
+        """How true the ids look that the features (..., C) are of, a logit (..., 1); of a `self_critic` alone."""
+        assert self.critic_head is not None
+        logit: Tensor = self.critic_head(features)
+        return logit
+
     def forward(self, ids_Bhw: Tensor, text_states_BTE: Tensor, pooled_BP: Tensor, micro_B5: Tensor) -> Tensor:
         """Logits (B, h, w, K)."""
         return self.head(self.features(ids_Bhw, self.condition(text_states_BTE, pooled_BP, micro_B5)))
@@ -208,7 +234,7 @@ class UVit(nn.Module):
             self,
             seed,
             embedding_std=0.02,  # a norm follows
-            zero=("norm1.linear", "norm2.linear", "norm3.linear", "cond_embeds_mapper"),
+            zero=("norm1.linear", "norm2.linear", "norm3.linear", "cond_embeds_mapper", "self_conditioning.ff.net.2"),
             residual=("to_out.0", "ff.net.2", "channelwise_linear_2"),
             depth=self.config.num_hidden_layers + 2 * self.config.num_res_blocks,
         )

@@ -107,6 +107,12 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     return sorted(path for path in folder.glob("*.safetensors") if _variant(path) == variant)
 
 
+def variant_name(name: str, variant: str) -> str:
+    """The name of a safetensors file's twin: NAME.fp16.safetensors, NAME.fp16-00001-of-00002.safetensors."""
+    stem, dash, shard = name.removesuffix(".safetensors").partition("-")
+    return f"{stem}.{variant}{dash}{shard}.safetensors"
+
+
 def _variant(path: Path) -> str | None:
     match = _VARIANT.match(path.name)
     return match[1] if match else None

@@ -10,7 +10,7 @@ by this project alone. Its model_index.json names a pipeline that diffusers does
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,18 @@ from torch import nn
 
 from raymuse.config.errors import UserError
 from raymuse.config.export import ExportConfig
+from raymuse.drawing.model_card import apart, model_card
 from raymuse.drawing.model_folder import Settings, local_folder, trained_part
 from raymuse.models.base import record_of
 from raymuse.models.lora import adapter_sha256
 from raymuse.models.network_files import save_network
+from raymuse.models.variants import write_variant
 from raymuse.models.vqgan import Vqgan
 from raymuse.models.weights import HUB, require_safetensors, tokenizer_folder, weights_sha256
 from raymuse.pipeline import Pipeline
 from raymuse.recording import Made
 from raymuse.storage.folder import Folder
+from raymuse.storage.hub_models import push, require_login
 from raymuse.storage.manifest import Manifest
 from raymuse.tracking.run import Run, register
 
@@ -49,6 +52,10 @@ def export(config: ExportConfig, run: Run) -> str:
         UserError: for parts that are missing or not trained to the end.
     """
     Folder(config.output).require_local("diffusers and transformers read models from a disk")
+    if config.push_to is not None:
+        require_login(config.push_to)
+    if config.scores is not None and not Folder(config.scores).exists("scores.json"):
+        raise UserError(f"scores={config.scores}: there is no scores.json. `raymuse score` writes it.")
     parts = _parts(config)
     sums = {name: weights_sha256(str(folder), name) for name, folder in parts.items() if name != "tokenizer"}
     sums |= {f"lora {number}": adapter_sha256(address) for number, address in enumerate(config.adapters)}
@@ -61,17 +68,25 @@ def export(config: ExportConfig, run: Run) -> str:
         settings = _settings(config, folder)
         settings.save(folder)
         write_index(folder)
-        if config.adapters:
+        if config.lora_apart:
+            for place, address in apart(config).items():
+                shutil.copytree(address, folder / place, dirs_exist_ok=True)
+        elif config.adapters:
             _merge(folder, config.adapters)
-        own = {name: weights_sha256(str(folder / name), name) for name in parts if name != "tokenizer"}
-        (folder / "README.md").write_text(model_card(config, settings, own, opens_in_diffusers(folder)))
-        pipeline = Pipeline.load(config.output)
+        for variant in config.variants:
+            for name in parts.keys() - {"tokenizer"}:
+                write_variant(folder / name, variant)
+        pipeline = Pipeline.load(config.output, lora=dict.fromkeys(_apart(config, folder), 1.0))
         run.metrics(_sizes(pipeline), 0)
+    _write_card(config, folder, parts.keys() - {"tokenizer"})  # also of a folder that is finished: scores come later
+    if not manifest.finished:
         manifest.finish(**sums)
     manifest.release()
     _show(config, run)
     if config.alias is not None:
         _register(config, run, sums)
+    if config.push_to is not None:
+        run.tags({"hub": push(folder, config.push_to, config.push_private, f"{config.name}, by raymuse export")})
     return config.output
 
 
@@ -114,6 +129,15 @@ def _register(config: ExportConfig, run: Run, sums: dict[str, str]) -> None:
     print(f"models:/{config.name}@{config.alias} is {told}", flush=True)
 
 
+def _write_card(config: ExportConfig, folder: Path, parts: Set[str]) -> None:
+    own = {name: weights_sha256(str(folder / name), name) for name in sorted(parts)}
+    (folder / "README.md").write_text(model_card(config, _settings(config, folder), own, opens_in_diffusers(folder)))
+
+
+def _apart(config: ExportConfig, folder: Path) -> list[str]:
+    return [str(folder / place) for place in apart(config)] if config.lora_apart else []
+
+
 def _parts(config: ExportConfig) -> dict[str, Path]:
     """Where each part comes from; a training's output stands for its `model/` (or `model_raw/`)."""
     chosen = "model" if config.weights == "ema" else "model_raw"
@@ -126,6 +150,12 @@ def _parts(config: ExportConfig) -> dict[str, Path]:
     }
     if config.superres is not None:
         parts["superres"] = trained_part(config.superres, "superres", chosen)
+    if config.superres_vqgan is not None:
+        if config.superres is None:
+            raise UserError(
+                "superres_vqgan: there is no superres whose ids it would decode. Leave it out, or name one."
+            )
+        parts["superres_vqvae"] = _within(config.superres_vqgan, "vqvae")
     if config.critic is not None:
         parts["critic"] = trained_part(config.critic, "critic", chosen)
     missing = [str(path) for path in parts.values() if not path.exists()]
@@ -165,7 +195,9 @@ def _settings(config: ExportConfig, folder: Path) -> Settings:
     """Sizes follow from the grids that the transformers were trained on."""
     factor = Vqgan.load(str(folder)).factor
     base_size = _read(folder / "transformer")["sample_size"] * factor
-    high = _read(folder / "superres")["high_grid"] * factor if (folder / "superres").exists() else None
+    own = folder / "superres_vqvae"
+    high_factor = Vqgan.load(str(own)).factor if own.exists() else factor
+    high = _read(folder / "superres")["high_grid"] * high_factor if (folder / "superres").exists() else None
     micro = config.micro_conditioning or (base_size, base_size, 0, 0, 6)
     return Settings(
         base_size=base_size,
@@ -199,35 +231,6 @@ def opens_in_diffusers(folder: Path) -> bool:
     """Whether diffusers has these parts: aMUSEd's U-ViT, told by a CLIP."""
     tower = str(_read(folder / "text_encoder").get("model_type"))
     return _read(folder / "transformer").get("_class_name") == "UVit2DModel" and tower.startswith("clip")
-
-
-def model_card(config: ExportConfig, settings: Settings, sums: dict[str, str], diffusers: bool) -> str:
-    """README.md of the model folder; `diffusers` opens its base as well."""
-    rows = "".join(f"| {name} | `{value[:16]}` |\n" for name, value in sums.items())
-    cascade = f"\nA super-resolution transformer draws the final {settings.size} px.\n" if settings.superres else ""
-    library = "diffusers" if diffusers else "raymuse"
-    also = (
-        ", or open the base in\ndiffusers: `AmusedPipeline.from_pretrained(FOLDER)`."
-        if diffusers
-        else ". diffusers\nhas no such pipeline."
-    )
-    return f"""---
-library_name: {library}
-pipeline_tag: text-to-image
-tags: [muse, amused, masked-image-modeling, raymuse]
----
-# {config.name}
-
-A masked-image text-to-image model, {settings.base_size} px, trained with raymuse.
-{cascade}
-Draw with raymuse: `raymuse generate demo:generate model=FOLDER prompts=prompts.txt output=images`{also}
-
-Defaults: {settings.base.steps} steps, guidance {settings.base.guidance}, temperature {settings.base.temperature}.
-Weights: {config.weights}.
-
-| part | sha256 of its weights |
-|---|---|
-{rows}"""
 
 
 def _sizes(pipeline: Pipeline) -> dict[str, float]:

@@ -34,6 +34,7 @@ from raymuse.tracking.machine import monitored
 from raymuse.tracking.run import Run
 from raymuse.training.alone import opened, train_alone
 from raymuse.training.build import train_here
+from raymuse.training.lineage import lineage_params
 from raymuse.training.stopping import Stopped, listening, woken
 from raymuse.training.streamed import Pieces
 from raymuse.training.surveying import HERE, Surveyor
@@ -56,7 +57,7 @@ def train(config: TrainConfig, run: Run) -> str:
     if manifest.finished:
         manifest.release()
         return model
-    run.params(config.model_dump(mode="json"))
+    run.params({**config.model_dump(mode="json"), **lineage_params(config)})
     stopped = _train_on_ray(config, run)
     manifest.finish(model=model)
     if stopped():  # too late to stop the training, but not what follows it

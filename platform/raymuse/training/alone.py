@@ -24,6 +24,7 @@ from raymuse.tracking.run import Run, finishing, open_run
 from raymuse.training.build import build_task, train_here
 from raymuse.training.engine import rank_and_world
 from raymuse.training.inputs import data_fingerprint
+from raymuse.training.lineage import lineage_params
 from raymuse.training.saving import agreed
 from raymuse.training.stopping import listening
 from raymuse.training.surveying import HERE, Surveyor, prepare
@@ -44,7 +45,7 @@ def train_alone(config: TrainConfig, run: Run, manifest: Manifest | None) -> str
             manifest.release()
         return model
     if manifest is not None:
-        run.params(config.model_dump(mode="json"))
+        run.params({**config.model_dump(mode="json"), **lineage_params(config)})
     with listening() as stopped:
         ended = train_here(config, run, lambda metrics, folder: None, _say, stopped)
     if ended and manifest is not None:

@@ -21,7 +21,7 @@ from raymuse.config.errors import UserError
 from raymuse.config.training import CriticConfig, Precision
 from raymuse.drawing.model_folder import load_base, trained_part
 from raymuse.masking import CRITIC, pick, uniforms
-from raymuse.models.base import Base, new_base, record_of
+from raymuse.models.base import Base, BaseShape, new_base, record_of
 from raymuse.models.network_files import save_network
 from raymuse.training.start import base_shape, require_fit, shape_of
 from raymuse.training.streamed import Pieces
@@ -58,6 +58,11 @@ class CriticLoss(Loss):
         return batch["ids"].masked_scatter(mask, pick(probabilities_NC, batch["draws"][mask]))
 
 
+def critics_shape(shape: BaseShape) -> dict[str, Any]:
+    """The fields of a critic's shape by default: the base's, with one logit an id."""
+    return {**asdict(shape), "codebook_size": 1, "self_conditioning": False, "self_critic": False}
+
+
 class CriticTask(Stateless):
     """Critic training on the base's own token shards.
 
@@ -78,7 +83,7 @@ class CriticTask(Stateless):
                 f"{known['sample_size']} a side: set ids to what the base was trained on."
             )
         require_fit(config.base, base.config, known, config.source)
-        self.network = new_base(shape_of(kind, config, {**asdict(base.config), "codebook_size": 1}))
+        self.network = new_base(shape_of(kind, config, critics_shape(base.config)))
         self.network.initialise(config.seed)
         self.network.gradient_checkpointing = config.gradient_checkpointing
         self.module = CriticLoss(self.network, base, config.precision)

@@ -4,7 +4,7 @@ An engine owns the model's parameters and the optimizer, averages gradients over
 tensors by name, whatever is sharded how. Everything that says `collective` must be called by all ranks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -23,6 +23,7 @@ class Engine(Protocol):
     module: nn.Module
     rank: int
     world: int
+    loss_scale: float  # factor on the loss, taken out of the gradients again before they are clipped; 1: none
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The module's loss and metrics on a batch."""
@@ -77,6 +78,7 @@ class PlainEngine:
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, device: str = "cpu") -> None:
         self.rank, self.world = rank_and_world()
+        self.loss_scale = 1.0
         self.module = model.to(device)
         self.optimizer = build_optimizer(model, config)
         self._moments = moments.moments(self.optimizer)
@@ -92,10 +94,11 @@ class PlainEngine:
         return loss, metrics
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss * self.loss_scale).backward()  # type: ignore[no-untyped-call]
 
     def step(self, lr_scale: float) -> float:
         self._sum_gradients()
+        unscale(self.parameters.values(), self.loss_scale)
         bound = self.clip_norm if self.clip_norm is not None else float("inf")
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), bound)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -150,6 +153,13 @@ class PlainEngine:
         for gradient in gradients:
             gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
             start += gradient.numel()
+
+
+def unscale(parameters: Iterable[nn.Parameter], scale: float) -> None:
+    """Take a factor on the loss out of the gradients."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if scale != 1 and gradients:
+        torch._foreach_div_(gradients, scale)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 Nothing here knows Ray: the same loop runs in Ray Train's workers, under torchrun, and in one process.
 """
 
-import hashlib
 import json
 import math
 import time
@@ -17,18 +16,18 @@ from torch import Tensor
 
 from raymuse.config.errors import UserError
 from raymuse.config.training import MaskedConfig, TrainConfig
-from raymuse.tracking.provenance import own_commit, own_version
 from raymuse.tracking.run import Run
 from raymuse.training.ema import Ema
 from raymuse.training.engine import Engine, full_weights, global_sum
+from raymuse.training.evaluation import Evaluation, evaluation_of
+from raymuse.training.lineage import lineage, write_record
 from raymuse.training.optimizers import learning_rate_scale
 from raymuse.training.order import share
 from raymuse.training.saving import Report, Saver, agreed, barrier
+from raymuse.training.scaling import LossScale
 from raymuse.training.stopping import Stopping, never
 from raymuse.training.task import Task
-from raymuse.training.usage import Usage
-
-LINEAGE_LENGTH = 400  # of what tells a checkpoint's data; names of shards without end become their sum
+from raymuse.training.utilisation import Utilisation
 
 
 class Loop:
@@ -65,13 +64,18 @@ class Loop:
         self.next_step = next_step
         self.root = Path(config.output)
         self.ema = Ema(engine, config.ema_decay) if config.ema_decay is not None else None
+        self.scaling = LossScale(config.precision)
         self.saver = Saver(config, task, engine, self.ema, report, say)
         self.clock = Clock(config.batch_size)
-        self.usage = Usage.of(config, engine, told=run.identity is not None)
+        self.utilisation = Utilisation(config, task)
+        self.worker_seconds = 0.0
+        self.lineage = {**lineage(config), **({} if run.id is None else {"run": run.id})} if engine.rank == 0 else {}
         self.asked = False
         self.loss_since, self.steps_since = 0.0, 0
+        self.last_loss: float | None = None
         self.skipped = self.skipped_in_a_row = 0
         self.micro_batch, self.accumulation = micro_batches(config, engine.world)
+        self.evaluation = evaluation_of(config, task, self.micro_batch)
 
     def fit(self) -> bool:
         """Train to `config.steps`, from the newest checkpoint where there is one, and save the model.
@@ -89,6 +93,8 @@ class Loop:
             done, last = step + 1, step + 1 == self.config.steps
             if done % self.config.log_every == 0 or last:
                 self._log(metrics, done)
+            if self.evaluation is not None and (done % self.evaluation.wanted.every == 0 or last) and not self.asked:
+                self._evaluate(self.evaluation, done)
             if (done % self.config.sample_every == 0 and not self.asked) or last:
                 self._sample(done)
             if done % self.config.checkpoint.every == 0 or last or self.asked:
@@ -103,6 +109,9 @@ class Loop:
         """The step to go on with. Collective."""
         found = self.saver.restore()
         self.skipped = found.state.get("skipped", 0) if found is not None else 0
+        self.scaling.load(found.state.get("loss_scale") if found is not None else None)
+        self.worker_seconds = found.state.get("worker_seconds", 0.0) if found is not None else 0.0
+        self.lineage["resumed_from"] = found.step if found is not None else None
         return found.step if found is not None else 0
 
     def _stop(self, done: int) -> bool:
@@ -119,6 +128,7 @@ class Loop:
         self.clock.loaded()
         count = self._agree(sum(self.task.count(batch) for batch in batches))
         sums: dict[str, Any] = {"loss": 0.0}
+        self.engine.loss_scale = self.scaling.value
         for batch in batches:
             loss, extra = self.engine.forward(batch)
             finite = loss.detach() * 0 + 1  # else not a number, so that the gradients of all ranks are none either
@@ -129,9 +139,11 @@ class Loop:
         norm = self.engine.step(scale)
         if math.isfinite(norm):
             self.loss_since, self.steps_since = self.loss_since + float(sums["loss"]), self.steps_since + 1
-        care = self._cared_for(step) if math.isfinite(norm) else self._passed_over(step)
-        self.clock.stop()
+        care = self._cared_for(step) if math.isfinite(norm) else self._not_taken(step, float(sums["loss"]))
+        self.worker_seconds += self.clock.stop() * self.engine.world
         same = {**care, "grad_norm": norm, "lr_scale": scale, "skipped_steps": self.skipped}
+        if self.scaling.scales:
+            same["loss_scale"] = self.engine.loss_scale
         return {**sums, **{f"={name}": value for name, value in same.items()}}
 
     def _agree(self, mine: float) -> float:
@@ -149,14 +161,25 @@ class Loop:
     def _cared_for(self, step: int) -> dict[str, float]:
         """What follows a step that changed the weights."""
         self.skipped_in_a_row = 0
+        self.scaling.fitted()
         care = self.task.after_step(step, self.engine)
         if self.ema is not None:
             self.ema.update()
         return care
 
-    def _passed_over(self, step: int) -> dict[str, float]:
-        """A step whose loss or gradients were not finite changed nothing; too many of them end the run."""
+    def _not_taken(self, step: int, loss: float) -> dict[str, float]:
+        """A step that changed nothing: its gradients, scaled, were more than fp16 holds; or there is something wrong.
+
+        Collective.
+        """
         self.task.skipped()
+        wrong = float(global_sum(torch.tensor([float(not math.isfinite(loss))])))
+        if not wrong and self.scaling.lowered():
+            return {}
+        return self._passed_over(step)
+
+    def _passed_over(self, step: int) -> dict[str, float]:
+        """A step whose loss or gradients were not finite is counted; too many of them end the run."""
         self.skipped += 1
         self.skipped_in_a_row += 1
         positions = np.arange(step * self.config.batch_size, (step + 1) * self.config.batch_size)
@@ -192,8 +215,8 @@ class Loop:
         values = self._global(metrics)
         values["learning_rate"] = values.pop("lr_scale") * self.config.optimizer.lr
         values.update(self.clock.rates())
+        values.update(self.utilisation.of(self.clock.seconds_per_step))
         if self.engine.rank == 0:
-            values.update(self.usage.numbers(values["samples_per_second"]))
             self.run.metrics(values, done)
             left = (self.config.steps - done) * self.clock.seconds_per_step
             self.say(
@@ -221,6 +244,13 @@ class Loop:
             picture.save(self.root / "samples.png")
         self.clock.restart()
 
+    def _evaluate(self, evaluation: Evaluation, done: int) -> None:
+        values = evaluation.measure(self.engine, self.ema)
+        if self.engine.rank == 0:
+            self.run.metrics(values, done)
+            self.say(f"step {done}/{self.config.steps}  held-out loss {values['eval_loss']:.4f}")
+        self.clock.restart()
+
     def _best_weights(self) -> dict[str, Tensor]:
         """The average's weights where there is one. Collective."""
         return self.ema.weights() if self.ema is not None else full_weights(self.engine)
@@ -229,20 +259,13 @@ class Loop:
         """Begin a checkpoint, with the mean loss since the one before (`keep_best` goes by it). Collective."""
         total = float(global_sum(torch.tensor([self.loss_since], dtype=torch.float64)))
         mean = total / self.steps_since if self.steps_since else None
-        state = {"skipped": self.skipped, "loss": mean, "steps": self.steps_since, "lineage": self._lineage()}
+        state: dict[str, Any] = {"skipped": self.skipped, "loss": mean, "steps": self.steps_since}
+        state |= {"lineage": self.lineage, "worker_seconds": self.worker_seconds}
+        if self.scaling.scales:
+            state["loss_scale"] = self.scaling.state()
         self.saver.begin(done, {"step": float(done), "loss": self._global(metrics)["loss"]}, state)
-        self.loss_since, self.steps_since = 0.0, 0
+        self.loss_since, self.steps_since, self.last_loss = 0.0, 0, mean
         self.clock.restart()
-
-    def _lineage(self) -> dict[str, str]:
-        """What a checkpoint descends from: its run, the code, and the fingerprint of its data and frozen weights."""
-        claimed = self.root / "_manifest" / "config.json"
-        if self.engine.rank > 0 or not claimed.exists():
-            return {}
-        data = str(json.loads(claimed.read_text()).get("data", ""))
-        data = data if len(data) <= LINEAGE_LENGTH else hashlib.sha256(data.encode()).hexdigest()
-        made = {"run": self.run.id, "version": own_version(), "commit": own_commit(), "data": data}
-        return {name: value for name, value in made.items() if value}
 
     def _finish(self) -> None:
         """Write `model/` (the average where there is one) and, beside an average, `model_raw/`. Collective."""
@@ -250,6 +273,7 @@ class Loop:
         best = self._best_weights()
         if self.engine.rank == 0:
             facts = self.task.save(best, self.root / "model")
+            write_record(self.config, self.engine.world, self.worker_seconds, self.last_loss)
             if self.ema is not None:
                 self.task.save(raw, self.root / "model_raw")
             numbers = {name: float(value) for name, value in facts.items() if isinstance(value, int | float)}
@@ -275,9 +299,12 @@ class Clock:
     def loaded(self) -> None:
         self.waiting += time.perf_counter() - self.began
 
-    def stop(self) -> None:
+    def stop(self) -> float:
+        """Seconds of the step."""
+        seconds = time.perf_counter() - self.began
         self.steps += 1
-        self.busy += time.perf_counter() - self.began
+        self.busy += seconds
+        return seconds
 
     def rates(self) -> dict[str, float]:
         """Rates since the last call; empty right after a restart."""

@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from raymuse.config.errors import UserError
-from raymuse.config.sampling import SamplingConfig
 from raymuse.config.training import BaseConfig, LoraConfig, Precision, SuperresConfig
-from raymuse.drawing.sampler import Course, sample_ids
+from raymuse.masking import CRITIC, FED_BACK, mean_masking_ratio, pick, uniforms
 from raymuse.models import lora
 from raymuse.models.base import Base, like, record_of
 from raymuse.models.network_files import save_network
@@ -25,6 +24,7 @@ from raymuse.models.superres import SuperRes
 from raymuse.models.text import TextEncoder
 from raymuse.models.vqgan import Vqgan
 from raymuse.training.engine import Engine
+from raymuse.training.samples import drawn, low_ids_by, told_by
 from raymuse.training.start import first_network
 from raymuse.training.streamed import Pieces
 from raymuse.training.task import Batch, Loss, Stateless, network_weights, sheet
@@ -41,6 +41,8 @@ class MaskedLoss(Loss):
         label_smoothing: of the masked positions.
         text: an encoder that is trained as well; the batch then has `text_ids`, not what they were encoded to.
         unmasked_weight: of the other positions; 0: they are not computed.
+        critic_weight: of a self-critic's loss, a mean over all positions, beside the mean of the loss.
+        positions: that the loss is divided by, per position of a grid, in the mean (the critic's is, too).
     """
 
     def __init__(
@@ -50,8 +52,11 @@ class MaskedLoss(Loss):
         precision: Precision = "fp32",
         text: TextEncoder | None = None,
         unmasked_weight: float = 0.0,
+        critic_weight: float = 1.0,
+        positions: float = 1.0,
     ) -> None:
         super().__init__(precision)
+        self.critic_weight = critic_weight * positions
         self.unmasked_weight = unmasked_weight
         self.network = network
         self.label_smoothing = label_smoothing
@@ -59,7 +64,8 @@ class MaskedLoss(Loss):
         self.text_network = None if text is None else text.network
 
     def sums(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        features = self.network.features(batch["ids"], self.condition(batch))
+        condition = self.condition(batch)
+        features = self.network.features(batch["ids"], condition, None, self._fed_back(batch, condition))
         mask = batch["mask"]
         logits_NC = self.network.head(features[mask]).float()
         targets_N = batch["targets"][mask]
@@ -69,7 +75,40 @@ class MaskedLoss(Loss):
             known = ~mask & batch["real"][:, None, None]
             logits_KC = self.network.head(features[known]).float()
             loss = loss + self.unmasked_weight * F.cross_entropy(logits_KC, batch["targets"][known], reduction="sum")
+        if "draws" in batch:
+            told, more = self._judged(batch, condition, logits_NC.detach())
+            loss, metrics = loss + self.critic_weight * told, {**metrics, **more}
         return loss, metrics
+
+    def _fed_back(self, batch: Batch, condition: Any) -> Tensor | None:
+        """Features (B, h, w, D) of a pass without gradients, of the samples that are to see them; of the others 0.
+
+        All samples pass, so that every rank does the same work and a sample's features do not depend on its batch.
+        """
+        if "fed_back" not in batch:
+            return None
+        # Its copies of the weights in low precision have no gradients: they must not serve the pass that has.
+        with torch.no_grad(), self.autocast(batch["ids"].device.type, cache=False):
+            features = self.network.features(batch["ids"], condition)
+        fed_back: Tensor = features * batch["fed_back"][:, None, None, None]
+        return fed_back
+
+    def _judged(self, batch: Batch, condition: Any, logits_NC: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Binary cross-entropy of "this id is the true one" with a draw where ids were hidden, summed over the rows.
+
+        The network judges what it drew itself, as lucidrains' muse-maskgit has it (`SelfCritic`).
+        """
+        assert not isinstance(self.network, SuperRes)
+        drawn_N = pick(logits_NC.softmax(dim=-1), batch["draws"][batch["mask"]])
+        filled = batch["ids"].masked_scatter(batch["mask"], drawn_N)
+        true = (filled == batch["targets"]).float()
+        logits = self.network.judge(self.network.features(filled, condition))[..., 0].float()
+        real = batch["real"][:, None, None].float()
+        loss = (F.binary_cross_entropy_with_logits(logits, true, reduction="none") * real).sum()
+        of = real.sum() * true[0].numel()
+        right = ((logits > 0) == (true > 0)).float()
+        metrics = {"critic_loss": loss.detach(), "critic_accuracy": (right * real).sum()}
+        return loss, {**metrics, **{f"{name}:of": of for name in metrics}}
 
     def condition(self, batch: Batch) -> Any:
         if self.text is None:
@@ -97,7 +136,15 @@ class MaskedTask(Stateless):
         self.network = self.module.network
 
     def batch(self, positions: NDArray[np.int64], weights: NDArray[np.float32]) -> Batch:
-        return self.stream.batch(positions, weights, self.network.config.mask_id)
+        batch = self.stream.batch(positions, weights, self.network.config.mask_id)
+        seed, shape, device = self.config.seed, self.network.config, batch["ids"].device
+        if shape.self_conditioning:
+            chosen = uniforms(seed, FED_BACK, positions, 1)[:, 0] < self.config.fed_back_share
+            batch["fed_back"] = torch.from_numpy(chosen.astype(np.float32)).to(device)
+        if getattr(shape, "self_critic", False):
+            draws = torch.from_numpy(uniforms(seed, CRITIC, positions, batch["ids"][0].numel()))
+            batch["draws"] = draws.to(device).view_as(batch["ids"])
+        return batch
 
     def count(self, batch: Batch) -> float:
         masked = float(batch["mask"].sum())
@@ -122,20 +169,35 @@ class MaskedTask(Stateless):
         assert not trained.intersection(missing), missing
         module.to(self.device)
         count, grid = min(SAMPLES, len(self.stream.store)), self.stream.grid
+        vqgan = Vqgan.load(self.config.vqgan, self.device)
+        wanted = self.config.samples
+        if wanted.prompts:
+            return sheet([vqgan.decode(self._prompted(module, vqgan.factor))])
         truth, told = self.stream.first(count)
         count = len(truth)
-        sampling = SamplingConfig(temperature=0.5, guidance=1)
+        free = {**told, **self._without_words(count)}
         with torch.no_grad():
-            ids = sample_ids(
-                module.network,
-                module.condition(told),
-                None,
-                ids=torch.full((count, *grid), self.network.config.mask_id, device=self.device),
-                seeds=list(range(count)),
-                courses=[Course.of(sampling, grid[0] * grid[1])] * count,
-            )
-        vqgan = Vqgan.load(self.config.vqgan, self.device)
+            ids = drawn(module.network, module.condition(told), module.condition(free), grid, wanted.sampling, count)
         return sheet([vqgan.decode(truth), vqgan.decode(ids)])
+
+    def _without_words(self, count: int) -> Batch:
+        """What an empty caption tells, so many times."""
+        if self.stream.text_trained:
+            return {"text_ids": self.stream.empty_ids.expand(count, -1).to(self.device)}
+        empty = {"states": self.stream.empty_states, "pooled": self.stream.empty_pooled}
+        return {name: value.expand(count, *value.shape[1:]).to(self.device) for name, value in empty.items()}
+
+    def _prompted(self, module: MaskedLoss, factor: int) -> Tensor:
+        """Ids (B, h, w) drawn for the user's prompts, of a super-resolution from what its base draws for them."""
+        wanted, grid = self.config.samples, self.stream.grid
+        told = told_by(wanted.prompts, self.config, self.stream, factor, self.device)
+        if wanted.base is not None and isinstance(self.config, SuperresConfig):
+            low_grid = self.stream.store.grid("low_ids")
+            told["low_ids"] = low_ids_by(wanted.base, told, low_grid, wanted.sampling)
+        free = {**told, **{name: told[f"free_{name}"] for name in ("states", "pooled", "text_ids")}}
+        with torch.no_grad():
+            conditions = module.condition(told), module.condition(free)
+            return drawn(module.network, *conditions, grid, wanted.sampling, len(wanted.prompts))
 
     def save(self, weights: dict[str, Tensor], folder: Path) -> dict[str, Any]:
         if self.config.lora is None:
@@ -164,7 +226,16 @@ class MaskedTask(Stateless):
         if config.lora is not None:
             lora.insert(network, config.lora.rank, config.lora.alpha, config.lora.targets, config.seed)
             text = self._adapted_text(config.lora)
-        return MaskedLoss(network, config.label_smoothing, config.precision, text, config.unmasked_weight)
+        masked = mean_masking_ratio(config.masking, config.min_masking_ratio)
+        return MaskedLoss(
+            network,
+            config.label_smoothing,
+            config.precision,
+            text,
+            config.unmasked_weight,
+            config.critic_weight if isinstance(config, BaseConfig) else 1.0,
+            masked + config.unmasked_weight * (1 - masked),
+        )
 
     def _adapted_text(self, shape: LoraConfig) -> TextEncoder | None:
         """The text encoder with an adapter of its own, where the recipe wants one."""

@@ -11,6 +11,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ def outline(shape: Shape, adapter: LoraConfig | None) -> Base | SuperRes:
     return network
 
 
+@lru_cache(maxsize=64)
 def flops(shape: Shape, sizes: Sizes, adapter: LoraConfig | None, recompute: bool, backward: bool = True) -> float:
     """Floating-point operations (a multiply-add is two) of a forward and backward pass, or a forward pass alone."""
 
@@ -68,6 +70,7 @@ def flops(shape: Shape, sizes: Sizes, adapter: LoraConfig | None, recompute: boo
     return _over_layers(shape, adapter, recompute, count)
 
 
+@lru_cache(maxsize=64)
 def activations(shape: Shape, sizes: Sizes, adapter: LoraConfig | None, recompute: bool, precision: Precision) -> float:
     """Bytes at the fullest moment of a step beside the weights and their gradients, which lie there before."""
 
@@ -114,14 +117,18 @@ def _step(network: Base | SuperRes, sizes: Sizes, precision: Precision, backward
     ids_Bhw = torch.zeros(batch, *sizes.grid, dtype=torch.int64)
     count = round(ids_Bhw.numel() * sizes.masked)
     places = torch.zeros(count, dtype=torch.int64)
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), _no_grad_unless(backward):
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"), _no_grad_unless(backward):
         told: Any
         if isinstance(network, SuperRes):
             told = network.condition(states_BTE, torch.zeros(batch, *sizes.low, dtype=torch.int64))
         else:
             pooled_BP = torch.zeros(batch, getattr(shape, "cond_embed_dim", 1))
             told = network.condition(states_BTE, pooled_BP, torch.zeros(batch, 5))
-        features: Tensor = network.features(ids_Bhw, told)
+        before: Tensor | None = None
+        if shape.self_conditioning:
+            with torch.no_grad():
+                before = network.features(ids_Bhw, told)
+        features: Tensor = network.features(ids_Bhw, told, None, before)
         logits_NK = network.head(features.flatten(0, 2)[places]).float()
         if shape.codebook_size == 1:
             loss = F.binary_cross_entropy_with_logits(logits_NK[:, 0], logits_NK[:, 0].detach(), reduction="sum")
@@ -130,6 +137,9 @@ def _step(network: Base | SuperRes, sizes: Sizes, precision: Precision, backward
             log_probabilities = logits_NK.detach().log_softmax(dim=-1)
             _ = (log_probabilities.exp() * log_probabilities).sum()
             del log_probabilities
+        if not isinstance(network, SuperRes) and network.critic_head is not None:
+            judged = network.judge(network.features(ids_Bhw, told))[..., 0].float()
+            loss = loss + F.binary_cross_entropy_with_logits(judged, judged.detach(), reduction="sum")
     if backward:
         loss.backward()  # type: ignore[no-untyped-call]
 

@@ -17,6 +17,7 @@ FIRST_AND_LAST = (
     *("vision_model.embeddings.patch_embedding", "visual_projection", "text_projection"),  # CLIPModel
     "mlm_layer.conv2",  # UVit
     *("low_skip.conv", "mlm_head.logits"),  # SuperRes
+    "critic_head.logit",  # UVit, MaskGit
 )
 """Endings of the names of modules that read pixels or low-res ids, or whose output is the answer: AdamW trains them, as
 embeddings."""

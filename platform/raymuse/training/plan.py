@@ -5,28 +5,28 @@ are no token shards yet, the recipe's `model` says what they would.
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from raymuse.config.errors import ConfigError
 from raymuse.config.training import BaseConfig, CriticConfig, GeneratorConfig, MaskedConfig, SuperresConfig
 from raymuse.drawing.model_folder import trained_part
-from raymuse.masking import SCHEDULES
+from raymuse.masking import mean_masking_ratio
 from raymuse.models.base import BaseShape, read_shape
 from raymuse.models.superres import SuperResConfig
 from raymuse.models.uvit import UVitConfig
 from raymuse.models.weights import HUB, require_safetensors
 from raymuse.storage.folder import Folder
+from raymuse.training.critic import critics_shape
 from raymuse.training.crops import survey_folder
 from raymuse.training.loop import micro_batches
 from raymuse.training.measure import CLIP_TOKENS, CLIP_WIDTHS, T5_TOKENS, Shape, Sizes, activations, flops, outline
 from raymuse.training.optimizers import hidden_matrices
-from raymuse.training.start import base_shape, fresh_shape, require_fit, resampled_shape, shape_of, superres_shape
+from raymuse.training.start import base_shape, fresh_shape, grown_shape, require_fit, shape_of, superres_shape
 from raymuse.training.tokens import TokenStream
 
 BUCKET, GATHERED = 500_000_000, 1_050_000_000  # DeepSpeed's: numbers reduced at once; that ZeRO-3 holds gathered
@@ -154,7 +154,7 @@ def _shape(config: MaskedConfig, stream: TokenStream | None) -> Shape:
         kind = type(base)
         if stream is not None:
             require_fit(config.base, base, base_shape(stream, kind), config.source)
-        made: Shape = shape_of(kind, config, {**asdict(base), "codebook_size": 1})
+        made: Shape = shape_of(kind, config, critics_shape(base))
         return made
     assert isinstance(config, BaseConfig | SuperresConfig)
     if isinstance(config, SuperresConfig):
@@ -190,7 +190,7 @@ def _started_base(config: BaseConfig, address: str, stream: TokenStream | None) 
     if stream is not None:
         require_fit(address, shape, base_shape(stream, type(shape)), config.source)
     side = config.model.get("sample_size", shape.sample_size) if stream is None else stream.grid[0]
-    return resampled_shape(shape, config, side)
+    return grown_shape(shape, config, side)
 
 
 def _folder(address: str, part: str) -> Path:
@@ -217,5 +217,4 @@ def _mean_masked(config: MaskedConfig) -> float:
     """Share of the ids that is masked, by the mean over the training's draws; all where known ids count as well."""
     if isinstance(config, CriticConfig) or (isinstance(config, GeneratorConfig) and config.unmasked_weight > 0):
         return 1.0
-    draws = (np.arange(1000) + 0.5) / 1000
-    return float(np.mean([max(SCHEDULES[config.masking](u), config.min_masking_ratio) for u in draws]))
+    return mean_masking_ratio(config.masking, config.min_masking_ratio)

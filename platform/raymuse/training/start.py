@@ -10,7 +10,6 @@ from raymuse.drawing.model_folder import load_base, load_superres, local_folder
 from raymuse.models.base import SHAPES, Base, BaseShape, new_base
 from raymuse.models.maskgit import MaskGitConfig
 from raymuse.models.superres import SuperRes, SuperResConfig
-from raymuse.models.uvit import UVit, UVitConfig
 from raymuse.training.tokens import TokenStream
 
 FIXED = ("codebook_size", "encoder_hidden_size", "cond_embed_dim", "low_vocab_size")
@@ -18,6 +17,9 @@ FIXED = ("codebook_size", "encoder_hidden_size", "cond_embed_dim", "low_vocab_si
 GRIDS = ("low_grid", "high_grid", "positions")
 """Sides that such a network must have room for."""
 RESAMPLING = ("downsample", "upsample")
+GROWN = (*RESAMPLING, "self_conditioning", "self_critic")
+"""What a network that a training starts from may be given."""
+ADDED = ("down_block.downsample.", "up_block.upsample.", "self_conditioning.", "critic_head.")
 
 
 def first_network(config: BaseConfig | SuperresConfig, stream: TokenStream) -> Base | SuperRes:
@@ -56,43 +58,52 @@ def _loaded(config: BaseConfig | SuperresConfig, address: str, stream: TokenStre
     else:
         network = load_base(folder / "transformer")
         require_fit(f"{folder}/transformer", network.config, base_shape(stream, type(network.config)), config.source)
-        shape = resampled_shape(network.config, config, stream.grid[0])
-        if isinstance(network, UVit) and isinstance(shape, UVitConfig) and shape != network.config:
-            network = _resampled(network, shape, config.seed)
+        shape = grown_shape(network.config, config, stream.grid[0])
+        if shape != network.config:
+            network = _grown(network, shape, config.seed)
     return network.requires_grad_(True).train()
 
 
-def _resampled(network: UVit, shape: UVitConfig, seed: int) -> UVit:
-    """The same U-ViT with the down- and up-sampling that it lacks, which start as in a fresh one."""
-    grown = UVit(shape)
+def _grown(network: Base, shape: BaseShape, seed: int) -> Base:
+    """The same base with the layers that it lacks, which start as in a fresh one."""
+    grown = new_base(shape)
     grown.initialise(seed)
     missing, unknown = grown.load_state_dict(network.state_dict(), strict=False)
     assert not unknown, unknown
-    assert all(name.startswith(("down_block.downsample.", "up_block.upsample.")) for name in missing), missing
+    assert all(name.startswith(ADDED) for name in missing), missing
     return grown
 
 
-def resampled_shape(shape: BaseShape, config: BaseConfig, side: int) -> BaseShape:
-    """A U-ViT's shape for a grid of that side, with down- and up-sampling where `model` asks for it.
+def grown_shape(shape: BaseShape, config: BaseConfig, side: int) -> BaseShape:
+    """A base's shape with what of `GROWN` the `model` asks for; a U-ViT's for a grid of that side.
 
-    So aMUSEd went from 256 to 512 pixels (arXiv 2401.01808). Of other bases, and with a LoRA, the shape as it is.
+    By down- and up-sampling aMUSEd went from 256 to 512 pixels (arXiv 2401.01808). With a LoRA the shape as it is.
 
     Raises:
-        ConfigError: for the one without the other, or a model that cannot get them, or is to lose them.
+        ConfigError: for a model that cannot get them, or is to lose them, or for one of the two without the other.
     """
-    asked = {name: config.model[name] for name in RESAMPLING if name in config.model}
+    asked = {name: config.model[name] for name in GROWN if name in config.model}
     lacks = [name for name, value in asked.items() if value and not getattr(shape, name, False)]
-    if isinstance(shape, MaskGitConfig) or config.lora is not None:
+    if config.lora is not None:
         if lacks:
-            whose = "Muse's base has none" if isinstance(shape, MaskGitConfig) else "a LoRA adds no layers"
-            raise ConfigError(config.stage, [f"model.{lacks[0]}: {config.start_from} does not, and {whose}"])
+            problem = f"model.{lacks[0]}: {config.start_from} does not, and a LoRA adds no layers"
+            raise ConfigError(config.stage, [problem])
         return shape
+    if isinstance(shape, MaskGitConfig):
+        if wrong := [name for name in lacks if name in RESAMPLING]:
+            problem = f"model.{wrong[0]}: {config.start_from} does not, and Muse's base has none"
+            raise ConfigError(config.stage, [problem])
+        own: dict[str, Any] = {name: value for name, value in asked.items() if name not in RESAMPLING}
+    else:
+        own = {**asked, "sample_size": side}
     try:
-        made = replace(shape, sample_size=side, **asked)
+        made = replace(shape, **own)
     except (ValueError, TypeError) as error:
         raise ConfigError(config.stage, [f"model: {error}"]) from error
-    if shape.downsample and not made.downsample:
+    if getattr(shape, "downsample", False) and not getattr(made, "downsample", False):
         raise ConfigError(config.stage, [f"model: {config.start_from} down-samples, and that cannot be taken out"])
+    if lost := [name for name in GROWN if getattr(shape, name, False) and not getattr(made, name)]:
+        raise ConfigError(config.stage, [f"model.{lost[0]}: {config.start_from} does, and that cannot be taken out"])
     return made
 
 

@@ -15,14 +15,17 @@ from raymuse.training.engine import Engine
 
 Batch = dict[str, Tensor]
 
+LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What the matrix products of a training may be in, beside fp32."""
+
 
 class Loss(nn.Module, ABC):
     """A loss as a module: `loss(batch) -> (loss, metrics)`, both *sums* over the batch's rows.
 
     A metric that is a mean over something else than the loss brings that sum as `NAME:of`. Its child `network` is what
     is trained, and kept under its own names; other children stay as they are, or are kept as adapters. With `precision`
-    bf16 the matrix products and convolutions of `sums` are in bf16; a subclass takes what the network made to fp32
-    before it computes the loss of it. Autocast is entered in here since DeepSpeed leaves one that it is called in.
+    bf16 or fp16 the matrix products and convolutions of `sums` are in that; a subclass takes what the network made to
+    fp32 before it computes the loss of it. Autocast is entered in here since DeepSpeed leaves one that it is called in.
     """
 
     def __init__(self, precision: Precision) -> None:
@@ -30,9 +33,13 @@ class Loss(nn.Module, ABC):
         self.precision = precision
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        device = next(iter(batch.values())).device
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with self.autocast(next(iter(batch.values())).device.type):
             return self.sums(batch)
+
+    def autocast(self, device_type: str, cache: bool = True) -> torch.autocast:
+        """The number type of the matrix products; `cache` keeps a weight's copy in it for the next use."""
+        low = LOW.get(self.precision)
+        return torch.autocast(device_type, low or torch.bfloat16, enabled=low is not None, cache_enabled=cache)
 
     @abstractmethod
     def sums(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

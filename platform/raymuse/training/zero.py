@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from raymuse.config.training import OptimizerConfig
 from raymuse.training import moments
-from raymuse.training.engine import rank_and_world
+from raymuse.training.engine import rank_and_world, unscale
 from raymuse.training.muon import Muon, Place, Shards
 from raymuse.training.optimizers import build_optimizer
 
@@ -25,6 +25,7 @@ class DeepSpeedEngine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.rank, self.world = rank_and_world()
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.loss_scale = 1.0
         self.zero_stage = zero_stage
         self.accumulation = accumulation
         optimizer = build_optimizer(model, config)
@@ -49,7 +50,12 @@ class DeepSpeedEngine:
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed averages over ranks and micro batches; ours is a sum, normalised by the global count already.
-        self.engine.backward(loss * (self.world * self.accumulation))
+        factor = float(self.world * self.accumulation)
+        if self.zero_stage > 0:
+            self.optimizer.loss_scaler.cur_scale = self.loss_scale  # of its own, with which it unscales and clips
+        else:
+            factor *= self.loss_scale
+        self.engine.backward(loss * factor)
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
 
@@ -59,6 +65,7 @@ class DeepSpeedEngine:
         if self.zero_stage > 0:
             self.engine.step()  # its own check leaves everything as it is where the norm is not finite
             return float(self.engine.get_global_grad_norm())
+        unscale(self.parameters.values(), self.loss_scale)
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         if norm.isfinite():
             self.engine.step()
@@ -104,6 +111,7 @@ class DeepSpeedEngine:
         if self.zero_stage in (1, 2):
             self.optimizer.update_lp_params()
         elif self.zero_stage == 3:
+            self.optimizer._partition_all_parameters()  # what a pass without gradients gathered may lie there still
             for group in range(len(self.optimizer.fp32_partitioned_groups_flat)):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
             self._refresh_persistent()
