@@ -98,7 +98,7 @@ class Training:
         return {line.step: line.loss for line in self.lines}
 
     def end(self) -> None:
-        """Ask it to stop, which a training answers with a checkpoint; what is left of it after two minutes is killed."""
+        """Ask it to stop, which a training answers with a checkpoint; what is left after two minutes is killed."""
         self._each(psutil.Process.resume)
         with suppress(psutil.NoSuchProcess):
             tree = [self.process, *self.process.children(recursive=True)]

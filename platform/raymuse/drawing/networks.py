@@ -7,7 +7,7 @@ from typing import Any, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from raymuse.config.drawing import DrawPrecision
 from raymuse.config.errors import UserError
@@ -46,8 +46,8 @@ class SelfCritic:
     def precompute(self, condition: Any) -> Any:
         return self.base.precompute(condition)
 
-    def features(self, ids: Tensor, condition: Any, at: Tensor | None = None) -> Tensor:
-        return self.base.features(ids, condition, at)
+    def features(self, ids: Tensor, condition: Any, at: Tensor | None = None, before: Tensor | None = None) -> Tensor:
+        return self.base.features(ids, condition, at, before)
 
     def head(self, features: Tensor) -> Tensor:
         return self.base.judge(features)
@@ -137,7 +137,7 @@ class Networks:
         if lora:
             loaded = loaded.styled(lora)
         for network in (loaded.base, loaded.superres, loaded.critic):
-            if network is not None:
+            if isinstance(network, nn.Module):  # a self-critic is the base once more
                 network.to(DTYPES[precision])
         return loaded
 

@@ -363,7 +363,7 @@ class Rows:
 
     def _predict(self, part: slice, ids: Tensor, at: Tensor | None, kind: _Kind) -> Tensor:
         """Logits (b, L, C) for the ids (b, h, w) of some rows; (b, M, C), of the ids `at` (b, M) alone."""
-        count, start = len(ids), part.start + part.start // self.at_once * self.at_once
+        start = part.start + part.start // self.at_once * self.at_once
         if not kind.anew:
             conditional = self._logits(part, ids, start, at)
             return conditional if not kind.guided else self._with_kept(part, conditional, at)

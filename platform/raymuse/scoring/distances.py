@@ -54,10 +54,9 @@ def precision_recall(drawn: Features, real: Features, neighbours: int = 3) -> tu
 
 
 def _share_inside(points: torch.Tensor, manifold: torch.Tensor, neighbours: int) -> float:
-    rows = ROWS_AT_ONCE
     nearest = min(neighbours, len(manifold) - 1) + 1  # itself is the first
-    reach = torch.cat([torch.cdist(part, manifold).kthvalue(nearest, dim=1).values for part in manifold.split(rows)])
-    inside = torch.cat([(torch.cdist(part, manifold) <= reach).any(dim=1) for part in points.split(rows)])
+    reach = torch.cat([torch.cdist(part, manifold).kthvalue(nearest, dim=1).values for part in _parts(manifold)])
+    inside = torch.cat([(torch.cdist(part, manifold) <= reach).any(dim=1) for part in _parts(points)])
     return float(inside.double().mean())
 
 
@@ -95,3 +94,7 @@ def codebook_usage(counts: NDArray[np.int64]) -> Usage:
     """From how often each code occurs (K,)."""
     likely = counts[counts > 0] / counts.sum()
     return Usage(float((counts > 0).mean()), float(np.exp(-(likely * np.log(likely)).sum())))
+
+
+def _parts(points: torch.Tensor) -> list[torch.Tensor]:
+    return [points[first : first + ROWS_AT_ONCE] for first in range(0, len(points), ROWS_AT_ONCE)]
