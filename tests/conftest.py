@@ -13,7 +13,15 @@ os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray spells it so
 
 # Files go to the processes one by one, these first: none that takes long must be the last one running.
 LONGEST = ("test_flow", "test_train_stage", "test_pretokenize", "test_generate", "test_tracking", "test_serving")
-LONGEST += ("test_jobs", "test_clusters", "test_training", "test_autoscaling", "test_remote", "test_optimizers")
+LONGEST += (
+    "test_jobs",
+    "test_browsing",
+    "test_clusters",
+    "test_training",
+    "test_autoscaling",
+    "test_remote",
+    "test_optimizers",
+)
 LONGEST += ("test_plan", "test_score", "test_judge", "test_engine", "test_cli", "test_data_stage")
 
 
