@@ -44,6 +44,11 @@ class DrawingConfig(LoraChoice):
     """What every config that draws has."""
 
     model: Address = Field(description="model folder")
+
+
+class PrecisionChoice(Config):
+    """Of configs that say how exactly is drawn."""
+
     precision: DrawPrecision = Field("fp32", description="of the transformers; VQGAN and text encoder are fp32 always")
 
 

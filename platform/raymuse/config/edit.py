@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from raymuse.config.base import Address, AddressMark
-from raymuse.config.drawing import DrawingConfig
+from raymuse.config.drawing import DrawingConfig, PrecisionChoice
 
 Task = Literal["image-to-image", "inpaint", "outpaint", "mask-free", "super-resolution"]
 
@@ -13,7 +13,7 @@ STRENGTH = 0.8
 ROUNDS, SHARE = 100, 0.08  # Muse, section 4.5
 
 
-class EditConfig(DrawingConfig):
+class EditConfig(DrawingConfig, PrecisionChoice):
     """Draw from a picture and a prompt, at once and without Ray."""
 
     stage: Literal["edit"] = "edit"

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from raymuse.config.base import Address, AddressMark, Config, StageConfig, runtime
-from raymuse.config.drawing import DrawingConfig, GraphsChoice
+from raymuse.config.drawing import DrawingConfig, GraphsChoice, PrecisionChoice
 from raymuse.config.errors import UserError
 
 
@@ -37,7 +37,7 @@ class CheckingConfig(Config):
         return (module, name) if colon and re.fullmatch(r"[\w.]+:\w+", self.checker or "") else None
 
 
-class GenerateConfig(StageConfig, DrawingConfig, GraphsChoice, CheckingConfig):
+class GenerateConfig(StageConfig, DrawingConfig, PrecisionChoice, GraphsChoice, CheckingConfig):
     """Draw every prompt of a file, exactly once, with a manifest and a contact sheet."""
 
     stage: Literal["generate"] = "generate"
@@ -105,7 +105,7 @@ class GenerateConfig(StageConfig, DrawingConfig, GraphsChoice, CheckingConfig):
         return shard
 
 
-class ServedModel(DrawingConfig, GraphsChoice):
+class ServedModel(DrawingConfig, PrecisionChoice, GraphsChoice):
     """One model behind the address, with replicas of its own."""
 
     styles: dict[str, str] = Field(
