@@ -161,8 +161,11 @@ def test_names_are_made_acceptable() -> None:
 
 def test_a_worker_goes_on_with_the_drivers_run(server: Server, client: Any, tmp_path: Path) -> None:
     run = open_run(server.uri, "worker", "one", spool=tmp_path / "driver")
-    code = "import pickle, sys; run = pickle.loads(bytes.fromhex(sys.argv[1])); run.metrics({'m': 4}, 9); run.flush()"
+    code = (
+        "import pickle, sys; run = pickle.loads(bytes.fromhex(sys.argv[1])); run.metrics({'m': 4}, 9); run.flush(300)"
+    )
     assert run_python(code, pickle.dumps(run).hex()).wait(300) == 0
+    assert run.flush(300)
     assert client.get_metric_history(run.id, "m")[0].step == 9
 
 
