@@ -80,7 +80,7 @@ class Job:
     def works_for(self, seconds: float) -> bool:
         """Wait until something more is written, and then for a while; False where the job ended first."""
         before = self.written(self.output)
-        wait_until(lambda: self.written(self.output) != before or self.process.poll() is not None, 120)
+        wait_until(lambda: self.written(self.output) != before or self.process.poll() is not None, 300)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
         return self.process.poll() is None
