@@ -56,8 +56,10 @@ def precision_recall(drawn: Features, real: Features, neighbours: int = 3) -> tu
 def _share_inside(points: torch.Tensor, manifold: torch.Tensor, neighbours: int) -> float:
     rows = ROWS_AT_ONCE
     nearest = min(neighbours, len(manifold) - 1) + 1  # itself is the first
-    reach = torch.cat([torch.cdist(part, manifold).kthvalue(nearest, dim=1).values for part in manifold.split(rows)])
-    inside = torch.cat([(torch.cdist(part, manifold) <= reach).any(dim=1) for part in points.split(rows)])
+    reach = torch.cat(
+        [torch.cdist(part, manifold).kthvalue(nearest, dim=1).values for part in torch.split(manifold, rows)]
+    )
+    inside = torch.cat([(torch.cdist(part, manifold) <= reach).any(dim=1) for part in torch.split(points, rows)])
     return float(inside.double().mean())
 
 

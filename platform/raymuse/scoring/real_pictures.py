@@ -8,7 +8,7 @@ import numpy as np
 
 from raymuse.config.errors import UserError
 from raymuse.config.score import MeasuresConfig
-from raymuse.encoding.pictures import Unreadable, crop, decode
+from raymuse.encoding.pictures import crop, decode
 from raymuse.scoring.collected import features_bytes, features_file
 from raymuse.scoring.measures import Features, Measures, Pixels, extractors, joined
 from raymuse.scoring.parts import collect_parts, run_parts, written
@@ -24,6 +24,7 @@ from raymuse.scoring.reference import (
 )
 from raymuse.storage.images import Picture, Shard, list_shards, read_shard
 from raymuse.storage.manifest import Manifest
+from raymuse.storage.rejects import Unreadable
 
 OWN_FILE = "reference.safetensors"  # in the output, where the config names none
 

@@ -51,7 +51,7 @@ def compare(config: CompareConfig, run: Run) -> str:
     wanted = reference_facts(config, looks, _side_of(config))
     if config.clip is None and config.judge == "none":
         raise UserError("nothing looks at the pairs: give clip=FOLDER, or judge=auto for captions of shapes.")
-    facts = {
+    facts: dict[str, Any] = {
         "sides": {name: _identity(side) for name, side in sides.items()},
         "extractors": extractors(config, looks),
         "reference": wanted,
@@ -136,7 +136,7 @@ def _side_of(config: CompareConfig) -> int:
     table = pq.read_table(io.BytesIO(Folder(config.a.images).read("manifest.parquet")), columns=["width", "height"])
     if len(table) == 0:
         raise UserError(f"{config.a.images} holds no pictures: every prompt was rejected. See its rejects folder.")
-    return min(table["width"][0].as_py(), table["height"][0].as_py())
+    return int(min(table["width"][0].as_py(), table["height"][0].as_py()))
 
 
 def _plan(config: CompareConfig) -> dict[str, PlannedPart]:

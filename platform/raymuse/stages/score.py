@@ -91,7 +91,7 @@ def _check_pictures(config: ScoreConfig) -> int:
         )
     if config.truth is not None:
         _Truth(config.truth).require(table["source_key"].to_pylist())
-    return min(table["width"][0].as_py(), table["height"][0].as_py())
+    return int(min(table["width"][0].as_py(), table["height"][0].as_py()))
 
 
 def _finish(
