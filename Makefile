@@ -42,7 +42,7 @@ soak: $(STAMP)
 
 # Side-by-side figures (docs/benchmarks.md): each prints a table and writes build/bench/NAME.json.
 # ARGS chooses among the rows of generate, train, growth and gpu.
-bench: bench-pretokenize bench-train bench-load bench-generate bench-serve bench-growth
+bench: bench-pretokenize bench-load bench-generate bench-serve bench-growth bench-train
 
 bench-pretokenize bench-load bench-serve: bench-%: $(STAMP)
 	$(BIN)/python tests/benchmarks/$*.py

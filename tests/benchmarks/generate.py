@@ -194,7 +194,7 @@ def sampler(network: MaskGit, shape: dict[str, int]) -> Callable[[], None]:
 
 
 def rate(draw: Callable[[], float | None], batch: int) -> float:
-    """Pictures a second over as many draws as fit into four seconds (two of a processor), after one uncounted.
+    """Pictures a second over as many draws as fit into four seconds (two of a processor), after one that warms up.
 
     Args:
         draw: may say itself what a draw took.

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,9 +41,9 @@ def versions_of(peer: str, packages: Sequence[str]) -> dict[str, str]:
     return {f"{peer}'s {name}": version for name, version in json.loads(told.stdout).items()}
 
 
-def environment(threads: int) -> dict[str, str]:
-    """Of a process that counts on so many cores, without what belongs to our own environment."""
-    ours = ("PYTHONPATH", "VIRTUAL_ENV")
+def environment(threads: int, peer: bool = True) -> dict[str, str]:
+    """Of a process that counts on so many cores; a peer's without what belongs to our own environment."""
+    ours = ("PYTHONPATH", "VIRTUAL_ENV") if peer else ()
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     return kept | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -78,9 +78,10 @@ class Training:
 
     def turn(self, steps: int, patience: float = READY) -> float:
         """Seconds a step: so many whole ones after the first line, which may have begun before the turn."""
+        self._follow()  # what came just before it was suspended belongs to no turn
+        before = len(self.lines)
         self._each(psutil.Process.resume)
         try:
-            before = len(self.lines)
             deadline = time.monotonic() + patience
             while len(self.lines) < before + 1 + steps:
                 self._follow()
@@ -98,8 +99,9 @@ class Training:
         return {line.step: line.loss for line in self.lines}
 
     def end(self) -> None:
-        """Ask it to stop, which a training answers with a checkpoint; what is left after two minutes is killed."""
+        """Ask it to stop, which ours answers with a checkpoint; what is left after two minutes is killed."""
         self._each(psutil.Process.resume)
+        self.log.unlink(missing_ok=True)
         with suppress(psutil.NoSuchProcess):
             tree = [self.process, *self.process.children(recursive=True)]
             self.process.terminate()
@@ -132,13 +134,9 @@ class Training:
                     act(process)
 
 
-def start(
-    command: Sequence[str], pattern: str, *, threads: int, worker: str = "", extra: Mapping[str, str] | None = None
-) -> Training:
+def start(command: Sequence[str], pattern: str, *, threads: int, worker: str = "", peer: bool = False) -> Training:
     """Start a training whose output goes to a file."""
     log = Path(tempfile.mkstemp(prefix="bench-", suffix=".log")[1])
     with log.open("w") as out:
-        process = psutil.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=environment(threads) | dict(extra or {})
-        )
+        process = psutil.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment(threads, peer))
     return Training(process, log, re.compile(pattern), worker)

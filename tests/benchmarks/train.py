@@ -10,6 +10,7 @@ The bare loop's losses must be ours, step by step; train_amused.py draws other m
 """
 
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -128,7 +129,7 @@ def start_ours(config: BaseConfig, model: str, pictures: str, side: int) -> Trai
     )
     command = [sys.executable, "-c", OURS, shards.model_dump_json(), config.model_dump_json()]
     pattern = r"^step (?P<step>\d+)/\d+  loss (?P<loss>[\d.]+)"
-    return start(command, f"(?m){pattern}", threads=THREADS, worker="RayTrainWorker", extra={"PYTHONUNBUFFERED": "1"})
+    return start(command, f"(?m){pattern}", threads=THREADS, worker="RayTrainWorker")
 
 
 def start_bare(config: BaseConfig) -> Training:
@@ -146,7 +147,7 @@ def start_amused(script: str, model: str, pictures: str, side: int, out: Path) -
     }  # fmt: skip
     words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
     pattern = r"Step: (?P<step>\d+) Loss: (?P<loss>[\d.]+)"
-    return start([python_of("amused"), runner, script, *words], pattern, threads=THREADS)
+    return start([python_of("amused"), runner, script, *words], pattern, threads=THREADS, peer=True)
 
 
 def same_losses(losses: dict[str, dict[int, float]]) -> None:
@@ -190,4 +191,5 @@ def write_pictures(folder: Path, side: int) -> str:
 if __name__ == "__main__":
     if len(sys.argv) < 2 or not Path(sys.argv[1]).exists():
         sys.exit("usage: train.py TRAIN_AMUSED_SCRIPT [256|512 ...] (`make bench-train` fetches the script)")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # its trainings end with it
     main(sys.argv[1], sys.argv[2:] or list(SIDE))
