@@ -181,6 +181,18 @@ def test_optimizers_that_need_whole_parameters_are_refused_where_those_are_cut(n
         from_values("train-base", {**values, **fitting})
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"zero": {"stage": 3, "offload": True}}, r"needs stage 1 or 2, .* \(it is 3\)"),
+        ({"zero": {"offload": True}, "workers": 0}, "workers: 0 trains without DeepSpeed"),
+    ],
+)
+def test_offloading_where_nothing_can_be_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        from_values("train-base", {"input": "x", "output": "y", "steps": 1, **changes})
+
+
 def test_8_bit_adam_trains_or_says_what_it_needs() -> None:
     model, config = torch.nn.Linear(64, 64), OptimizerConfig(name="adamw-8bit")
     try:

@@ -26,7 +26,9 @@ NAMES = [name for name in get_args(OptimizerName) if name != "adamw-8bit" or HAS
 CONFIGS = {name: OptimizerConfig(name=name, lr=1e-3 if name == "lion" else 1e-2, clip_norm=0.5) for name in NAMES}
 TOLERANCE = 1e-5  # Muon magnifies rounding up to 3.4445 ** 5 times, where a gradient is nearly of lower rank
 ENGINES = ("plain", "0", "1", "2", "3")
-CELLS = [(kind, name) for kind in ENGINES for name in NAMES if name not in WHOLE or kind in ("plain", "0")]
+OFFLOADED = " in the CPU's memory"
+CELLS = [(f"{stage}{OFFLOADED}", "adamw") for stage in (1, 2)]
+CELLS += [(kind, name) for kind in ENGINES for name in NAMES if name not in WHOLE or kind in ("plain", "0")]
 
 
 class Toy(nn.Module):
@@ -97,7 +99,9 @@ def make_engine(kind: str, optimizer: str = "adamw") -> Engine:
     from raymuse.training.zero import DeepSpeedEngine
 
     rows = ROWS // rank_and_world()[1]
-    return DeepSpeedEngine(Toy(), config, zero_stage=int(kind), micro_batch=rows // MICRO, accumulation=MICRO)
+    stage, offload = int(kind[0]), kind.endswith(OFFLOADED)
+    sizes = {"micro_batch": rows // MICRO, "accumulation": MICRO}
+    return DeepSpeedEngine(Toy(), config, zero_stage=stage, offload=offload, **sizes)
 
 
 def micro_batches(step: int) -> list[dict[str, Tensor]]:

@@ -22,6 +22,7 @@ from raymuse.models.clip import Clip
 from raymuse.models.text import TextEncoder
 from raymuse.models.vqgan import nearest_codes
 from raymuse.storage.checkpoint import newest
+from raymuse.training import scaling
 from raymuse.training.build import build_engine, build_task
 from raymuse.training.clip import ClipTask, train_tokenizer
 from raymuse.training.codebook import Codebook
@@ -376,6 +377,30 @@ def test_too_many_of_them_in_a_row_end_the_run(data: Data, tmp_path: Path, monke
     config = base(tmp_path, data, **logged(12), max_skipped=3)
     with pytest.raises(UserError, match=r"in 3 steps in a row, up to step 8; none of them changed the weights"):
         losses_of(config, poison(monkeypatch, config, {2, 5, 6, 7}))
+
+
+def test_fp16_finds_the_factor_that_its_gradients_bear_and_keeps_it(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that overflow on the way change nothing and are no fault of the data; a resume has the same bits."""
+    monkeypatch.setattr(scaling, "START", 2.0**24)
+    changes = {"precision": "fp16", "log_every": 1, "checkpoint": {"every": 6, "keep": 2}}
+    straight, broken = (base(tmp_path / name, data, **changes) for name in ("straight", "broken"))
+    losses = fit(straight)
+    found = newest(Path(straight.output))
+    assert found is not None
+    lowered = round(math.log2(2.0**24 / found.state["loss_scale"][0]))
+    assert lowered > 0
+    assert (found.state["updates"], found.state["skipped"]) == (STEPS - lowered, 0)
+    assert not Path(straight.output, "skipped.jsonl").exists()
+    assert {value.dtype for value in saved(straight).values()} == {torch.float32}
+    wanted = fit(base(tmp_path / "fp32", data, **logged()))
+    assert losses[0] == pytest.approx(wanted[0], rel=1e-3)  # later ones are some steps behind
+    assert losses[-1] < losses[0]
+    with pytest.raises(WorkerLostError):
+        fit(broken, stop_at=6)
+    fit(broken)
+    assert_same(saved(broken), saved(straight))
 
 
 def test_gradient_checkpointing_changes_no_loss(data: Data, tmp_path: Path) -> None:

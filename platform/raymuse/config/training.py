@@ -190,6 +190,17 @@ class ZeroConfig(Config):
     """DeepSpeed ZeRO. Changes memory and speed, never the loss."""
 
     stage: Literal[0, 1, 2, 3] = Field(2, description="0: every rank holds all; 3: parameters are sharded too")
+    offload: bool = Field(
+        False, description="moments and the weights that are updated lie in the CPU's memory; stage 1, 2"
+    )
+
+    @model_validator(mode="after")
+    def _something_to_offload(self) -> "ZeroConfig":
+        if self.offload and self.stage not in (1, 2):
+            raise ValueError(
+                f"offload: needs stage 1 or 2, where each worker updates its own share (it is {self.stage})"
+            )
+        return self
 
 
 class LoraConfig(Config):
@@ -239,6 +250,8 @@ class MaskedConfig(TrainConfig):
 
     @model_validator(mode="after")
     def _whole_where_needed(self) -> "MaskedConfig":
+        if self.zero.offload and self.workers == 0:
+            raise ValueError("zero.offload: workers: 0 trains without DeepSpeed, which moves it; take workers: 1")
         name = self.optimizer.name
         if name in WHOLE and self.workers > 0 and self.zero.stage > 0:
             raise ValueError(

@@ -64,6 +64,7 @@ def build_engine(config: TrainConfig, task: Task, device: str = "cpu") -> Engine
             zero_stage=config.zero.stage,
             micro_batch=micro,
             accumulation=accumulation,
+            offload=config.zero.offload,
         )
     return PlainEngine(task.module, config.optimizer, device)
 

@@ -110,9 +110,9 @@ class Plan:
         return Memory(
             weights=(count + 4.0 * (self.still - self.text)) / (parts if stage == 3 else 1) + 4.0 * self.text,
             gradients=count / (parts if stage >= 2 else 1),
-            state=state / (parts if stage >= 1 else 1),
+            state=0.0 if self.config.zero.offload and stage in (1, 2) else state / (parts if stage >= 1 else 1),
             buffers=(4.0 * BUCKET if stage >= 1 else 0.0) + gathered,
-            update=(2 * count / parts) if stage >= 1 else count,
+            update=0.0 if self.config.zero.offload and stage in (1, 2) else 2 * count / parts if stage else count,
         )
 
     @property

@@ -18,7 +18,14 @@ class DeepSpeedEngine:
     """DeepSpeed with ZeRO 0 to 3; the model code knows nothing of it."""
 
     def __init__(
-        self, model: nn.Module, config: OptimizerConfig, *, zero_stage: int, micro_batch: int, accumulation: int
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        *,
+        zero_stage: int,
+        micro_batch: int,
+        accumulation: int,
+        offload: bool = False,
     ) -> None:
         deepspeed = _import_deepspeed()
         # Its shared-memory collectives are built with a C++ compiler at start; gloo and NCCL need none.
@@ -36,7 +43,7 @@ class DeepSpeedEngine:
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=_deepspeed_config(config, zero_stage, micro_batch, accumulation),
+            config=_deepspeed_config(config, zero_stage, micro_batch, accumulation, offload),
         )
         self.module: nn.Module = self.engine.module
         self.parameters = dict(self.module.named_parameters())
@@ -200,12 +207,17 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def _deepspeed_config(config: OptimizerConfig, stage: int, micro_batch: int, accumulation: int) -> Mapping[str, Any]:
+def _deepspeed_config(
+    config: OptimizerConfig, stage: int, micro_batch: int, accumulation: int, offload: bool
+) -> Mapping[str, Any]:
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.clip_norm or 0.0,
-        "zero_optimization": {"stage": stage, "overlap_comm": False},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
