@@ -57,11 +57,11 @@ VQGANS = ["vqgan-decoder", "vqgan-f16", "vqgan-f8"]
 @pytest.mark.parametrize(
     ("stages", "shipped"),
     [
-        (("pretokenize",), ["tokens-256", "tokens-512"]),
+        (("pretokenize",), ["tokens-256", "tokens-512", "tokens-superres-512"]),
         (("train-vqgan",), VQGANS),
         (
             ("train-clip", "train-base", "train-superres", "train-critic"),
-            sorted(["critic", "stream-256", *TUNED, *BASES]),
+            sorted(["critic", "pokemon-blip-512", "stream-256", "superres-512", *TUNED, *BASES]),
         ),
         (("export",), ["export-256", "export-512"]),
         (("score",), ["cc3m", "coco-30k"]),

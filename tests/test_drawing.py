@@ -126,7 +126,7 @@ def test_a_precision_that_there_is_not_is_said(folder: str) -> None:
 def test_the_limit_is_measured_in_the_precision_of_the_drawing(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(
-        "raymuse.serving.limit._measured_peak", lambda device, dtype: seen.append((device.type, dtype)) or 1e9
+        "raymuse.serving.limit.measured_peak", lambda device, dtype: seen.append((device.type, dtype)) or 1e9
     )
     measure(Pipeline.load(folder, batch_size=1, precision="bf16"), 1)
     assert seen == [("cpu", torch.bfloat16)]

@@ -217,7 +217,7 @@ class LoraConfig(Config):
 class MaskedConfig(TrainConfig):
     """Training on token shards, or on pictures encoded as it runs, with some ids masked."""
 
-    input: Annotated[str, AddressMark()] = Field("", description="token shards; not used with `stream`")
+    input: Annotated[str, AddressMark()] = Field(description="token shards")
     stream: StreamConfig | None = Field(None, description="pictures to encode as it trains, in place of token shards")
     ids: Literal["image_ids", "low_ids"] = Field("image_ids", description="column of the ids to be learned")
     zero: ZeroConfig = runtime(ZeroConfig(), "DeepSpeed ZeRO")
@@ -241,6 +241,12 @@ class MaskedConfig(TrainConfig):
     def source(self) -> str:
         """Where its data lies, for messages."""
         return self.input if self.stream is None else ", ".join(self.stream.inputs)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _needs_no_shards(cls, values: Any) -> Any:
+        """With `stream` the key may be left out."""
+        return {"input": "", **values} if isinstance(values, dict) and values.get("stream") is not None else values
 
     @model_validator(mode="after")
     def _reads_something(self) -> "MaskedConfig":
