@@ -41,7 +41,8 @@ def main(shape: dict) -> None:
     torch.set_num_threads(shape["threads"])
     muse.tqdm = lambda steps, **_: steps
     model, drawn = build(shape)
-    print(json.dumps({"parameters": sum(p.numel() for p in model.transformer.parameters())}), flush=True)
+    used = [p for name, p in model.transformer.named_parameters() if not name.startswith("self_cond_to_init_embed")]
+    print(json.dumps({"parameters": sum(p.numel() for p in used)}), flush=True)
     for _ in sys.stdin:
         began = time.perf_counter(), time.process_time()
         model.generate(
