@@ -1,9 +1,9 @@
 """Prompts to pictures, and pictures to others.
 
-    pipeline = Pipeline.load("runs/demo/model")
-    drawn = pipeline(["a large red circle on a white background"], seeds=[7])
-    drawn.images[0].save("circle.png")
-    again = pipeline.edit("inpaint", ["a small blue star on a white background"], [picture], masks=[mask], seeds=[7])
+pipeline = Pipeline.load("runs/demo/model")
+drawn = pipeline(["a large red circle on a white background"], seeds=[7])
+drawn.images[0].save("circle.png")
+again = pipeline.edit("inpaint", ["a small blue star on a white background"], [picture], masks=[mask], seeds=[7])
 """
 
 from collections.abc import Sequence
