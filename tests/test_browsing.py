@@ -92,6 +92,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Work]:
                 sample_every=3,
                 ids="image_ids",
                 optimizer={"lr": rate, "warmup_steps": 3},
+                peak_tflops=0.1,
             )
             runs[name] = stage(name, config, lambda config, run: train_alone(config, run, opened(config)))
         exporting = ExportConfig(

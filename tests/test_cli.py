@@ -33,6 +33,7 @@ COMMANDS = [
     "verify-weights",
     "score",
     "ui",
+    "runs",
 ]
 COMMANDS += ["submit", "jobs", "doctor", "config", "cluster"]
 HEAVY = {"ray", "torch", "deepspeed", "mlflow", "pydantic", "rich", "numpy"}
@@ -85,7 +86,7 @@ def test_another_python_is_one_sentence_before_any_import() -> None:
     [
         (["train"], "raymuse train needs a recipe: demo:vqgan"),
         (["train", "steps=3"], "raymuse train needs a recipe"),
-        (["pretokenize"], "smoke:pretokenize, tokens-256, tokens-512, or a YAML file of your own"),
+        (["pretokenize"], "smoke:pretokenize, tokens-256, tokens-512, tokens-superres-512, or a YAML file of your own"),
         (["train", "demo:data"], "run it with `raymuse data demo:data`"),
         (["train", "demo:base", "--dry-run", "setps=3"], "did you mean steps?"),
         (["export", "demo"], "this command takes demo:export"),

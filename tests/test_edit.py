@@ -280,9 +280,9 @@ def test_steps_without_guidance_need_one_pass_of_one_row_each(
     rows: list[int] = []
     features = pipeline.base.features
 
-    def counted(ids: Any, condition: Any) -> Any:
+    def counted(ids: Any, *known: Any) -> Any:
         rows.append(len(ids))
-        return features(ids, condition)
+        return features(ids, *known)
 
     monkeypatch.setattr(pipeline.base, "features", counted)
     pipeline(PROMPTS, seeds=SEEDS, steps=4, guidance=3.0, guidance_span=(0.0, 0.5))
