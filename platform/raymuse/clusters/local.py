@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 import ray
@@ -25,6 +26,7 @@ from raymuse.config.errors import UserError
 
 _LONGEST_ROOT = 24  # Ray's socket paths add about 75 characters to the folder; the kernel allows 107 in all
 _SERVE_CONTROLLER = "SERVE_CONTROLLER_ACTOR"
+STARTS = 3  # of a Ray of our own
 
 
 @dataclass(frozen=True)
@@ -111,16 +113,7 @@ def _private(num_cpus: int | None, object_store_gib: float | None, dashboard: bo
         os.environ.update(_environment(token))
         _reread_authentication()
         with _our_sigterm():
-            context = ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                object_store_memory=None if object_store_gib is None else int(object_store_gib * 2**30),
-                include_dashboard=dashboard,
-                dashboard_host="127.0.0.1",
-                log_to_driver=False,  # stages say themselves how they get on; workers' errors come back as exceptions
-                logging_level="WARNING",
-                _temp_dir=str(folder),
-            )
+            context = _started(folder, num_cpus, object_store_gib, dashboard)
         for name in ("OMP_NUM_THREADS", guard.MARK):  # for Ray's processes alone, not for this one and what it starts
             _restore(name, outside)
         yield Cluster(ours=True, dashboard=context.dashboard_url or None, token=token)
@@ -133,6 +126,31 @@ def _private(num_cpus: int | None, object_store_gib: float | None, dashboard: bo
             shutil.rmtree(folder, ignore_errors=True)
             watching.kill()
             watching.wait()
+
+
+def _started(folder: Path, num_cpus: int | None, object_store_gib: float | None, dashboard: bool) -> Any:
+    """What `ray.init` says of a Ray of our own.
+
+    Ray gives a new node 30 s to say that it is there, which a busy machine may not keep: then it is tried again.
+    """
+    for left in reversed(range(STARTS)):
+        try:
+            return ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                object_store_memory=None if object_store_gib is None else int(object_store_gib * 2**30),
+                include_dashboard=dashboard,
+                dashboard_host="127.0.0.1",
+                log_to_driver=False,  # stages say themselves how they get on; workers' errors come back as exceptions
+                logging_level="WARNING",
+                _temp_dir=str(folder),
+            )
+        except Exception as error:  # of no kind of its own
+            if not left or "timed out during startup" not in str(error):
+                raise
+            print("Ray did not start within 30 s, which it allows itself: once more", file=sys.stderr)
+            _end(folder)
+    raise AssertionError("the last start returns or raises")
 
 
 @contextlib.contextmanager
