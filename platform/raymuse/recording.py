@@ -35,6 +35,7 @@ MADE_BY = "_manifest/run.json"
 CONFIG, SUCCESS, SHEET = "_manifest/config.json", "_SUCCESS", "contact_sheet.png"
 CONTEXTS = {"generate": "prompts", "score": "eval", "data": "source", "pretokenize": "source"}  # else "training"
 DATA = ("source", "input", "prompts", "images", "truth")  # keys of configs that name data; the others name models
+NESTED = ("stream", "evaluation")  # sections of trainings that name data of their own
 MADE_HERE = ("shapes", "emoji")  # sources of the data stage that are no addresses
 HASHED_BYTES = 256 << 20  # a single file is known by its content up to here, by name and size beyond
 REJECTS_SHOWN = 200
@@ -129,16 +130,29 @@ def recorded(config: StageConfig, run: Run) -> Iterator[Attempt]:
 
 def inputs_of(config: StageConfig) -> list[Input]:
     """What a config's addresses name, with fingerprints of data."""
+    named = _addresses(config)
+    for section in NESTED:
+        if isinstance(nested := getattr(config, section, None), Config):
+            named |= {f"{section}.{name}": several for name, several in _addresses(nested).items()}
+    if "stream.input" in named:
+        named.pop("input")  # pictures are read in place of token shards, also where those are named
     found = []
+    for name, several in named.items():
+        for number, address in enumerate(several):
+            role = name if len(several) == 1 else f"{name}.{number}"
+            found.append(_input(role, name.rpartition(".")[2] in DATA, address))
+    return found
+
+
+def _addresses(config: Config) -> dict[str, list[str]]:
+    """A config's own addresses, by their keys."""
+    named: dict[str, list[str]] = {}
     for name, info in type(config).model_fields.items():
         value = getattr(config, name)
         if name == "output" or isinstance(value, Config) or not (is_address(info) or name == "source"):
             continue
-        several = [value] if isinstance(value, str) else list(value or ())
-        for number, address in enumerate(several):
-            role = name if len(several) == 1 else f"{name}.{number}"
-            found.append(_input(role, name in DATA, address))
-    return found
+        named[name] = [value] if isinstance(value, str) else list(value or ())
+    return named
 
 
 def _input(role: str, is_data: bool, address: str) -> Input:
@@ -208,7 +222,7 @@ def _open(config: StageConfig, run: Run, inputs: list[Input]) -> None:
     run.text("".join(f"{name}=={version}\n" for name, version in installed().items()), "versions.txt")
     for one in inputs:
         if one.digest:
-            context = CONTEXTS.get(stage, "training")
+            context = "eval" if one.role.startswith("evaluation.") else CONTEXTS.get(stage, "training")
             run.dataset(_title(one.address), one.digest, one.address, context, one.rows)
     run.parents({one.role: one.made.run for one in inputs if one.made is not None})
     run.note(_note(config, inputs, "running", []))
