@@ -23,6 +23,7 @@ from raymuse.storage.manifest import Manifest
 from raymuse.tracking.run import Run, finishing, open_run
 from raymuse.training.build import build_task, train_here
 from raymuse.training.engine import rank_and_world
+from raymuse.training.evaluation import evaluation_of
 from raymuse.training.inputs import data_fingerprint
 from raymuse.training.lineage import lineage_params
 from raymuse.training.saving import agreed
@@ -70,7 +71,7 @@ def opened(config: TrainConfig, surveyor: Surveyor = HERE) -> Manifest:
     manifest = Manifest.open(config.output, {**config.identity(), "data": data_fingerprint(config)})
     if not manifest.finished:
         prepare(config, surveyor)
-        build_task(config)  # every mistake of the recipe shows here
+        evaluation_of(config, build_task(config), 1)  # every mistake of the recipe shows here
     return manifest
 
 
