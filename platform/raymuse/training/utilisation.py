@@ -1,5 +1,6 @@
 """What a step takes of the hardware: memory, and the share of its arithmetic (MFU)."""
 
+import re
 import resource
 
 import torch
@@ -10,7 +11,7 @@ from raymuse.training.engine import global_sum, rank_and_world
 from raymuse.training.measure import Sizes, flops
 
 PEAKS = {"H200": 790, "H100": 790, "A100": 250, "L40S": 290, "A10G": 56, "L4": 97, "T4": 52}
-"""TFLOP/s of large products in bf16, by what a GPU's name contains: those of clusters/prices.yaml."""
+"""TFLOP/s of large products in bf16, by a word of a GPU's name: those of clusters/prices.yaml."""
 
 
 def peak_tflops(config: TrainConfig) -> float | None:
@@ -19,8 +20,13 @@ def peak_tflops(config: TrainConfig) -> float | None:
         return config.peak_tflops
     if not config.use_gpu or config.precision == "fp32":
         return None
-    name = torch.cuda.get_device_name()
-    return next((peak for known, peak in PEAKS.items() if known in name), None)
+    return known_tflops(torch.cuda.get_device_name())
+
+
+def known_tflops(name: str) -> float | None:
+    """Of a GPU by its whole name, such as `NVIDIA A100-SXM4-80GB`; an L40 is no L4, and an RTX A1000 no A100."""
+    words = re.split(r"[\s-]+", name)
+    return next((peak for known, peak in PEAKS.items() if known in words), None)
 
 
 def flops_of_step(config: TrainConfig, task: object) -> float | None:
