@@ -25,7 +25,7 @@ from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.export import ExportConfig
 from raymuse.config.pretokenize import PretokenizeConfig
 from raymuse.config.training import BaseConfig
-from raymuse.recording import Made, fingerprint, inputs_of, recorded
+from raymuse.recording import Made, fingerprint, inputs_of, recorded, run_of
 from raymuse.stages.export import export
 from raymuse.storage.checkpoint import newest
 from raymuse.tracking import machine
@@ -223,6 +223,23 @@ def test_fingerprints_of_what_no_stage_made(tmp_path: Path) -> None:
     assert set(found) == {"input.0", "input.1", "vqgan", "text_encoder"}
     assert found["input.0"]
     assert not found["input.1"]
+
+
+def test_work_goes_on_in_the_run_that_it_was_begun_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here while the server is away: a port that nobody listens on."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{free.getsockname()[1]}"
+    config = BaseConfig(input=str(tmp_path), output=str(tmp_path / "out"), steps=1)
+    begun = run_of(config, uri, "tests", "first lora")
+    (tmp_path / "out" / "_manifest").mkdir(parents=True)
+    (tmp_path / "out" / recording.CONFIG).write_text("{}")
+    for stage, goes_on in (("train-base", True), ("train-superres", False)):
+        made = {"run": begun.id, "server": uri, "stage": stage}
+        (tmp_path / "out" / recording.MADE_BY).write_text(json.dumps(made))
+        assert (run_of(config, uri, "tests", "first lora").id == begun.id) is goes_on
+    assert run_of(config, None, "tests").id is None
 
 
 def test_a_training_that_encodes_as_it_runs_has_read_the_pictures(tmp_path: Path) -> None:

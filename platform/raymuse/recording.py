@@ -29,7 +29,7 @@ from raymuse.storage.manifest import PartRecord, read_records
 from raymuse.storage.places import find_place
 from raymuse.tracking.machine import monitored
 from raymuse.tracking.provenance import code_tags, installed
-from raymuse.tracking.run import Run, link_to
+from raymuse.tracking.run import Run, link_to, open_again, open_run
 
 MADE_BY = "_manifest/run.json"
 CONFIG, SUCCESS, SHEET = "_manifest/config.json", "_SUCCESS", "contact_sheet.png"
@@ -95,6 +95,23 @@ class Attempt:
         """Add what this one took."""
         for name, value in values.items():
             self.spent[name] = self.spent.get(name, 0.0) + value
+
+
+def run_of(
+    config: StageConfig, uri: str | None, experiment: str, name: str | None = None, parent: Run | None = None
+) -> Run:
+    """The run of a stage's work: that which its output was begun in, where this server has it; else a new one.
+
+    Args:
+        uri: of the MLflow server; None: nothing is tracked.
+        name: of a new run; None: the stage's.
+        parent: the run that a new one is part of.
+    """
+    stage = _stage(config)
+    earlier = Made.read(config.output) if uri is not None else None
+    if uri is not None and earlier is not None and (earlier.server, earlier.stage) == (uri.rstrip("/"), stage):
+        return open_again(uri, experiment, name or stage, earlier.run)
+    return open_run(uri, experiment, name or stage, parent=parent)
 
 
 @contextlib.contextmanager
