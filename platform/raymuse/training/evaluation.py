@@ -59,8 +59,8 @@ class Evaluation:
                     losses = [name for name in metrics if name.startswith("loss_at_") and not name.endswith(":of")]
                     sums[number, 0] += sum(float(metrics[name]) for name in losses)
                     sums[number, 1] += sum(float(metrics[f"{name}:of"]) for name in losses)
-        losses, counts = global_sum(sums).unbind(dim=1)
-        losses_R = (losses / counts).tolist()
+        sums_R, counts_R = global_sum(sums).unbind(dim=1)
+        losses_R = (sums_R / counts_R).tolist()
         named = {f"eval_loss_at_{ratio:g}": loss for ratio, loss in zip(self.wanted.mask_ratios, losses_R, strict=True)}
         return {**named, "eval_loss": float(np.mean(losses_R))}
 
