@@ -160,11 +160,17 @@ def _shape(config: MaskedConfig, stream: TokenStream | None) -> Shape:
         raise ConfigError(
             config.stage,
             [
-                f"input: there are no token shards at {config.source}; to plan without them, model.sample_size must "
-                "say the side of the grid, and model.encoder_hidden_size the width of the text"
+                f"{_lacking(config)}; to plan without them, model.sample_size must say the side of the "
+                "grid, and model.encoder_hidden_size the width of the text"
             ],
         )
     return fresh_shape(config, stream)
+
+
+def _lacking(config: MaskedConfig) -> str:
+    if config.stream is None:
+        return f"input: there are no token shards at {config.input}"
+    return f"stream: there are no pictures of {config.source} surveyed at {survey_folder(config)}"
 
 
 def _started_superres(config: SuperresConfig, stream: TokenStream | None) -> SuperResConfig:
