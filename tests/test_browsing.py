@@ -24,7 +24,8 @@ from raymuse.config.base import StageConfig
 from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.export import ExportConfig
 from raymuse.config.pretokenize import PretokenizeConfig
-from raymuse.recording import Made, fingerprint, inputs_of, recorded
+from raymuse.config.training import BaseConfig
+from raymuse.recording import Made, fingerprint, inputs_of, recorded, run_of
 from raymuse.stages.export import export
 from raymuse.storage.checkpoint import newest
 from raymuse.tracking import machine
@@ -34,6 +35,7 @@ from raymuse.tracking.reading import Reader, Seen
 from raymuse.tracking.run import Run, finishing, open_again, open_run
 from raymuse.tracking.server import Server
 from raymuse.training.alone import opened, train_alone
+from raymuse.training.lineage import lineage
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 EXPERIMENT = "shapes"
@@ -222,6 +224,42 @@ def test_fingerprints_of_what_no_stage_made(tmp_path: Path) -> None:
     assert set(found) == {"input.0", "input.1", "vqgan", "text_encoder"}
     assert found["input.0"]
     assert not found["input.1"]
+
+
+def test_work_goes_on_in_the_run_that_it_was_begun_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here while the server is away: a port that nobody listens on."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{free.getsockname()[1]}"
+    config = BaseConfig(input=str(tmp_path), output=str(tmp_path / "out"), steps=1)
+    begun = run_of(config, uri, "tests", "first lora")
+    (tmp_path / "out" / "_manifest").mkdir(parents=True)
+    (tmp_path / "out" / recording.CONFIG).write_text("{}")
+    for stage, goes_on in (("train-base", True), ("train-superres", False)):
+        made = {"run": begun.id, "server": uri, "stage": stage}
+        (tmp_path / "out" / recording.MADE_BY).write_text(json.dumps(made))
+        assert (run_of(config, uri, "tests", "first lora").id == begun.id) is goes_on
+    assert run_of(config, None, "tests").id is None
+
+
+def test_a_training_that_encodes_as_it_runs_has_read_the_pictures(tmp_path: Path) -> None:
+    """And not the token shards that its recipe names; the held-out ones are there to evaluate."""
+    for name in ("pictures", "tokens", "held"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(name.encode())
+    places = {name: str(tmp_path / name) for name in ("pictures", "tokens", "held")}
+    stream = {"input": places["pictures"], "vqgan": "v", "text_encoder": "t"}
+    values = {"input": places["tokens"], "output": str(tmp_path / "out"), "steps": 1, "stream": stream}
+    config = BaseConfig(**{**values, "evaluation": {"input": places["held"]}})
+    read = {one.role: one.digest for one in inputs_of(config)}
+    assert read == {
+        "stream.input": fingerprint(places["pictures"])[0],
+        "stream.vqgan": "",
+        "stream.text_encoder": "",
+        "evaluation.input": fingerprint(places["held"])[0],
+    }
+    assert lineage(config)["input"] == places["pictures"]
 
 
 def test_system_metrics_are_told_while_the_work_goes_on() -> None:

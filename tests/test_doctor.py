@@ -176,6 +176,7 @@ class Refusing(BaseHTTPRequestHandler):
     [
         (403, 0.0, "error", "refuses what a run asks (status 403: Invalid Host header", "--allowed-hosts"),
         (401, 0.0, "error", "status 401", "MLFLOW_TRACKING_USERNAME"),
+        (500, 0.0, "error", "cannot tell what a run asks (status 500", "its data base"),
         (200, 0.3, "warning", "s to answer", "no step waits for it"),
         (200, 3.0, "error", "has not answered within", "records wait on this disk"),
         (200, 0.0, "ok", "runs", ""),

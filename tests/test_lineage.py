@@ -16,7 +16,7 @@ from raymuse.training.alone import opened, train_alone
 from raymuse.training.build import build_task
 from raymuse.training.lineage import code_version
 from raymuse.training.plan import plan_of
-from raymuse.training.utilisation import PEAKS, Utilisation, flops_of_step, peak_tflops
+from raymuse.training.utilisation import PEAKS, Utilisation, flops_of_step, known_tflops, peak_tflops
 
 
 @dataclass(frozen=True)
@@ -76,3 +76,21 @@ def test_the_work_of_a_step_is_that_of_the_plan(tokens: str, tmp_path: Path) -> 
 
 def test_the_peaks_are_those_of_the_price_table() -> None:
     assert {name: gpu.tflops for name, gpu in read_prices(None).gpus.items()} == PEAKS
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 790),
+        ("NVIDIA A100-SXM4-80GB", 250),
+        ("NVIDIA H100 80GB HBM3", 790),
+        ("NVIDIA L40S", 290),
+        ("NVIDIA L4", 97),
+        ("Tesla T4", 52),
+        ("NVIDIA L40", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA T400 4GB", None),
+    ],
+)
+def test_a_gpu_is_known_by_its_name_alone(name: str, peak: float | None) -> None:
+    assert known_tflops(name) == peak

@@ -30,8 +30,9 @@ from raymuse.storage.webdataset_writer import write_shard
 from raymuse.tracking.run import Run
 from raymuse.training import order
 from raymuse.training.alone import opened
-from raymuse.training.build import build_task
+from raymuse.training.build import build_engine, build_task
 from raymuse.training.crops import CropPlan
+from raymuse.training.evaluation import evaluation_of
 from raymuse.training.order import share
 from raymuse.training.streamed import here, piece_of
 from raymuse.training.surveying import prepare
@@ -111,6 +112,18 @@ def test_losses_are_those_of_token_shards(pictures: str, encoders: str, tmp_path
     config = tiny.base_config(tmp_path / "streamed", "", stream=stream, **changes)
     prepare(config)
     assert losses_of(config, build_task(config)) == losses_of(stored, build_task(stored))
+
+
+def test_held_out_shards_of_ids_are_read_by_the_same_encoder(pictures: str, encoders: str, tmp_path: Path) -> None:
+    held = tiny.write_tokens(tmp_path / "held", pictures, encoders, text="ids")
+    stream = stream_of(pictures, encoders, text="ids")
+    values = {"ids": "image_ids", "stream": stream, "evaluation": {"input": held, "rows": 5}}
+    config = tiny.base_config(tmp_path, "", **values)
+    prepare(config)
+    task = build_task(config)
+    evaluation = evaluation_of(config, task, 4)
+    assert evaluation is not None
+    assert np.isfinite(evaluation.measure(build_engine(config, task), None)["eval_loss"])
 
 
 def test_every_epoch_cuts_and_mirrors_anew(pictures: str, encoders: str, tmp_path: Path) -> None:

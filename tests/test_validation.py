@@ -18,6 +18,7 @@ from raymuse.config.training import TrainConfig
 from raymuse.masking import hide
 from raymuse.storage.checkpoint import newest
 from raymuse.tracking.run import Run
+from raymuse.training.alone import opened
 from raymuse.training.build import build_engine, build_task
 from raymuse.training.ema import Ema
 from raymuse.training.engine import full_weights
@@ -102,12 +103,14 @@ def test_the_held_out_loss_is_the_averages_at_each_ratio(data: Data, tmp_path: P
     with torch.no_grad():
         for average in ema.average:
             average.mul_(1.1)
+    task.network.embed.eval()  # as a frozen text encoder is
     evaluation = evaluation_of(made, task, 4)
     assert evaluation is not None
     before = full_weights(engine)
     found = evaluation.measure(engine, ema)
     assert all(torch.equal(value, before[name]) for name, value in full_weights(engine).items())
     assert engine.module.training
+    assert not task.network.embed.training
     task.network.load_state_dict(network_weights(ema.weights()))
     batch = evaluation.stream.batch(np.arange(13), np.ones(13, np.float32), task.network.config.mask_id)
     for ratio in RATIOS:
@@ -145,8 +148,11 @@ def test_shards_of_another_kind_are_refused(data: Data, tmp_path: Path) -> None:
         tmp_path / "other", tiny.write_shards(tmp_path / "s", 16), data.encoders, resolution=16, low_resolution=8
     )
     made = config(tmp_path, data, evaluation={"input": other})
-    with pytest.raises(UserError, match=r"evaluation.input: .* holds grids, codes and text tokens of \(\(4, 4\)"):
+    said = r"evaluation.input: .* holds grids, codes and text tokens of \(\(4, 4\)"
+    with pytest.raises(UserError, match=said):
         run_of(made)
+    with pytest.raises(UserError, match=said):
+        opened(made)  # before a worker starts
 
 
 # --- prompts

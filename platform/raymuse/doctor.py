@@ -266,6 +266,9 @@ def _mlflow(uri: str | None) -> Iterator[Finding]:
     elif answer.status_code != 200 or not theirs[:1].isdigit():
         todo = "see the address, --allowed-hosts of the server, and MLFLOW_TRACKING_USERNAME and _PASSWORD"
         yield Finding("mlflow", "error", f"{uri} answers with status {answer.status_code}, and no version", todo)
+    elif asked.status_code >= 500:
+        found = f"{uri} cannot tell what a run asks (status {asked.status_code}: {' '.join(asked.text.split())[:120]})"
+        yield Finding("mlflow", "error", found, f"see its log and its data base: {MLFLOW_WAITS}")
     elif seconds > MLFLOW_SLOW:
         todo = "no step waits for it, but its pages do: see its data base's disk, or give it Postgres"
         yield Finding("mlflow", "warning", f"{uri} took {seconds:.1f} s to answer", todo)

@@ -29,12 +29,13 @@ from raymuse.storage.manifest import PartRecord, read_records
 from raymuse.storage.places import find_place
 from raymuse.tracking.machine import monitored
 from raymuse.tracking.provenance import code_tags, installed
-from raymuse.tracking.run import Run, link_to
+from raymuse.tracking.run import Run, link_to, open_again, open_run
 
 MADE_BY = "_manifest/run.json"
 CONFIG, SUCCESS, SHEET = "_manifest/config.json", "_SUCCESS", "contact_sheet.png"
 CONTEXTS = {"generate": "prompts", "score": "eval", "data": "source", "pretokenize": "source"}  # else "training"
 DATA = ("source", "input", "prompts", "images", "truth")  # keys of configs that name data; the others name models
+NESTED = ("stream", "evaluation")  # sections of trainings that name data of their own
 MADE_HERE = ("shapes", "emoji")  # sources of the data stage that are no addresses
 HASHED_BYTES = 256 << 20  # a single file is known by its content up to here, by name and size beyond
 REJECTS_SHOWN = 200
@@ -96,6 +97,23 @@ class Attempt:
             self.spent[name] = self.spent.get(name, 0.0) + value
 
 
+def run_of(
+    config: StageConfig, uri: str | None, experiment: str, name: str | None = None, parent: Run | None = None
+) -> Run:
+    """The run of a stage's work: that which its output was begun in, where this server has it; else a new one.
+
+    Args:
+        uri: of the MLflow server; None: nothing is tracked.
+        name: of a new run; None: the stage's.
+        parent: the run that a new one is part of.
+    """
+    stage = _stage(config)
+    earlier = Made.read(config.output) if uri is not None else None
+    if uri is not None and earlier is not None and (earlier.server, earlier.stage) == (uri.rstrip("/"), stage):
+        return open_again(uri, experiment, name or stage, earlier.run)
+    return open_run(uri, experiment, name or stage, parent=parent)
+
+
 @contextlib.contextmanager
 def recorded(config: StageConfig, run: Run) -> Iterator[Attempt]:
     """Inside, a stage's work is done; its run says of it what all stages have to say. Nothing raised here ends it."""
@@ -129,16 +147,29 @@ def recorded(config: StageConfig, run: Run) -> Iterator[Attempt]:
 
 def inputs_of(config: StageConfig) -> list[Input]:
     """What a config's addresses name, with fingerprints of data."""
+    named = _addresses(config)
+    for section in NESTED:
+        if isinstance(nested := getattr(config, section, None), Config):
+            named |= {f"{section}.{name}": several for name, several in _addresses(nested).items()}
+    if "stream.input" in named:
+        named.pop("input")  # pictures are read in place of token shards, also where those are named
     found = []
+    for name, several in named.items():
+        for number, address in enumerate(several):
+            role = name if len(several) == 1 else f"{name}.{number}"
+            found.append(_input(role, name.rpartition(".")[2] in DATA, address))
+    return found
+
+
+def _addresses(config: Config) -> dict[str, list[str]]:
+    """A config's own addresses, by their keys."""
+    named: dict[str, list[str]] = {}
     for name, info in type(config).model_fields.items():
         value = getattr(config, name)
         if name == "output" or isinstance(value, Config) or not (is_address(info) or name == "source"):
             continue
-        several = [value] if isinstance(value, str) else list(value or ())
-        for number, address in enumerate(several):
-            role = name if len(several) == 1 else f"{name}.{number}"
-            found.append(_input(role, name in DATA, address))
-    return found
+        named[name] = [value] if isinstance(value, str) else list(value or ())
+    return named
 
 
 def _input(role: str, is_data: bool, address: str) -> Input:
@@ -208,7 +239,7 @@ def _open(config: StageConfig, run: Run, inputs: list[Input]) -> None:
     run.text("".join(f"{name}=={version}\n" for name, version in installed().items()), "versions.txt")
     for one in inputs:
         if one.digest:
-            context = CONTEXTS.get(stage, "training")
+            context = "eval" if one.role.startswith("evaluation.") else CONTEXTS.get(stage, "training")
             run.dataset(_title(one.address), one.digest, one.address, context, one.rows)
     run.parents({one.role: one.made.run for one in inputs if one.made is not None})
     run.note(_note(config, inputs, "running", []))

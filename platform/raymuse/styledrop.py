@@ -20,6 +20,7 @@ from raymuse.config.pretokenize import PretokenizeConfig
 from raymuse.config.styledrop import SUBJECTS, StyledropConfig
 from raymuse.encoding.pictures import decode
 from raymuse.models.clip import Clip
+from raymuse.recording import recorded, run_of
 from raymuse.stages.generate import generate
 from raymuse.stages.pretokenize import pretokenize
 from raymuse.stages.train import train
@@ -29,7 +30,7 @@ from raymuse.storage.generated import Generated, read_part
 from raymuse.storage.manifest import read_finished
 from raymuse.storage.pictures import png_bytes
 from raymuse.storage.rejects import Unreadable
-from raymuse.tracking.run import Run, finishing, open_run
+from raymuse.tracking.run import Run, finishing
 
 SHEET = "candidates.png"
 
@@ -88,8 +89,9 @@ class _Flow:
 
     def _run(self, name: str, stage: Any, config: Any) -> str:
         print(f"[{name}] -> {config.output}", flush=True)
-        child = open_run(self.uri, "styledrop", name, parent=self.run) if self.uri else Run.off()
-        with finishing(child):
+        identity = self.run.identity  # children stand in their parent's experiment, where MLflow shows them below it
+        child = run_of(config, self.uri, identity.experiment, name, self.run) if identity is not None else Run.off()
+        with finishing(child), recorded(config, child):
             return str(stage(config, child))
 
     def _prompts(self) -> str:

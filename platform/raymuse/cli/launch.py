@@ -11,9 +11,9 @@ from raymuse.clusters.local import session, submitted
 from raymuse.clusters.watching import watching_driver
 from raymuse.config.base import StageConfig
 from raymuse.config.errors import UserError
-from raymuse.recording import Made, recorded
+from raymuse.recording import recorded, run_of
 from raymuse.tracking.registry import with_model
-from raymuse.tracking.run import Run, finishing, open_again, open_run
+from raymuse.tracking.run import Run, finishing, open_run
 from raymuse.tracking.server import Server, pages
 
 _FEWEST_CPUS = 4  # logical: a pipeline of actors needs a few even where the machine has only two cores
@@ -58,15 +58,13 @@ def local_ray() -> contextlib.AbstractContextManager[object]:
 
 @contextlib.contextmanager
 def _tracked(config: StageConfig, mlflow: str | None) -> Iterator[Run]:
-    uri = mlflow or os.environ.get("MLFLOW_TRACKING_URI")
-    name = str(type(config).model_fields["stage"].default)
+    uri = mlflow or os.environ.get("MLFLOW_TRACKING_URI") or None
     experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "raymuse")
-    resumed = os.environ.get("MLFLOW_RUN_ID") if uri else None  # a submitted job's run, the same in every attempt
-    earlier = Made.read(config.output) if uri and resumed is None else None
-    if uri and earlier is not None and earlier.server == uri.rstrip("/") and earlier.stage == name:
-        run = open_again(uri, experiment, name, earlier.run)
+    resumed = os.environ.get("MLFLOW_RUN_ID")  # a submitted job's run, the same in every attempt
+    if uri is not None and resumed is not None:
+        run = open_run(uri, experiment, str(type(config).model_fields["stage"].default), resume=resumed)
     else:
-        run = open_run(uri, experiment, name, resume=resumed)
+        run = run_of(config, uri, experiment)
     with finishing(run):
         yield run
 

@@ -27,7 +27,8 @@ def _work(plan: Plan) -> list[str]:
     lines = [f"{stage}: {what}, {config.steps:,} steps of {config.batch_size:,} on {config.workers} workers"]
     grid = f"grid {sizes.grid[0]} x {sizes.grid[1]}, {sizes.text_tokens} text tokens"
     if plan.rows is None:
-        lines.append(f"{grid}: by the recipe, since there are no token shards at {config.source}")
+        missing = "there are no token shards at" if config.stream is None else "there is no survey yet of"
+        lines.append(f"{grid}: by the recipe, since {missing} {config.source}")
     else:
         lines.append(f"{grid}, {plan.rows:,} rows: an epoch is {plan.rows / config.batch_size:,.1f} steps")
     work = plan.flops * config.batch_size

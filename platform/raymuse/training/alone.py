@@ -17,12 +17,13 @@ from raymuse.config.errors import UserError
 from raymuse.config.load import load
 from raymuse.config.stages import STAGES
 from raymuse.config.training import TrainConfig
-from raymuse.recording import recorded
+from raymuse.recording import recorded, run_of
 from raymuse.storage.folder import Folder
 from raymuse.storage.manifest import Manifest
-from raymuse.tracking.run import Run, finishing, open_run
+from raymuse.tracking.run import Run, finishing
 from raymuse.training.build import build_task, train_here
 from raymuse.training.engine import rank_and_world
+from raymuse.training.evaluation import evaluation_of
 from raymuse.training.inputs import data_fingerprint
 from raymuse.training.lineage import lineage_params
 from raymuse.training.saving import agreed
@@ -70,7 +71,7 @@ def opened(config: TrainConfig, surveyor: Surveyor = HERE) -> Manifest:
     manifest = Manifest.open(config.output, {**config.identity(), "data": data_fingerprint(config)})
     if not manifest.finished:
         prepare(config, surveyor)
-        build_task(config)  # every mistake of the recipe shows here
+        evaluation_of(config, build_task(config), 1)  # every mistake of the recipe shows here
     return manifest
 
 
@@ -114,11 +115,11 @@ def _join(config: TrainConfig) -> None:
 
 
 def _run(config: TrainConfig) -> Run:
-    """Rank 0 logs, to MLFLOW_TRACKING_URI."""
+    """Rank 0 logs, to MLFLOW_TRACKING_URI; a resume goes on in the same run."""
     if rank_and_world()[0] > 0:
         return Run.off()
-    name = str(type(config).model_fields["stage"].default)
-    return open_run(os.environ.get("MLFLOW_TRACKING_URI"), os.environ.get("MLFLOW_EXPERIMENT_NAME", "raymuse"), name)
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or None
+    return run_of(config, uri, os.environ.get("MLFLOW_EXPERIMENT_NAME", "raymuse"))
 
 
 def _say(line: str) -> None:

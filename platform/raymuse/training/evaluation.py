@@ -5,11 +5,11 @@ B samples, h w grid.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raymuse.config.errors import UserError
 from raymuse.config.training import EvaluationConfig, GeneratorConfig, TrainConfig
@@ -35,7 +35,8 @@ class Evaluation:
     """
 
     def __init__(self, config: GeneratorConfig, wanted: EvaluationConfig, task: "MaskedTask", micro_batch: int) -> None:
-        own = {"input": wanted.input, "caption_dropout": 0.0, "rectangle_share": 0.0}
+        own: dict[str, Any] = {"input": wanted.input, "text_encoder": config.text_reader}
+        own |= {"caption_dropout": 0.0, "rectangle_share": 0.0}
         held = type(config).model_validate({**config.model_dump(exclude={"evaluation", "stream"}), **own})
         self.stream = TokenStream(held, task.device, text_trained=bool(config.lora and config.lora.text_targets))
         self.wanted, self.seed, self.micro_batch = wanted, config.seed, micro_batch
@@ -51,16 +52,15 @@ class Evaluation:
     def measure(self, engine: Engine, ema: Ema | None) -> dict[str, float]:
         """`eval_loss_at_0.3` for every masking ratio, and `eval_loss`, their mean; in nats an id. Collective."""
         sums = torch.zeros(len(self.wanted.mask_ratios), 2, dtype=torch.float64)
-        engine.module.eval()
-        with _averaged(engine, ema), torch.no_grad():
+        with _evaluating(engine.module), _averaged(engine, ema), torch.no_grad():
             for batch in self._batches(engine):
                 for number, ratio in enumerate(self.wanted.mask_ratios):
                     _, metrics = engine.module(self._masked(batch, ratio))
                     losses = [name for name in metrics if name.startswith("loss_at_") and not name.endswith(":of")]
                     sums[number, 0] += sum(float(metrics[name]) for name in losses)
                     sums[number, 1] += sum(float(metrics[f"{name}:of"]) for name in losses)
-        engine.module.train()
-        losses_R = (global_sum(sums)[:, 0] / global_sum(sums)[:, 1]).tolist()
+        sums_R, counts_R = global_sum(sums).unbind(dim=1)
+        losses_R = (sums_R / counts_R).tolist()
         named = {f"eval_loss_at_{ratio:g}": loss for ratio, loss in zip(self.wanted.mask_ratios, losses_R, strict=True)}
         return {**named, "eval_loss": float(np.mean(losses_R))}
 
@@ -90,6 +90,18 @@ def evaluation_of(config: TrainConfig, task: object, micro_batch: int) -> Evalua
 
     assert isinstance(task, MaskedTask)
     return Evaluation(config, config.evaluation, task, micro_batch)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Inside, nothing is dropped; after it every part is as it was, a frozen text encoder without dropout too."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 @contextmanager

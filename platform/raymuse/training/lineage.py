@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from raymuse.config.training import CriticConfig, GeneratorConfig, TrainConfig, VqganConfig
+from raymuse.config.training import CriticConfig, GeneratorConfig, MaskedConfig, TrainConfig, VqganConfig
 from raymuse.tracking.provenance import own_commit, own_version
 
 RECORD = "training.json"
@@ -30,7 +30,7 @@ def lineage(config: TrainConfig) -> dict[str, Any]:
     return {
         "code": code_version(),
         "data": known.get("data"),
-        "input": getattr(config, "input", None),
+        "input": config.source if isinstance(config, MaskedConfig) else getattr(config, "input", None),
         "parent": parent,
     }
 

@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from raymuse.config.training import LoraConfig, Precision
+from raymuse.config.training import CriticConfig, GeneratorConfig, LoraConfig, MaskedConfig, Precision
+from raymuse.masking import mean_masking_ratio
 from raymuse.models import lora
 from raymuse.models.base import Base, BaseShape, new_base
 from raymuse.models.superres import SuperRes, SuperResConfig
@@ -68,6 +69,21 @@ def flops(shape: Shape, sizes: Sizes, adapter: LoraConfig | None, recompute: boo
         return float(counter.get_total_flops())
 
     return _over_layers(shape, adapter, recompute, count)
+
+
+def work(config: MaskedConfig, shape: Shape, sizes: Sizes) -> float:
+    """Floating-point operations of a sample's passes in a training, without what gradient checkpointing repeats.
+
+    As many ids have logits as are masked in the mean over the training's draws; all where known ids count as well.
+    """
+    generator = config if isinstance(config, GeneratorConfig) else None
+    whole = generator is None or generator.unmasked_weight > 0
+    masked = 1.0 if whole else mean_masking_ratio(config.masking, config.min_masking_ratio)
+    one = replace(sizes, batch=1, masked=masked)
+    found = flops(shape, one, None if generator is None else generator.lora, recompute=False)
+    if isinstance(config, CriticConfig):
+        found += flops(shape, one, None, recompute=False, backward=False)  # the base, of the same shape
+    return found
 
 
 @lru_cache(maxsize=64)

@@ -5,7 +5,7 @@ are no token shards yet, the recipe's `model` says what they would.
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from torch import nn
 from raymuse.config.errors import ConfigError
 from raymuse.config.training import BaseConfig, CriticConfig, GeneratorConfig, MaskedConfig, SuperresConfig
 from raymuse.drawing.model_folder import trained_part
-from raymuse.masking import mean_masking_ratio
 from raymuse.models.base import BaseShape, read_shape
 from raymuse.models.superres import SuperResConfig
 from raymuse.models.uvit import UVitConfig
@@ -24,7 +23,7 @@ from raymuse.storage.folder import Folder
 from raymuse.training.critic import critics_shape
 from raymuse.training.crops import survey_folder
 from raymuse.training.loop import micro_batches
-from raymuse.training.measure import CLIP_TOKENS, CLIP_WIDTHS, T5_TOKENS, Shape, Sizes, activations, flops, outline
+from raymuse.training.measure import CLIP_TOKENS, CLIP_WIDTHS, T5_TOKENS, Shape, Sizes, activations, outline, work
 from raymuse.training.optimizers import hidden_matrices
 from raymuse.training.start import base_shape, fresh_shape, grown_shape, require_fit, shape_of, superres_shape
 from raymuse.training.tokens import TokenStream
@@ -91,11 +90,7 @@ class Plan:
     @cached_property
     def flops(self) -> float:
         """Of a sample's passes, as the mathematics has them: without what gradient checkpointing repeats."""
-        one = replace(self.sizes, batch=1, masked=_mean_masked(self.config))
-        work = flops(self.shape, one, self._adapter, recompute=False)
-        if isinstance(self.config, CriticConfig):
-            work += flops(self.shape, one, None, recompute=False, backward=False)  # the base, of the same shape
-        return work
+        return work(self.config, self.shape, self.sizes)
 
     def activations(self, recompute: bool) -> float:
         """Bytes of a micro batch's passes at their fullest, were all ids masked."""
@@ -165,11 +160,17 @@ def _shape(config: MaskedConfig, stream: TokenStream | None) -> Shape:
         raise ConfigError(
             config.stage,
             [
-                f"input: there are no token shards at {config.source}; to plan without them, model.sample_size must "
-                "say the side of the grid, and model.encoder_hidden_size the width of the text"
+                f"{_lacking(config)}; to plan without them, model.sample_size must say the side of the "
+                "grid, and model.encoder_hidden_size the width of the text"
             ],
         )
     return fresh_shape(config, stream)
+
+
+def _lacking(config: MaskedConfig) -> str:
+    if config.stream is None:
+        return f"input: there are no token shards at {config.input}"
+    return f"stream: there are no pictures of {config.source} surveyed at {survey_folder(config)}"
 
 
 def _started_superres(config: SuperresConfig, stream: TokenStream | None) -> SuperResConfig:
@@ -211,10 +212,3 @@ def _readable(config: MaskedConfig) -> bool:
 
 def _exists(address: str) -> bool:
     return Folder(address).exists("_SUCCESS") or Folder(address).exists("_manifest") or Path(address).exists()
-
-
-def _mean_masked(config: MaskedConfig) -> float:
-    """Share of the ids that is masked, by the mean over the training's draws; all where known ids count as well."""
-    if isinstance(config, CriticConfig) or (isinstance(config, GeneratorConfig) and config.unmasked_weight > 0):
-        return 1.0
-    return mean_masking_ratio(config.masking, config.min_masking_ratio)

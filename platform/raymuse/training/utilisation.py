@@ -1,16 +1,16 @@
 """What a step takes of the hardware: memory, and the share of its arithmetic (MFU)."""
 
+import re
 import resource
 
 import torch
 
-from raymuse.config.training import CriticConfig, GeneratorConfig, MaskedConfig, TrainConfig
-from raymuse.masking import mean_masking_ratio
+from raymuse.config.training import MaskedConfig, TrainConfig
 from raymuse.training.engine import global_sum, rank_and_world
-from raymuse.training.measure import Sizes, flops
+from raymuse.training.measure import Sizes, work
 
 PEAKS = {"H200": 790, "H100": 790, "A100": 250, "L40S": 290, "A10G": 56, "L4": 97, "T4": 52}
-"""TFLOP/s of large products in bf16, by what a GPU's name contains: those of clusters/prices.yaml."""
+"""TFLOP/s of large products in bf16, by a word of a GPU's name: those of clusters/prices.yaml."""
 
 
 def peak_tflops(config: TrainConfig) -> float | None:
@@ -19,8 +19,13 @@ def peak_tflops(config: TrainConfig) -> float | None:
         return config.peak_tflops
     if not config.use_gpu or config.precision == "fp32":
         return None
-    name = torch.cuda.get_device_name()
-    return next((peak for known, peak in PEAKS.items() if known in name), None)
+    return known_tflops(torch.cuda.get_device_name())
+
+
+def known_tflops(name: str) -> float | None:
+    """Of a GPU by its whole name, such as `NVIDIA A100-SXM4-80GB`; an L40 is no L4, and an RTX A1000 no A100."""
+    words = re.split(r"[\s-]+", name)
+    return next((peak for known, peak in PEAKS.items() if known in words), None)
 
 
 def flops_of_step(config: TrainConfig, task: object) -> float | None:
@@ -31,15 +36,9 @@ def flops_of_step(config: TrainConfig, task: object) -> float | None:
     if not isinstance(config, MaskedConfig) or not isinstance(task, MaskedTask | CriticTask):
         return None
     stream, shape = task.stream, task.network.config
-    masked = 1.0 if isinstance(config, CriticConfig) else mean_masking_ratio(config.masking, config.min_masking_ratio)
-    if isinstance(config, GeneratorConfig) and config.unmasked_weight > 0:
-        masked = 1.0
     low = stream.store.grid("low_ids") if hasattr(shape, "low_grid") else (1, 1)
-    sizes = Sizes(1, stream.grid, int(stream.empty_states.shape[1]), masked, low)
-    work = flops(shape, sizes, config.lora if isinstance(config, GeneratorConfig) else None, recompute=False)
-    if isinstance(config, CriticConfig):
-        work += flops(shape, sizes, None, recompute=False, backward=False)
-    return work * config.batch_size
+    sizes = Sizes(1, stream.grid, int(stream.empty_states.shape[1]), low=low)
+    return work(config, shape, sizes) * config.batch_size
 
 
 class Utilisation:
@@ -52,8 +51,8 @@ class Utilisation:
     def __init__(self, config: TrainConfig, task: object) -> None:
         rank, self.world = rank_and_world()
         peak = peak_tflops(config) if rank == 0 else None
-        work = flops_of_step(config, task) if peak is not None else None
-        self.seconds = None if peak is None or work is None else work / (peak * 1e12 * self.world)
+        needed = flops_of_step(config, task) if peak is not None else None
+        self.seconds = None if peak is None or needed is None else needed / (peak * 1e12 * self.world)
         self.device = torch.cuda.current_device() if config.use_gpu else None
 
     def of(self, seconds_per_step: float) -> dict[str, float]:
