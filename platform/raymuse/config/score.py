@@ -152,6 +152,8 @@ class SideConfig(LoraChoice):
     top_k: int | None = Field(None, ge=0)
     masking: MaskingSchedule | None = None
     order: Order | None = None
+    guidance_every: int | None = Field(None, ge=1)
+    masked_only: bool | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> "SideConfig":
