@@ -132,7 +132,7 @@ class MaskGit(nn.Module):
         """What the head reads, (B, h, w, D). Raises ValueError for a grid larger than the config's.
 
         Args:
-            def features(self, ids_Bhw: Tensor, condition: Condition, at_BM: Tensor | None = None) -> Tensor:
+            at_BM: cells that they are wanted of alone, by their row-major number: (B, M, 1, D); None: all.
             before_BhwD: the features of the step before, of a model with self-conditioning; None: there was none.
         """
         if max(ids_Bhw.shape[1:]) > self.config.sample_size:

@@ -156,7 +156,7 @@ class SuperRes(nn.Module):
         """What the head reads, (B, H, W, D). Raises ValueError if the grid does not fit the condition's.
 
         Args:
-            def features(self, ids_BHW: Tensor, condition: Condition, at_BM: Tensor | None = None) -> Tensor:
+            at_BM: cells that they are wanted of alone, by their row-major number: (B, M, 1, D); None: all.
             before_BHWD: the features of the step before, of a model with self-conditioning; None: there was none.
         """
         self._check_grid(ids_BHW, condition)

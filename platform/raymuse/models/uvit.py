@@ -194,7 +194,7 @@ class UVit(nn.Module):
         """What the head reads, (B, h, w, C). Raises ValueError for an odd grid if the model down-samples.
 
         Args:
-            def features(self, ids_Bhw: Tensor, condition: Condition, at_BM: Tensor | None = None) -> Tensor:
+            at_BM: cells that they are wanted of alone, by their row-major number: (B, M, 1, C); None: all.
             before_BhwC: the features of the step before, of a model with self-conditioning; None: there was none.
         """
         self._check_grid(ids_Bhw)
