@@ -122,7 +122,8 @@ def _require_plain(address: str, prompt: Prompt) -> None:
         raise UserError(f"{where} cannot be drawn: {prompt.fault[1]}. Every prompt counts here: mend it.")
     if prompt.asked.image is not None:
         raise UserError(f"{where} starts from an image: sweeps and comparisons draw from prompts alone.")
-    if own := [name for name in ("steps", "guidance", "temperature") if getattr(prompt.asked, name) is not None]:
+    own = [name for name in ("steps", "guidance", "temperature", "lora") if getattr(prompt.asked, name) is not None]
+    if own := [*own, *prompt.asked.sampling]:
         raise UserError(f"{where} has its own {', '.join(own)}, and here the command says how all are drawn: drop it.")
 
 
