@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tiny
 from raymuse.config.errors import ConfigError, UserError
 from raymuse.config.generate import GenerateConfig, ServeConfig
-from raymuse.drawing import remote_model
+from raymuse.drawing import remote_model, sampler
 from raymuse.drawing.graphs import WARM_UPS, StepGraphs
 from raymuse.drawing.model_folder import local_folder, model_sha256
 from raymuse.drawing.sampler import Course, Draws, Rows
@@ -355,6 +356,24 @@ def test_what_guidance_adds_is_kept_between_its_steps(masked_only: bool) -> None
         assert torch.equal(rows.ids[0].flatten(), wanted[0])
         # Twice the rows where anyone asks anew: the neighbour does in the second and third of the steps.
         assert network.rows == [4, 4, 4, 2]
+
+
+def test_a_neighbour_that_keeps_guidance_changes_no_bit_of_a_row_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    said, free = torch.randn(2, 2, 6, generator=torch.Generator().manual_seed(1))
+    seen: list[Tensor] = []
+
+    def watched(logits: Tensor, *more: Any, **how: Any) -> Tensor:
+        seen.append(logits[0])
+        return reveal(logits, *more, **how)
+
+    monkeypatch.setattr(sampler, "reveal", watched)
+    plain = Course([6, 3, 0], [0.0] * 3, [3.0, 2.0, 4.3])
+    for other in (plain, replace(plain, fresh=[True, False, True])):
+        rows = Rows(Toy(), (2, 3, 3), Draws(top_k=1))
+        rows.admit([0, 1], said, free, ids=torch.full((2, 3, 3), 6), seeds=[0, 1], courses=[plain, other])
+        for _ in range(3):
+            rows.step()
+    assert torch.equal(torch.stack(seen[:3]), torch.stack(seen[3:]))
 
 
 def test_kept_guidance_costs_one_pass_and_does_not_depend_on_the_batch(
