@@ -23,7 +23,7 @@ from raymuse.drawing import remote_model, sampler
 from raymuse.drawing.graphs import WARM_UPS, StepGraphs
 from raymuse.drawing.model_folder import local_folder, model_sha256
 from raymuse.drawing.sampler import Course, Draws, Rows
-from raymuse.drawing.scheduler import Scheduler, Ticket
+from raymuse.drawing.scheduler import MOST_LANES, Scheduler, Ticket
 from raymuse.masking import fresh_steps, guide, reveal
 from raymuse.pipeline import Pipeline
 from raymuse.serving.limit import measure
@@ -133,6 +133,10 @@ def test_the_limit_is_measured_in_the_precision_of_the_drawing(folder: str, monk
     assert seen == [("cpu", torch.bfloat16)]
 
 
+def test_the_limit_counts_what_graphs_would_hide(pipeline: Pipeline) -> None:
+    assert measure(replace(pipeline, cuda_graphs=True), 1, 1e9) == measure(pipeline, 1, 1e9)
+
+
 # --- memory
 
 
@@ -232,12 +236,13 @@ class RecordedGraphs(StepGraphs):
             run(kind)
 
         @contextlib.contextmanager
-        def graph(graph: Any, capture_error_mode: str) -> Iterator[None]:
+        def graph(graph: Any, pool: Any, capture_error_mode: str) -> Iterator[None]:
+            assert pool == (list(self._graphs) or [None])[0]
             before = [tensor.clone() for tensor in state]
             yield
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
-            graph.replay = lambda: run(kind)
+            graph.replay, graph.pool = lambda: run(kind), lambda: pool or kind
 
         stream = SimpleNamespace(wait_stream=lambda other: None)
         fakes = {"Stream": lambda: stream, "current_stream": lambda: stream, "graph": graph}
@@ -284,6 +289,12 @@ def test_steps_that_are_graphs_draw_the_same_in_place(
         done.update(scheduler.advance())
     assert np.array_equal(done[longer].ids, pipeline(PROMPTS[:1], seeds=SEEDS[:1], steps=9).ids[0])
     assert len(RecordedGraphs.captured) > captures
+    for width, height in ((8, 8), (8, 16), (8, 24), (16, 8), (16, 16), (24, 8)):
+        scheduler.submit(Ticket(graphed.request(PROMPTS[0], 1, size=(width, height), steps=1)))
+    while scheduler.busy:
+        scheduler.advance()
+        assert len(scheduler._lanes) + len(scheduler._idle) <= MOST_LANES
+    assert len(scheduler._idle) == MOST_LANES
 
 
 def test_graphs_without_a_gpu_are_refused(folder: str) -> None:

@@ -100,8 +100,7 @@ class Scheduler:
             self._lanes[shape] = lane
         elif self.networks.cuda_graphs:
             self._idle[shape] = lane
-            while len(self._idle) > MOST_LANES:
-                self._idle.popitem(last=False)
+            self._keep_idle(MOST_LANES - len(self._lanes))
         self._let_in()
         return [*done]
 
@@ -109,13 +108,19 @@ class Scheduler:
         """Those that wait outside, in their order, until one of them has a shape that there is no lane for."""
         while (ticket := self._outside.next()) is not None:
             shape = ticket.request.shape
-            if shape not in self._lanes:
-                if len(self._lanes) >= MOST_LANES:
-                    return
-                idle = self._idle.pop(shape, None)
-                self._lanes[shape] = idle or _Lane(self.networks, self._texts, self._parts, ticket.request)
+            if shape not in self._lanes and len(self._lanes) >= MOST_LANES:
+                return
             self._outside.take(1)
+            if shape not in self._lanes:
+                idle = self._idle.pop(shape, None)
+                self._keep_idle(MOST_LANES - len(self._lanes) - 1)
+                self._lanes[shape] = idle or _Lane(self.networks, self._texts, self._parts, ticket.request)
             self._lanes[shape].put(ticket)
+
+    def _keep_idle(self, most: int) -> None:
+        """Only the last ones: with those that are drawn they are `MOST_LANES`."""
+        while len(self._idle) > most:
+            self._idle.popitem(last=False)
 
 
 @dataclass(eq=False)
