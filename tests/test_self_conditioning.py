@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import tiny
 from ranks import run_ranks
-from raymuse.config.errors import ConfigError
+from raymuse.config.errors import ConfigError, UserError
 from raymuse.config.export import ExportConfig
 from raymuse.config.sampling import SamplingConfig
 from raymuse.config.training import TrainConfig
@@ -240,6 +240,12 @@ def test_a_row_that_is_taken_anew_knows_nothing_of_the_picture_before(network: B
             rows.step()
         seen.append(rows.ids.clone())
     assert torch.equal(*seen)
+
+
+def test_graphs_are_refused_when_the_model_is_loaded(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raymuse.drawing.networks.require_graphs", lambda device: None)
+    with pytest.raises(UserError, match=r"cuda_graphs: not with .*, which is self-conditioned"):
+        Pipeline.load(data.model, cuda_graphs=True)
 
 
 @torch.no_grad()

@@ -216,8 +216,7 @@ class Rows:
         self._half = False  # whether logits come in fp16
         self._finite = torch.ones(count, dtype=torch.bool, device=device)  # whether all of a row's did, where they do
         self._feeds = bool(getattr(network.config, "self_conditioning", False))
-        if graphs and self._feeds:
-            raise UserError("cuda_graphs: not with a model that is self-conditioned: draw without.")
+        assert not (graphs and self._feeds), "what is fed back begins and is replaced elsewhere"
         self._graphs = StepGraphs(self._run, self._changing) if graphs else None
         self._fed = FedBack(2 * count)  # as _conditions
 
