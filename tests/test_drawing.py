@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from raymuse.config.errors import ConfigError, UserError
-from raymuse.config.generate import GenerateConfig, ServeConfig
+from raymuse.config.generate import CheckingConfig, GenerateConfig, ServeConfig
 from raymuse.drawing import remote_model, sampler
 from raymuse.drawing.graphs import WARM_UPS, StepGraphs
 from raymuse.drawing.model_folder import local_folder, model_sha256
@@ -26,6 +26,7 @@ from raymuse.drawing.sampler import Course, Draws, Rows
 from raymuse.drawing.scheduler import MOST_LANES, Scheduler, Ticket
 from raymuse.masking import fresh_steps, guide, reveal
 from raymuse.pipeline import Pipeline
+from raymuse.serving.generator import draws_as, identity
 from raymuse.serving.limit import measure
 
 PROMPTS = [f"a picture of {word}" for word in ("one", "two", "three", "four", "five", "six", "seven")]
@@ -135,6 +136,19 @@ def test_the_limit_is_measured_in_the_precision_of_the_drawing(folder: str, monk
 
 def test_the_limit_counts_what_graphs_would_hide(pipeline: Pipeline) -> None:
     assert measure(replace(pipeline, cuda_graphs=True), 1, 1e9) == measure(pipeline, 1, 1e9)
+
+
+def test_a_job_s_styles_must_be_those_of_who_draws_them(folder: str, tmp_path: Path) -> None:
+    ink, oil = (tiny.write_adapter(tmp_path / f"lora{seed}", folder, seed) for seed in (1, 2))
+
+    def of(size: int, **styles: str) -> dict[str, Any]:
+        return identity(folder, {}, size, "fp32", CheckingConfig(), styles)
+
+    assert draws_as(of(4, ink=ink, oil=oil, gone="/nowhere"), of(4, ink=ink))
+    assert draws_as(of(4, ink=ink), of(4))
+    assert not draws_as(of(4), of(4, ink=ink))
+    assert not draws_as(of(4, ink=oil), of(4, ink=ink))
+    assert not draws_as(of(8, ink=ink), of(4, ink=ink))
 
 
 # --- memory
