@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,14 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from raymuse.config.errors import ConfigError, UserError
-from raymuse.config.generate import GenerateConfig, ServeConfig
-from raymuse.drawing import remote_model
+from raymuse.config.generate import CheckingConfig, GenerateConfig, ServeConfig
+from raymuse.drawing import remote_model, sampler
 from raymuse.drawing.graphs import WARM_UPS, StepGraphs
 from raymuse.drawing.model_folder import local_folder, model_sha256
 from raymuse.drawing.sampler import Course, Draws, Rows
-from raymuse.drawing.scheduler import Scheduler, Ticket
+from raymuse.drawing.scheduler import MOST_LANES, Scheduler, Ticket
 from raymuse.masking import fresh_steps, guide, reveal
 from raymuse.pipeline import Pipeline
+from raymuse.serving.generator import draws_as, identity
 from raymuse.serving.limit import measure
 
 PROMPTS = [f"a picture of {word}" for word in ("one", "two", "three", "four", "five", "six", "seven")]
@@ -132,6 +134,23 @@ def test_the_limit_is_measured_in_the_precision_of_the_drawing(folder: str, monk
     assert seen == [("cpu", torch.bfloat16)]
 
 
+def test_the_limit_counts_what_graphs_would_hide(pipeline: Pipeline) -> None:
+    assert measure(replace(pipeline, cuda_graphs=True), 1, 1e9) == measure(pipeline, 1, 1e9)
+
+
+def test_a_job_s_styles_must_be_those_of_who_draws_them(folder: str, tmp_path: Path) -> None:
+    ink, oil = (tiny.write_adapter(tmp_path / f"lora{seed}", folder, seed) for seed in (1, 2))
+
+    def of(size: int, **styles: str) -> dict[str, Any]:
+        return identity(folder, {}, size, "fp32", CheckingConfig(), styles)
+
+    assert draws_as(of(4, ink=ink, oil=oil, gone="/nowhere"), of(4, ink=ink))
+    assert draws_as(of(4, ink=ink), of(4))
+    assert not draws_as(of(4), of(4, ink=ink))
+    assert not draws_as(of(4, ink=oil), of(4, ink=ink))
+    assert not draws_as(of(8, ink=ink), of(4, ink=ink))
+
+
 # --- memory
 
 
@@ -231,12 +250,13 @@ class RecordedGraphs(StepGraphs):
             run(kind)
 
         @contextlib.contextmanager
-        def graph(graph: Any, capture_error_mode: str) -> Iterator[None]:
+        def graph(graph: Any, pool: Any, capture_error_mode: str) -> Iterator[None]:
+            assert pool == (list(self._graphs) or [None])[0]
             before = [tensor.clone() for tensor in state]
             yield
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
-            graph.replay = lambda: run(kind)
+            graph.replay, graph.pool = lambda: run(kind), lambda: pool or kind
 
         stream = SimpleNamespace(wait_stream=lambda other: None)
         fakes = {"Stream": lambda: stream, "current_stream": lambda: stream, "graph": graph}
@@ -283,6 +303,12 @@ def test_steps_that_are_graphs_draw_the_same_in_place(
         done.update(scheduler.advance())
     assert np.array_equal(done[longer].ids, pipeline(PROMPTS[:1], seeds=SEEDS[:1], steps=9).ids[0])
     assert len(RecordedGraphs.captured) > captures
+    for width, height in ((8, 8), (8, 16), (8, 24), (16, 8), (16, 16), (24, 8)):
+        scheduler.submit(Ticket(graphed.request(PROMPTS[0], 1, size=(width, height), steps=1)))
+    while scheduler.busy:
+        scheduler.advance()
+        assert len(scheduler._lanes) + len(scheduler._idle) <= MOST_LANES
+    assert len(scheduler._idle) == MOST_LANES
 
 
 def test_graphs_without_a_gpu_are_refused(folder: str) -> None:
@@ -355,6 +381,24 @@ def test_what_guidance_adds_is_kept_between_its_steps(masked_only: bool) -> None
         assert torch.equal(rows.ids[0].flatten(), wanted[0])
         # Twice the rows where anyone asks anew: the neighbour does in the second and third of the steps.
         assert network.rows == [4, 4, 4, 2]
+
+
+def test_a_neighbour_that_keeps_guidance_changes_no_bit_of_a_row_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    said, free = torch.randn(2, 2, 6, generator=torch.Generator().manual_seed(1))
+    seen: list[Tensor] = []
+
+    def watched(logits: Tensor, *more: Any, **how: Any) -> Tensor:
+        seen.append(logits[0])
+        return reveal(logits, *more, **how)
+
+    monkeypatch.setattr(sampler, "reveal", watched)
+    plain = Course([6, 3, 0], [0.0] * 3, [3.0, 2.0, 4.3])
+    for other in (plain, replace(plain, fresh=[True, False, True])):
+        rows = Rows(Toy(), (2, 3, 3), Draws(top_k=1))
+        rows.admit([0, 1], said, free, ids=torch.full((2, 3, 3), 6), seeds=[0, 1], courses=[plain, other])
+        for _ in range(3):
+            rows.step()
+    assert torch.equal(torch.stack(seen[:3]), torch.stack(seen[3:]))
 
 
 def test_kept_guidance_costs_one_pass_and_does_not_depend_on_the_batch(

@@ -13,6 +13,7 @@ import torch
 
 import tiny
 from raymuse.config.sampling import SamplingConfig
+from raymuse.drawing import scheduler as scheduling
 from raymuse.drawing.drawer import Drawer
 from raymuse.drawing.sampler import Course, Rows
 from raymuse.drawing.scheduler import MOST_LANES, REMEMBERED, Picture, Scheduler, Ticket
@@ -125,6 +126,30 @@ def test_many_shapes_wait_for_a_lane_and_none_overtakes(pipeline: Pipeline) -> N
     assert all(same(done[one], alone[place]) for place, one in enumerate(tickets) if one in done)  # type: ignore[arg-type]
     first = {ticket: place for place, ticket in enumerate(done)}
     assert max(first[one] for one in tickets[1:4]) < min(first[one] for one in tickets[6:9])
+
+
+def test_a_shape_that_finds_no_memory_fails_alone(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell, scheduler, make = pipeline.settings.size // 4, Scheduler(pipeline), scheduling._rows
+    sizes = [(width * cell, height * cell) for width in (1, 2, 3, 4) for height in (1, 2)][:7]
+    tickets = [Ticket(pipeline.request("a star", 1, size=size, steps=2)) for size in sizes]
+    refused = [tickets[place].request.base.ids.shape for place in (1, 5)]
+
+    def full(networks: Any, network: Any, like: Any, *more: Any) -> Any:
+        if network is pipeline.base and like.ids.shape in refused:
+            raise torch.OutOfMemoryError("full")
+        return make(networks, network, like, *more)
+
+    monkeypatch.setattr(scheduling, "_rows", full)
+    scheduler.submit(tickets[0])
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        scheduler.submit(tickets[1])
+    for ticket in tickets[2:]:
+        scheduler.submit(ticket)  # the last two wait for a lane
+    done: dict[Ticket, Picture | Exception] = {}
+    while scheduler.busy:
+        done.update(scheduler.advance())
+    assert set(done) == {*tickets} - {tickets[1]}
+    assert [ticket for ticket in done if isinstance(done[ticket], torch.OutOfMemoryError)] == [tickets[5]]
 
 
 def test_what_is_cancelled_is_not_drawn_and_its_row_is_another_s(pipeline: Pipeline) -> None:

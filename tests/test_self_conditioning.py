@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import tiny
 from ranks import run_ranks
-from raymuse.config.errors import ConfigError
+from raymuse.config.errors import ConfigError, UserError
 from raymuse.config.export import ExportConfig
 from raymuse.config.sampling import SamplingConfig
 from raymuse.config.training import TrainConfig
@@ -240,6 +240,42 @@ def test_a_row_that_is_taken_anew_knows_nothing_of_the_picture_before(network: B
             rows.step()
         seen.append(rows.ids.clone())
     assert torch.equal(*seen)
+
+
+def test_graphs_are_refused_when_the_model_is_loaded(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raymuse.drawing.networks.require_graphs", lambda device: None)
+    with pytest.raises(UserError, match=r"cuda_graphs: not with .*, which is self-conditioned"):
+        Pipeline.load(data.model, cuda_graphs=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_kept_guidance_feeds_back_what_the_row_itself_asked_anew(network: Base, at_once: int) -> None:
+    """A neighbour that joins a step later asks its network anew where this row keeps what it has."""
+    draw = torch.Generator().manual_seed(3)
+    told, free = (
+        network.condition(torch.randn(4, 5, 16, generator=draw), torch.randn(4, 8, generator=draw), torch.zeros(4, 5))
+        for _ in range(2)
+    )
+    course = Course.of(SamplingConfig(steps=6, guidance=3, guidance_every=2), 64)
+    ids = torch.full((1, 8, 8), network.config.mask_id)
+
+    def drawn(neighbour: Course | None) -> tuple[Tensor, Tensor | None]:
+        rows = Rows(network, (4, 8, 8), at_once=at_once)  # type: ignore[arg-type]
+        for row, own, steps in ((2, course, 1), (3, neighbour, 5)):
+            if own is not None:
+                one, other = (condition.rows(slice(row, row + 1)) for condition in (told, free))
+                rows.admit([row], one, other, ids=ids, seeds=[row], courses=[own])
+            for _ in range(steps):
+                rows.step()
+        return rows.ids[2], rows._fed.before(2 + 2 // at_once * at_once + at_once, 1)
+
+    (alone, fed), (beside, fed_beside) = drawn(None), drawn(course)
+    assert torch.equal(alone, beside)
+    assert fed is not None
+    assert fed_beside is not None
+    assert fed.any()
+    torch.testing.assert_close(fed_beside, fed)
 
 
 def test_a_picture_ordered_by_its_own_base_does_not_depend_on_its_batch(data: Data, network: Base) -> None:

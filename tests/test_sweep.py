@@ -165,13 +165,13 @@ def test_what_cannot_be_swept_is_refused_before_anything_is_drawn(
     plain = tmp_path / "plain.txt"
     plain.write_text("a cat\n")
     jsonl = tmp_path / "own.jsonl"
-    jsonl.write_text(json.dumps({"prompt": PROMPTS[0], "steps": 5}) + "\n")
+    jsonl.write_text(json.dumps({"prompt": PROMPTS[0], "steps": 5, "lora": "ink", "top_p": 0.5}) + "\n")
     for changes, said in (
         ({"by": "fid"}, "by=fid needs inception, and reference or statistics"),
         ({"order": "critic"}, "has no critic/"),
         ({"by": "accuracy", "prompts": str(plain)}, r"no prompt of .*plain.txt is of drawn shapes"),
         ({"top_p": [0.5, 2.0]}, "top_p: must be at most 1"),
-        ({"prompts": str(jsonl)}, "has its own steps, and here the command says how all are drawn"),
+        ({"prompts": str(jsonl)}, "has its own steps, lora, top_p, and here the command says how all are drawn"),
         ({"clip": None, "judge": "none"}, "nothing looks at the pictures"),
     ):
         config = from_values("sweep", {**values, **changes})

@@ -286,7 +286,7 @@ class Pipeline(Networks):
 
     def _possible(self, sampling: SamplingConfig) -> SamplingConfig:
         if sampling.masked_only and is_compiled(self.base):
-            raise UserError("masked_only has steps of other shapes, each of which would be compiled: draw without one.")
+            raise UserError("masked_only has steps of other shapes, each of which would be compiled: draw without it.")
         return sampling
 
     def _read(self, picture: PictureLike, mask: PictureLike | None, size: Size | None) -> tuple[Pixels, Mask | None]:

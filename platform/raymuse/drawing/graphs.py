@@ -47,8 +47,10 @@ class StepGraphs:
         torch.cuda.current_stream().wait_stream(side)
         for tensor, value in zip(self.state(), before, strict=True):
             tensor.copy_(value)
+        # One memory for all: they never run at a time, and nothing that one leaves there is another's.
+        pool = next((known.pool() for known in self._graphs.values()), None)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may draw, too
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may draw, too
             self.run(kind)
         return graph
 

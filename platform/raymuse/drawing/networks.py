@@ -103,9 +103,9 @@ class Networks:
         """
         if precision not in get_args(DrawPrecision):
             raise UserError(f"precision={precision!r}: there are {', '.join(get_args(DrawPrecision))}")
-        require_kernel(attention, device, precision)
         if cuda_graphs:
             require_graphs(device)
+        require_kernel(attention, device, precision)
         folder = local_folder(folder_or_id)
         inexact: Precision = "fp32" if precision == "fp32" else "tf32"
         vqgan = Vqgan.load(str(folder), device, inexact, variant=variant)
@@ -133,6 +133,8 @@ class Networks:
         if settings.superres is not None and settings.superres.order == "critic":
             raise UserError(f"{folder_or_id}: a critic judges the base's ids, so superres_sampling has another order.")
         parts = vqgan, text, base, settings, superres, superres_vqgan
+        if cuda_graphs and (base.config.self_conditioning or (superres and superres.config.self_conditioning)):
+            raise UserError(f"cuda_graphs: not with {folder_or_id}, which is self-conditioned: draw without.")
         loaded = cls(*parts, batch_size, critic, attention, cuda_graphs)
         if lora:
             loaded = loaded.styled(lora)

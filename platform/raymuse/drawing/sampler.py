@@ -216,8 +216,7 @@ class Rows:
         self._half = False  # whether logits come in fp16
         self._finite = torch.ones(count, dtype=torch.bool, device=device)  # whether all of a row's did, where they do
         self._feeds = bool(getattr(network.config, "self_conditioning", False))
-        if graphs and self._feeds:
-            raise UserError("cuda_graphs: not with a model that is self-conditioned: draw without.")
+        assert not (graphs and self._feeds), "what is fed back begins and is replaced elsewhere"
         self._graphs = StepGraphs(self._run, self._changing) if graphs else None
         self._fed = FedBack(2 * count)  # as _conditions
 
@@ -381,15 +380,16 @@ class Rows:
     def _with_kept(self, part: slice, conditional: Tensor, at: Tensor | None, free: Tensor | None = None) -> Tensor:
         """Guided logits, by what guidance adds at this step where it is fresh, else by what it added when it was."""
         assert self._added is not None, "a course that keeps it has made room"
-        kept = self._added[part]
+        kept, scale = self._added[part], self._scale.now(self._steps, part)[:, None, None]
         where = None if at is None else at[:, :, None].expand(-1, -1, kept.shape[-1])
         added = kept if where is None else kept.gather(1, where)
+        guided = conditional + (scale - 1) * added
         if free is not None:
             fresh = self._fresh.now(self._steps, part)[:, None, None]
             added = torch.where(fresh, conditional - free, added)
             kept.copy_(added) if where is None else kept.scatter_(1, where, added)
-        scale = self._scale.now(self._steps, part)[:, None, None]
-        return torch.where(scale == 1, conditional, conditional + (scale - 1) * added)
+            guided = torch.where(fresh, guide(conditional, free, scale), guided)  # as where no row keeps anything
+        return torch.where(scale == 1, conditional, guided)
 
     def _logits(self, part: slice, ids: Tensor, first: int, at: Tensor | None) -> Tensor:
         """Of the ids of a part, once or twice, under so many conditions from the first on."""
@@ -404,14 +404,14 @@ class Rows:
         return logits.flatten(1, 2).float()
 
     def _is_kept(self, part: slice, first: int, count: int) -> Tensor:
-        """Bool (count,): of which rows a step's features are the next step's; without the prompt of guided ones alone,
-        so that a row's picture does not depend on whether its neighbours are guided.
+        """Bool (count,): of which rows a step's features are the next step's; without the prompt of those alone that
+        ask anew, so that a row's picture does not depend on whether its neighbours do.
         """
         rows = part.stop - part.start
-        guided = self._scale.now(self._steps, part) != 1
+        anew = (self._scale.now(self._steps, part) != 1) & self._fresh.now(self._steps, part)
         if count > rows:
-            return torch.cat([torch.ones_like(guided), guided])
-        return guided if first - part.start - part.start // self.at_once * self.at_once else torch.ones_like(guided)
+            return torch.cat([torch.ones_like(anew), anew])
+        return anew if first - part.start - part.start // self.at_once * self.at_once else torch.ones_like(anew)
 
     def _judge(self, part: slice, ids: Tensor) -> Tensor:
         assert self.critic is not None

@@ -70,9 +70,10 @@ class Scheduler:
         self._outside = _Queue()
 
     def submit(self, ticket: Ticket) -> None:
-        """Have a picture drawn by the calls of `advance` that follow."""
+        """Have a picture drawn by the calls of `advance` that follow. Raises what keeps its shape from being drawn."""
         self._outside.put(ticket)
-        self._let_in()
+        for _, error in self._let_in():
+            raise error
 
     @property
     def busy(self) -> bool:
@@ -92,30 +93,42 @@ class Scheduler:
             with attention_by(self.networks.attention):
                 done = lane.advance()
         except Exception as error:
-            self._let_in()
-            return [(ticket, error) for ticket in lane.open]
+            return [*((ticket, error) for ticket in lane.open), *self._let_in()]
         ended = {ticket for ticket, _ in done}
         lane.open = {ticket: None for ticket in lane.open if not (ticket.cancelled or ticket in ended)}
         if lane.busy:
             self._lanes[shape] = lane
         elif self.networks.cuda_graphs:
             self._idle[shape] = lane
-            while len(self._idle) > MOST_LANES:
-                self._idle.popitem(last=False)
-        self._let_in()
-        return [*done]
+            self._keep_idle(MOST_LANES - len(self._lanes))
+        return [*done, *self._let_in()]
 
-    def _let_in(self) -> None:
-        """Those that wait outside, in their order, until one of them has a shape that there is no lane for."""
+    def _let_in(self) -> list[tuple[Ticket, Exception]]:
+        """Those that wait outside, in their order, until one of them has a shape that there is no lane for.
+
+        Returns those whose lane cannot be made, e.g. for lack of memory, with the reason.
+        """
+        failed: list[tuple[Ticket, Exception]] = []
         while (ticket := self._outside.next()) is not None:
             shape = ticket.request.shape
-            if shape not in self._lanes:
-                if len(self._lanes) >= MOST_LANES:
-                    return
-                idle = self._idle.pop(shape, None)
-                self._lanes[shape] = idle or _Lane(self.networks, self._texts, self._parts, ticket.request)
+            if shape not in self._lanes and len(self._lanes) >= MOST_LANES:
+                break
             self._outside.take(1)
+            if shape not in self._lanes:
+                idle = self._idle.pop(shape, None)
+                self._keep_idle(MOST_LANES - len(self._lanes) - 1)
+                try:
+                    self._lanes[shape] = idle or _Lane(self.networks, self._texts, self._parts, ticket.request)
+                except Exception as error:
+                    failed.append((ticket, error))
+                    continue
             self._lanes[shape].put(ticket)
+        return failed
+
+    def _keep_idle(self, most: int) -> None:
+        """Only the last ones: with those that are drawn they are `MOST_LANES`."""
+        while len(self._idle) > most:
+            self._idle.popitem(last=False)
 
 
 @dataclass(eq=False)

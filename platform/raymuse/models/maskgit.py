@@ -132,7 +132,7 @@ class MaskGit(nn.Module):
         """What the head reads, (B, h, w, D). Raises ValueError for a grid larger than the config's.
 
         Args:
-            at_BM: only these cells' is wanted, (B, M, 1, D), of a prepared condition: the last layer computes no other.
+            at_BM: cells that they are wanted of alone, by their row-major number: (B, M, 1, D); None: all.
             before_BhwD: the features of the step before, of a model with self-conditioning; None: there was none.
         """
         if max(ids_Bhw.shape[1:]) > self.config.sample_size:

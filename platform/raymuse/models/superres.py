@@ -156,7 +156,7 @@ class SuperRes(nn.Module):
         """What the head reads, (B, H, W, D). Raises ValueError if the grid does not fit the condition's.
 
         Args:
-            at_BM: only these cells' is wanted, (B, M, 1, D), of a prepared condition: the last layer computes no other.
+            at_BM: cells that they are wanted of alone, by their row-major number: (B, M, 1, D); None: all.
             before_BHWD: the features of the step before, of a model with self-conditioning; None: there was none.
         """
         self._check_grid(ids_BHW, condition)

@@ -194,7 +194,7 @@ class UVit(nn.Module):
         """What the head reads, (B, h, w, C). Raises ValueError for an odd grid if the model down-samples.
 
         Args:
-            at_BM: only these cells' is wanted, (B, M, 1, C). The convolutions need all of them to the end.
+            at_BM: cells that they are wanted of alone, by their row-major number: (B, M, 1, C); None: all.
             before_BhwC: the features of the step before, of a model with self-conditioning; None: there was none.
         """
         self._check_grid(ids_Bhw)

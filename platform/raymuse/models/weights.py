@@ -7,7 +7,7 @@ from pathlib import Path
 from raymuse.config.errors import UserError
 
 HUB = "hf://"
-TWINS = ".fp16."  # in the name of half-precision twins, which are never what is loaded
+TWINS = ("*.fp16[.-]*", "*.bf16[.-]*")  # names of half-precision twins, which are loaded only as a variant
 # NAME.fp16.safetensors; of shards NAME.fp16-00001-of-00002, and formerly NAME-00001-of-00002.fp16.
 _VARIANT = re.compile(r"^[^.]+?(?:\.([a-z]\w*))?(?:-\d+-of-\d+)?\.safetensors$")
 _READ = ("*.json", "*.safetensors", "*.txt", "*.model")
@@ -124,7 +124,7 @@ def _download(name: str, part: str, variant: str | None) -> Path:
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=["config.json", "*/config.json"]))
-        twins = [f"*{TWINS}*"] if variant is None else []
+        twins = [*TWINS] if variant is None else []
         if (folder / part / "config.json").exists():
             wanted, left = [f"{place}/{kind}" for place in (part, "tokenizer") for kind in _READ], twins
         else:

@@ -18,10 +18,11 @@ from raymuse.config.explain import sentences
 from raymuse.config.sampling import Options, SamplingConfig
 from raymuse.config.score import DrawnConfig
 from raymuse.drawing.model_folder import Settings, local_folder
+from raymuse.drawing.seeds import sample_seed
 from raymuse.models.base import read_shape
 from raymuse.models.network_files import read_config
 from raymuse.models.vqmodel import VqModelConfig
-from raymuse.pipeline import Pipeline, image_seed
+from raymuse.pipeline import Pipeline
 from raymuse.scoring.collected import features_bytes, features_file
 from raymuse.scoring.measures import Features, Measures, Pixels, Row, Subject, joined
 from raymuse.scoring.parts import written
@@ -111,7 +112,7 @@ def asked_of(config: DrawnConfig, prompts: str) -> list[Asked]:
         _require_plain(prompts, prompt)
         negative = config.negative if prompt.asked.negative is None else prompt.asked.negative
         for sample in range(prompt.asked.samples or config.samples):
-            seed = _seed(prompt, sample, config.seed)
+            seed = sample_seed(config.seed, prompt.index, sample, prompt.asked.seed)
             found.append(Asked(prompt.index, sample, prompt.prompt, negative, seed, prompt.asked.pixels or config.size))
     return found
 
@@ -122,16 +123,9 @@ def _require_plain(address: str, prompt: Prompt) -> None:
         raise UserError(f"{where} cannot be drawn: {prompt.fault[1]}. Every prompt counts here: mend it.")
     if prompt.asked.image is not None:
         raise UserError(f"{where} starts from an image: sweeps and comparisons draw from prompts alone.")
-    if own := [name for name in ("steps", "guidance", "temperature") if getattr(prompt.asked, name) is not None]:
+    own = [name for name in ("steps", "guidance", "temperature", "lora") if getattr(prompt.asked, name) is not None]
+    if own := [*own, *prompt.asked.sampling]:
         raise UserError(f"{where} has its own {', '.join(own)}, and here the command says how all are drawn: drop it.")
-
-
-def _seed(prompt: Prompt, sample: int, run_seed: int) -> int:
-    """As generate's: the row's own for its first picture, else by its place in the run."""
-    own = prompt.asked.seed
-    if own is None:
-        return image_seed(run_seed, prompt.index, sample)
-    return own if sample == 0 else image_seed(own, 0, sample)
 
 
 def asked_sha256(asked: Iterable[Asked]) -> str:

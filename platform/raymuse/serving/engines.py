@@ -17,7 +17,7 @@ from raymuse.clusters.placement import place
 from raymuse.config.errors import UserError
 from raymuse.config.generate import GenerateConfig
 from raymuse.serving.asked import LOST, Drawing, DrawRequest
-from raymuse.serving.generator import GeneratorActor, identity
+from raymuse.serving.generator import GeneratorActor, draws_as, identity
 from raymuse.serving.instance import ONLINE, join_serve, runs
 from raymuse.serving.limit import Limit
 from raymuse.serving.replicas import deployed, placed
@@ -73,16 +73,16 @@ def online_engine(config: GenerateConfig, name: str) -> Iterator[Engine]:
     Raises:
         UserError: no model that is served on this cluster draws what the job is to draw.
     """
-    wanted = identity(config.model, config.adapters, config.batch_size, config.precision, config)
+    wanted = identity(config.model, config.adapters, config.batch_size, config.precision, config, config.styles)
     running = serve.status().applications.get(ONLINE) if runs() else None
     for deployment in [one for one in running.deployments if one.startswith("Generator")] if running else []:
         handle = serve.get_deployment_handle(deployment, ONLINE)
-        if handle.identity.remote().result() == wanted:
+        if draws_as(handle.identity.remote().result(), wanted):
             yield _of(handle)
             return
     raise UserError(
         f"engine=online draws with the replicas of `raymuse serve`, and none that runs on this cluster serves "
-        f"{config.model} with batch_size={config.batch_size} and the same lora, precision and checker."
+        f"{config.model} with batch_size={config.batch_size} and the same lora, styles, precision and checker."
     )
 
 

@@ -3,8 +3,9 @@
 import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from raymuse.drawing.drawer import Drawer
 from raymuse.drawing.model_folder import model_sha256
 from raymuse.drawing.scheduler import Picture, Ticket
 from raymuse.drawing.tasks import Ids, Request
+from raymuse.models.lora import adapter_sha256
 from raymuse.pipeline import Pipeline
 from raymuse.serving.asked import Drawing, DrawRequest
 from raymuse.serving.checker import checker_facts, open_checker
@@ -55,7 +57,7 @@ class GeneratorActor:
             model, device=device, batch_size=batch_size, lora=lora, precision=precision, cuda_graphs=cuda_graphs
         )
         self._check = open_checker(checking, device)
-        self._identity = identity(model, lora, batch_size, precision, checking)
+        self._identity = identity(model, lora, batch_size, precision, checking, styles)
         self.styles, self.most_styles = styles, most_styles
         self._plain = Studio(self.pipeline, drawers)
         self._styled: OrderedDict[tuple[str, float], Studio] = OrderedDict()
@@ -123,7 +125,7 @@ class GeneratorActor:
         settings, load = self.pipeline.settings, sum(studio.load for studio in (self._plain, *self._styled.values()))
         return {"size": settings.size, "base_size": settings.base_size, "load": load}
 
-    async def identity(self) -> dict[str, object]:
+    async def identity(self) -> dict[str, Any]:
         """What decides the pictures: two generators of whom this is the same draw the same."""
         return await asyncio.to_thread(lambda: dict(self._identity))
 
@@ -199,11 +201,31 @@ class Studio:
 
 
 def identity(
-    model: str, lora: dict[str, float], batch_size: int, precision: DrawPrecision, checking: CheckingConfig
-) -> dict[str, object]:
+    model: str,
+    lora: dict[str, float],
+    batch_size: int,
+    precision: DrawPrecision,
+    checking: CheckingConfig,
+    styles: dict[str, str],
+) -> dict[str, Any]:
     """What decides a generator's pictures."""
     facts = {"model": model_sha256(model, lora), "batch_size": batch_size, "precision": precision}
-    return {**facts, **checker_facts(checking)}
+    return {**facts, **checker_facts(checking), "styles": _readable(styles)}
+
+
+def _readable(styles: dict[str, str]) -> dict[str, str]:
+    """The styles' sha256; one that is gone is missed by the request that asks for it."""
+    known = {}
+    for name, address in styles.items():
+        with suppress(UserError):
+            known[name] = adapter_sha256(address)
+    return known
+
+
+def draws_as(generator: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether a generator draws all that is wanted, by the identities of both; it may have more styles."""
+    has_styles = wanted["styles"].items() <= generator["styles"].items()
+    return has_styles and {**generator, "styles": None} == {**wanted, "styles": None}
 
 
 def _asked(pipeline: Pipeline, requests: list[DrawRequest]) -> list[Request | UserError]:

@@ -38,7 +38,7 @@ def measure(pipeline: Pipeline, drawers: int, peak: float | None = None) -> Limi
         peak: operations a second, where they are known; None: measured, in the number type of the drawing.
     """
     torch.set_num_threads(1)  # as in a drawer's thread
-    alone = replace(pipeline, batch_size=1)
+    alone = replace(pipeline, batch_size=1, cuda_graphs=False)  # a graph's operations are not seen
     first, second = (_operations(alone, steps) for steps in (1, 2))
     weight = next(pipeline.base.parameters())
     return Limit(first, second - first, drawers * measured_peak(weight.device, weight.dtype) if peak is None else peak)

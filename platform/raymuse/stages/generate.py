@@ -27,10 +27,11 @@ from raymuse.config.generate import GenerateConfig
 from raymuse.config.sampling import Options, SamplingConfig
 from raymuse.drawing.inputs import read_mask
 from raymuse.drawing.model_folder import model_sha256
+from raymuse.drawing.seeds import sample_seed
 from raymuse.encoding.pictures import decode
 from raymuse.masking import fresh_steps, guidance_scales
 from raymuse.models.lora import adapter_sha256
-from raymuse.pipeline import Pipeline, image_seed
+from raymuse.pipeline import Pipeline
 from raymuse.serving.asked import Drawing, DrawRequest, Editing
 from raymuse.serving.checker import checker_facts, open_checker
 from raymuse.serving.engines import Engine, ask, engine
@@ -147,7 +148,7 @@ def survey(config: GenerateConfig) -> Survey:
 def plan_parts(prompts: Iterable[Prompt], config: GenerateConfig) -> Iterator[tuple[str, list[Wanted]]]:
     """Which picture is in which part, of this shard: a function of prompts and config alone."""
     wanted = (
-        Wanted(prompt, sample, _seed(prompt, sample, config))
+        Wanted(prompt, sample, sample_seed(config.seed, prompt.index, sample, prompt.asked.seed))
         for prompt in prompts
         for sample in range(prompt.asked.samples or config.samples)
     )
@@ -157,14 +158,6 @@ def plan_parts(prompts: Iterable[Prompt], config: GenerateConfig) -> Iterator[tu
             return
         if number % shards == shard:
             yield f"part-{number:06d}", part
-
-
-def _seed(prompt: Prompt, sample: int, config: GenerateConfig) -> int:
-    """The row's own for its first picture, from which those of the others follow; else by its place in the run."""
-    own = prompt.asked.seed
-    if own is None:
-        return image_seed(config.seed, prompt.index, sample)
-    return own if sample == 0 else image_seed(own, 0, sample)
 
 
 def _draw_pending(
