@@ -295,8 +295,10 @@ def test_another_survey_on_the_same_output_is_refused(pictures: str, encoders: s
 
 def test_a_config_without_data_says_what_to_give() -> None:
     values = {"output": "out", "steps": 3}
-    with pytest.raises(UserError, match="name the token shards, or give `stream`"):
+    with pytest.raises(UserError, match=r"input: missing \(token shards\)"):
         from_values("train-base", values)
+    with pytest.raises(UserError, match="name the token shards, or give `stream`"):
+        from_values("train-base", {**values, "input": ""})
 
 
 def test_decoders_need_no_torch() -> None:
