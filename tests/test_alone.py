@@ -73,7 +73,7 @@ def stopped(data: str, tmp_path_factory: pytest.TempPathFactory) -> BaseConfig:
     first = checkpoint.folder_of(Path(config.output), EVERY) / "checkpoint.json"
 
     def tell() -> None:
-        wait_until(first.exists, 60)
+        wait_until(first.exists, 300)
         os.kill(os.getpid(), signal.SIGTERM)
 
     assert threading.current_thread() is threading.main_thread(), "who else would get the signal?"
@@ -113,7 +113,7 @@ def test_torchrun_goes_on_where_one_process_stopped(
         capture_output=True,
         text=True,
         env=outside,
-        timeout=200,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("going on from step") == 1
@@ -139,7 +139,7 @@ def test_a_kill_while_a_checkpoint_is_written_costs_that_checkpoint_alone(
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
         )
     try:
-        wait_until(lambda: f"step 25/{STEPS}" in log.read_text() or process.poll() is not None, 60)
+        wait_until(lambda: f"step 25/{STEPS}" in log.read_text() or process.poll() is not None, 300)
         assert process.poll() is None
     finally:
         process.kill()

@@ -73,7 +73,7 @@ class Working:
     def finish(self, interrupt: bool) -> tuple[int, str, str]:
         if interrupt:
             os.killpg(self.process.pid, signal.SIGINT)  # as a terminal's Ctrl-C does: all of the group gets it
-        out, err = self.process.communicate(None if interrupt else "\n", timeout=60)
+        out, err = self.process.communicate(None if interrupt else "\n", timeout=300)
         return self.process.returncode, out, err
 
     def leftovers(self) -> list[psutil.Process]:
@@ -100,7 +100,7 @@ def started() -> Iterator[dict[str, Working]]:
 def status(url: str, token: str | None) -> int:
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
     try:
-        return int(urllib.request.urlopen(request, timeout=20).status)
+        return int(urllib.request.urlopen(request, timeout=300).status)
     except urllib.error.HTTPError as error:
         return error.code
 
@@ -135,9 +135,9 @@ def test_nothing_stays_behind_after_sigkill(started: dict[str, Working]) -> None
     working = started["is killed"]
     working.wait()
     working.process.kill()
-    working.process.communicate(timeout=60)
+    working.process.communicate(timeout=300)
     assert working.leftovers() == []
-    wait_until(lambda: not working.folder.exists(), 60)
+    wait_until(lambda: not working.folder.exists(), 300)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_work_runs_on_machines_of_its_role() -> None:
     """On a real cluster of several nodes, in a process of its own."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_AUTH_MODE": "disabled"}
     words = [sys.executable, "-c", PLACED, "trainer", "generator", "cpu"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=180, env=clean)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=clean)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == {
         "decode": "cpu", "encode": "trainer", "train": "trainer", "draw": "generator", "encode ": "cpu",

@@ -70,10 +70,10 @@ def _storm(output: Path, sent: list[str]) -> None:
     """To three groups of workers in turn, each as soon as it has committed something."""
     known: set[int] = set()
     for deed in ("kill a worker", "tell a worker", "tell the driver"):
-        wait_until(lambda: len(_new_workers(known)) == 2, 100)
+        wait_until(lambda: len(_new_workers(known)) == 2, 300)
         workers = _new_workers(known)
         committed = len(list(output.glob("step-*/checkpoint.json")))  # the group before has ended by now
-        wait_until(lambda: len(list(output.glob("step-*/checkpoint.json"))) > committed, 100)  # noqa: B023
+        wait_until(lambda: len(list(output.glob("step-*/checkpoint.json"))) > committed, 300)  # noqa: B023
         if deed == "kill a worker":
             workers[-1].kill()
         elif deed == "tell a worker":

@@ -92,7 +92,7 @@ def change(nodes: Nodes, output: Path, did: list[str]) -> None:
     did.append("two nodes came")
     trained_by(3)
     nodes.drain(30)
-    wait_until(lambda: "asked to stop" in (output / "progress.log").read_text(), 30)
+    wait_until(lambda: "asked to stop" in (output / "progress.log").read_text(), 300)
     did.append("a node drained")
     nodes.kill()
     trained_by(2)

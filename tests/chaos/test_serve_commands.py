@@ -96,14 +96,14 @@ def test_sigterm_ends_raymuse_serve_when_its_requests_are_done(folder: str, tmp_
 
         with ThreadPoolExecutor(4) as pool:
             asked = [pool.submit(ask, seed) for seed in range(4)]
-            wait_until(lambda: all(one["load"] for one in httpx.get(f"{address}/ready").json()["models"].values()), 60)
+            wait_until(lambda: all(one["load"] for one in httpx.get(f"{address}/ready").json()["models"].values()), 300)
             began = time.monotonic()
             process.send_signal(signal.SIGTERM)
             answered = [one.result() for one in asked]
         assert [one.status_code for one in answered] == [200] * 4
         assert process.wait(120) == 143
         print(f"ended {time.monotonic() - began:.1f} s after SIGTERM, with 16 pictures on their way")
-        wait_until(lambda: not alive(ours), 30)
+        wait_until(lambda: not alive(ours), 300)
     for seed, one in enumerate(answered):
         alone = Pipeline.load(folder, batch_size=(4, 2)[seed % 2])([PROMPT], seeds=[seed], steps=200)
         np.testing.assert_array_equal(picture(one.json()["data"][0]["b64_json"]), alone.pixels[0])
@@ -118,7 +118,7 @@ def test_mlflow_models_serve_answers_for_a_registered_model(folder: str, tmp_pat
         where = ("--host", "127.0.0.1", "--port", str(port))
         with command(tmp_path / "log", *words, *where, MLFLOW_TRACKING_URI=server.uri) as process:
             began = time.monotonic()
-            wait_until(lambda: process.poll() is not None or answers(f"http://127.0.0.1:{port}/ping"), 180)
+            wait_until(lambda: process.poll() is not None or answers(f"http://127.0.0.1:{port}/ping"), 300)
             print(f"answers after {time.monotonic() - began:.1f} s")
             assert process.poll() is None, (tmp_path / "log").read_text()
             table = {"columns": ["prompt", "seed", "steps"], "data": [[PROMPT, 7, 3], ["a circle", 8, 2]]}
