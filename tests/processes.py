@@ -100,7 +100,7 @@ class Job:
         """SIGKILL the driver, and wait until its Ray has gone after it."""
         self.process.kill()
         self.process.wait()
-        wait_until(lambda: not self._left(), 300)
+        wait_until(lambda: not self._left(), 60)
 
     def wait(self) -> int:
         return self.process.wait(timeout=600)

@@ -137,7 +137,7 @@ def test_nothing_stays_behind_after_sigkill(started: dict[str, Working]) -> None
     working.process.kill()
     working.process.communicate(timeout=300)
     assert working.leftovers() == []
-    wait_until(lambda: not working.folder.exists(), 300)
+    wait_until(lambda: not working.folder.exists(), 60)
 
 
 @pytest.mark.parametrize(
