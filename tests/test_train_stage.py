@@ -50,7 +50,7 @@ def train_rank(config: BaseConfig) -> None:
 @pytest.fixture(scope="module")
 def disturbed(ray_cluster: Cluster, tokens: str, tmp_path_factory: pytest.TempPathFactory) -> BaseConfig:
     """The same training: a worker killed, the next group's told to leave, then the driver told to stop; and again."""
-    config = config_of(tmp_path_factory.mktemp("disturbed"), tokens)
+    config = config_of(tmp_path_factory.mktemp("disturbed"), os.path.relpath(tokens))  # as people type it
     assert threading.current_thread() is threading.main_thread(), "who else would get the signal?"
     before = signal.getsignal(signal.SIGTERM)
     sent: list[str] = []

@@ -110,6 +110,7 @@ def _group(config: TrainConfig, run: Run, notes: _Notes) -> bool:
             "run": run,
             "notes": notes,
             "host": socket.gethostname(),
+            "here": os.getcwd(),
         },
         torch_config=_TorchWithStop(),
         scaling_config=ScalingConfig(
@@ -202,6 +203,8 @@ def _worker(payload: dict[str, Any]) -> bool:
     What only a person can mend is told in a file, and a rank that finds the file ends well: Ray would start a failed
     one again. One of several fails first, since the others may wait for it.
     """
+    if Path(payload["here"]).is_dir():
+        os.chdir(payload["here"])  # relative addresses are the driver's
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(max(1, int(payload["config"]["cpus_per_worker"])))
     config = STAGES[payload["config"]["stage"]].model_validate(payload["config"])
