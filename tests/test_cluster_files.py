@@ -325,9 +325,7 @@ def test_the_definitions_are_the_operators_own() -> None:
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="no kubectl to compare with")
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: str(path.relative_to(KUBERAY)))
 def test_folders_are_built_as_kubectl_builds_them(folder: Path) -> None:
-    made = subprocess.run(
-        ["kubectl", "kustomize", str(folder)], capture_output=True, text=True, timeout=300, check=True
-    )
+    made = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, timeout=60, check=True)
     assert in_order(yaml.safe_load_all(made.stdout)) == in_order(build(folder))
 
 
@@ -528,7 +526,7 @@ def exported(folder: Path, head: str | None) -> dict[str, str]:
     show = f". {ROOT}/cluster/mlflow.sh; env"
     environment = {"PATH": os.environ["PATH"], "HOME": str(folder), **({"RAY_HEAD_IP": head} if head else {})}
     done = subprocess.run(
-        ["bash", "-euc", show], env=environment, capture_output=True, text=True, timeout=300, check=True
+        ["bash", "-euc", show], env=environment, capture_output=True, text=True, timeout=20, check=True
     )
     return dict(line.split("=", 1) for line in done.stdout.splitlines() if line.startswith("MLFLOW_"))
 
@@ -569,7 +567,7 @@ def test_a_new_token_or_setting_gets_a_new_server_for_mlflow(tmp_path: Path) -> 
 
     def serve(text: str) -> None:
         token.write_text(text)
-        subprocess.run(["bash", "-euc", f". {ROOT}/cluster/mlflow.sh serve"], env=environment, timeout=300, check=True)
+        subprocess.run(["bash", "-euc", f". {ROOT}/cluster/mlflow.sh serve"], env=environment, timeout=20, check=True)
 
     def until(started: int, ended: int) -> None:
         deadline = time.monotonic() + 15

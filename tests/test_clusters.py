@@ -73,11 +73,11 @@ class Working:
     def finish(self, interrupt: bool) -> tuple[int, str, str]:
         if interrupt:
             os.killpg(self.process.pid, signal.SIGINT)  # as a terminal's Ctrl-C does: all of the group gets it
-        out, err = self.process.communicate(None if interrupt else "\n", timeout=300)
+        out, err = self.process.communicate(None if interrupt else "\n", timeout=60)
         return self.process.returncode, out, err
 
     def leftovers(self) -> list[psutil.Process]:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 5
         while left := [child for child in self.children if child.is_running()]:
             if time.monotonic() > deadline:
                 break
@@ -100,7 +100,7 @@ def started() -> Iterator[dict[str, Working]]:
 def status(url: str, token: str | None) -> int:
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
     try:
-        return int(urllib.request.urlopen(request, timeout=300).status)
+        return int(urllib.request.urlopen(request, timeout=20).status)
     except urllib.error.HTTPError as error:
         return error.code
 
@@ -135,9 +135,9 @@ def test_nothing_stays_behind_after_sigkill(started: dict[str, Working]) -> None
     working = started["is killed"]
     working.wait()
     working.process.kill()
-    working.process.communicate(timeout=300)
+    working.process.communicate(timeout=60)
     assert working.leftovers() == []
-    wait_until(lambda: not working.folder.exists(), 60)
+    wait_until(lambda: not working.folder.exists(), 10)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_it_runs_without_a_working_tree(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert {one["name"] for one in json.loads(done.stdout)} >= {"python", "versions", "disk", "ray auth"}

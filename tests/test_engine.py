@@ -19,7 +19,7 @@ from raymuse.training.ema import Ema
 from raymuse.training.engine import Engine, PlainEngine, full_weights, global_sum, rank_and_world
 from raymuse.training.optimizers import build_optimizer, learning_rate_scale
 
-ROWS, STEPS, HALF, MICRO = 8, 12, 6, 2
+ROWS, STEPS, HALF, MICRO = 8, 20, 10, 2
 WORDS = 15_001  # ZeRO-3 keeps parameters of fewer than 100,000 numbers whole on every rank: one must be larger
 HAS_8BIT = find_spec("bitsandbytes") is not None  # the machine of the tests may have none: then the rest is shown
 NAMES = [name for name in get_args(OptimizerName) if name != "adamw-8bit" or HAS_8BIT]

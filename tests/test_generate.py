@@ -276,7 +276,7 @@ def test_a_request_that_fails_costs_its_neighbours_nothing(drawn: GenerateConfig
         limit = draw.limit(None)
     assert limit is not None
     assert limit.peak > 1e9
-    wait_until(lambda: not children_named("ray::GeneratorActor"), 60)
+    wait_until(lambda: not children_named("ray::GeneratorActor"), 20)
     assert isinstance(answers[1], Exception)
     for answer, expected in zip((answers[0], answers[2]), together, strict=True):
         assert isinstance(answer, Drawing)

@@ -332,7 +332,7 @@ def test_a_run_killed_with_two_encoders_and_resumed_with_four_writes_the_bytes_o
     done = committed()
     assert 0 < done < 12
     (ray,) = folder.glob("raymuse-*")
-    wait_until(lambda: not alive(marked(ray)), 60)
+    wait_until(lambda: not alive(marked(ray)), 30)
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "_manifest").glob("part-*.json")}
     pretokenize(changed(config, encoders=4, min_encoders=1, decoders=3), Run.off())  # they come as work waits

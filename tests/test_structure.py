@@ -61,7 +61,7 @@ def test_the_science_imports_without_ray_and_mlflow() -> None:
     for name in FREE_OF_RAY:
         modules += [f"raymuse.{name}"] if (PACKAGE / f"{name}.py").exists() else []
         modules += [f"raymuse.{name}.{path.stem}" for path in sorted((PACKAGE / name).glob("[!_]*.py"))]
-    done = subprocess.run([sys.executable, "-c", IMPORT_WITHOUT, *modules], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", IMPORT_WITHOUT, *modules], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 

@@ -103,7 +103,7 @@ def test_sigterm_ends_raymuse_serve_when_its_requests_are_done(folder: str, tmp_
         assert [one.status_code for one in answered] == [200] * 4
         assert process.wait(120) == 143
         print(f"ended {time.monotonic() - began:.1f} s after SIGTERM, with 16 pictures on their way")
-        wait_until(lambda: not alive(ours), 60)
+        wait_until(lambda: not alive(ours), 30)
     for seed, one in enumerate(answered):
         alone = Pipeline.load(folder, batch_size=(4, 2)[seed % 2])([PROMPT], seeds=[seed], steps=200)
         np.testing.assert_array_equal(picture(one.json()["data"][0]["b64_json"]), alone.pixels[0])
