@@ -100,6 +100,7 @@ LAUNCHER_RULES = [
     ),
     (AWS, " RAY_enable_autoscaler_v2=1", "", "labels need Ray's second autoscaler"),
     (AWS, "--labels=raymuse/role=head,", "--labels=", "the head must say its role itself"),
+    (ONPREM, " RAY_enable_autoscaler_v2=0", "", "never starts the workers of provider.type local: export"),
 ]
 
 

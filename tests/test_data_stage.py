@@ -105,12 +105,14 @@ def test_a_parquet_file_is_split_without_loss(tmp_path: Path) -> None:
     assert [row["prompt"] for row in prompts(folder)] == [row.captions[0] for row in test]
 
 
-def test_file_names_are_captions_where_there_are_no_others(tmp_path: Path) -> None:
+def test_file_names_are_captions_where_there_are_no_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a_plan.svg").write_text("<svg/>")
     for name in ("a_red_boat", "a_grey_cat", "two_dogs"):
         (tmp_path / f"{name}.png").write_bytes(encode(Image.new("RGB", (16, 16))))
     folder = made(tmp_path / "data", source=str(tmp_path))
     captions = [row.captions[0] for part in ("train", "test") for row in pictures(folder / part)]
     assert sorted(captions) == ["a grey cat", "a red boat", "two dogs"]
+    assert f"left out of {tmp_path} beside 3 usable pictures: 1 unsupported_format" in capsys.readouterr().out
 
 
 def test_a_lost_record_is_made_again_and_nothing_else(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def _node_types(config: Document) -> dict[str, Document]:
 def _rules(config: Document, path: Path) -> Iterator[str]:
     yield from _counts(config)
     yield from _roles(config)
+    yield from _own_machines(config)
     yield from _images(config, path)
     yield from _commands(config)
     yield from _authentication(config)
@@ -106,6 +107,16 @@ def _roles(config: Document) -> Iterator[str]:
         yield "head_start_ray_commands: labels need Ray's second autoscaler: export RAY_enable_autoscaler_v2=1"
     if f"{ROLE}=head" not in starts:
         yield f"head_start_ray_commands: the head must say its role itself: `ray start --head --labels={ROLE}=head`"
+
+
+def _own_machines(config: Document) -> Iterator[str]:
+    """Machines of one's own join by Ray's first autoscaler alone (ray-project/ray issue 57153)."""
+    starts = " ".join(_lines(config, "head_start_ray_commands"))
+    if mapping(config.get("provider")).get("type") == "local" and "RAY_enable_autoscaler_v2=0" not in starts:
+        yield (
+            "head_start_ray_commands: Ray's second autoscaler, which `ray up` turns on, never starts the workers of "
+            "provider.type local: export RAY_enable_autoscaler_v2=0"
+        )
 
 
 def _images(config: Document, path: Path) -> Iterator[str]:

@@ -139,6 +139,9 @@ def _folder_source(config: DataConfig) -> tuple[Source, dict[str, int]]:
     numbers = sorted(range(len(index)), key=lambda number: _hash(index.key(number)))
     test = max(1, min(config.test, int(len(index) * LARGEST_TEST_SHARE)))
     splits = {"train": sorted(numbers[test:])[: config.train], "test": sorted(numbers[:test])}
+    if refused := index.refused():
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(refused.items()))
+        print(f"left out of {config.source} beside {len(index)} usable pictures: {reasons}", flush=True)
     sizes = {split: len(chosen) for split, chosen in splits.items()}
     return partial(_from_index, index=index, splits=splits), sizes
 

@@ -1,8 +1,9 @@
 """What a step of a masked training takes, found without taking it: its passes run on tensors that have no numbers.
 
-PyTorch's fake tensors know shapes, dtypes and storages alone. So the real network, with its real backward pass,
-autocast and recomputation, is counted operation by operation on a machine that could not hold it. Work and memory grow
-by the same amount a layer: two shallow networks are run, and the rest is a straight line.
+PyTorch's meta and fake tensors know shapes, dtypes and storages alone; fake ones, at twice the cost, also on which device
+they would lie, which autocast goes by. So the real network, with its real backward pass and recomputation, is counted
+operation by operation on a machine that could not hold it. Work and memory grow by the same amount a layer: two shallow
+networks are run, and the rest is a straight line.
 
 B samples, h w grid, T text tokens, E text width, P pooled width, K codes.
 """
@@ -64,7 +65,7 @@ def flops(shape: Shape, sizes: Sizes, adapter: LoraConfig | None, recompute: boo
     """Floating-point operations (a multiply-add is two) of a forward and backward pass, or a forward pass alone."""
 
     def count(network: Base | SuperRes) -> float:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        with torch.device("meta"), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             _step(network, sizes, "fp32", backward)
         return float(counter.get_total_flops())
 
@@ -91,13 +92,15 @@ def activations(shape: Shape, sizes: Sizes, adapter: LoraConfig | None, recomput
     """Bytes at the fullest moment of a step beside the weights and their gradients, which lie there before."""
 
     def peak(network: Base | SuperRes) -> float:
-        held = [*network.parameters()]
-        for parameter in held:
-            if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
-                held.append(parameter.grad)  # type: ignore[arg-type]
-        with _Living(held) as living:
-            _step(network, sizes, precision, True)
+        with FakeTensorMode():
+            _to_fakes(network)
+            held = [*network.parameters()]
+            for parameter in held:
+                if parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
+                    held.append(parameter.grad)  # type: ignore[arg-type]
+            with _Living(held) as living:
+                _step(network, sizes, precision, True)
         return float(living.peak)
 
     return _over_layers(shape, adapter, recompute, peak)
@@ -111,9 +114,7 @@ def _over_layers(
     for layers in SHALLOW:
         network = outline(replace(shape, num_hidden_layers=layers), adapter)
         network.gradient_checkpointing = recompute
-        with FakeTensorMode():
-            _to_fakes(network)
-            found.append(measure(network))
+        found.append(measure(network))
     first, second = found
     return first + (shape.num_hidden_layers - SHALLOW[0]) * (second - first)
 
