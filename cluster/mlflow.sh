@@ -14,7 +14,7 @@ derived() {
   { printf '%s ' "$1"; tr -d '[:space:]' < "${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}"; } | sha256sum | cut -c 1-40
 }
 
-# serve: starts the server, again whenever it ends, and ends it five minutes after Ray. Where one runs with the same token
+# serve: starts the server, again whenever it ends (ten seconds after the last start), and ends it five minutes after Ray. Where one runs with the same token
 # and settings, it stays; one with others ends, and this one takes its place.
 serve() {
   mkdir -p "$HOME/mlflow"
@@ -38,9 +38,11 @@ serve() {
     MLFLOW_FLASK_SERVER_SECRET_KEY="$(derived mlflow-sessions)"; export MLFLOW_FLASK_SERVER_SECRET_KEY
     export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
     export MLFLOW_SERVER_ALLOWED_HOSTS="localhost:*,127.0.0.1:*,$(address):5000"   # against DNS rebinding
-    server= alone=0
+    server= alone=0 rest=0
     while [ "$alone" -lt 300 ] && [ "$as" = "$(cat wanted)" ]; do
-      if [ -z "$server" ] || ! kill -0 "$server" 2> /dev/null; then
+      rest=$((rest - 1))
+      if [ "$rest" -lt 0 ] && { [ -z "$server" ] || ! kill -0 "$server" 2> /dev/null; }; then
+        rest=10   # one that cannot start, for want of a package say, must not keep a core busy
         rm -f basic_auth.db   # holds nothing but the one user, whose password follows the token
         mlflow server --app-name basic-auth --host 0.0.0.0 --port 5000 --workers 1 >> server.log 2>&1 9>&- &
         server=$!
