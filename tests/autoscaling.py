@@ -12,7 +12,7 @@ import yaml
 
 from heads import ROOT, Grows, Head
 
-PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+PROVIDER = "fake_provider.OwnFolders"
 HEAD = "ray.head.default"  # what the provider says that its head is
 HEAD_ID = "f" * 51 + "00000"
 IDLE_SECONDS = 6
@@ -34,6 +34,7 @@ def grows_like_aws(version: int) -> Grows:
         path = folder / "autoscaling.json"
         path.write_text(json.dumps(_config(address, version)))
         variables = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+        variables |= {"PYTHONPATH": str(Path(__file__).parent), "FAKE_NODES": str(folder)}
         if version == 2:
             variables |= {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": HEAD_ID}
             variables |= {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID}

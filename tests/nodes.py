@@ -50,28 +50,35 @@ class Node:
 
 def nodes_of(head: Head) -> list[Node]:
     """The head's living nodes but itself."""
-    found = []
+    found, temporary = [], f"--temp_dir={head.folder}"
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if process.name() == "raylet" and f"--temp_dir={head.folder}" in process.cmdline():
+            if process.name() == "raylet" and any(word.startswith(temporary) for word in process.cmdline()):
                 found.append(Node(process))
     return [node for node in found if not node.is_head]
 
 
 class Nodes:
-    """Machines that join and leave; each has an address of its own of this machine's loopback."""
+    """Machines that join and leave; each has an address of its own of this machine's loopback, and a folder of its own.
+
+    In a common one a node that joins would unpack a job's working folder anew, under all who stand in it.
+    """
 
     def __init__(self, head: Head, num_cpus: int) -> None:
         self.head, self.num_cpus, self.made = head, num_cpus, 0
 
     def add(self) -> None:
-        """Start one, and return when the head knows it. Two at once would take the same name for their sockets."""
+        """Start one, and return when the head knows it."""
         wanted = len(nodes_of(self.head)) + 1
         self.made += 1
         # Those that Ray would choose itself it waits for, fifteen seconds and no longer.
         agent, inner, metrics, environments = free_ports(4)
         words = ["start", f"--address={self.head.gcs}", f"--node-ip-address=127.0.0.{self.made + 1}"]
-        words += [f"--num-cpus={self.num_cpus}", "--object-store-memory=100000000"]
+        words += [
+            f"--num-cpus={self.num_cpus}",
+            "--object-store-memory=100000000",
+            f"--temp-dir={self.head.folder}/{self.made}",
+        ]
         words += ["--min-worker-port=0", "--max-worker-port=0", f"--metrics-export-port={metrics}"]
         words += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={inner}"]
         words += [f"--runtime-env-agent-port={environments}"]

@@ -5,7 +5,8 @@ import json
 import random
 import shutil
 import tempfile
-import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -88,30 +89,22 @@ def test_nodes_that_die_lose_double_and_change_nothing(
         engine=engine,
     )
     generate(config, Run.off())
-    stop, killed = threading.Event(), 0
-    output = tmp_path / "stormy"
-    node = ray_cluster.add_node(num_cpus=3, include_log_monitor=False)
-
-    def kill() -> None:
-        nonlocal killed, node
-        while not stop.is_set():
+    killed, output = 0, tmp_path / "stormy"
+    wide = {"output": str(output), "replicas": 3, "cpus_per_replica": 2, "in_flight": 3}
+    node = ray_cluster.add_node(num_cpus=3, include_log_monitor=False)  # in this thread alone, Ray's own signals ask
+    with ThreadPoolExecutor() as pool:
+        job = pool.submit(generate, config.model_copy(update=wide), Run.off())
+        while not job.done():
             before = written(output)
-            while not stop.wait(0.2) and written(output) == before:
-                pass
-            stop.wait(4)  # so that a replica may begin there
-            ray_cluster.remove_node(node, allow_graceful=False)
-            killed += 1
-            node = ray_cluster.add_node(num_cpus=3, include_log_monitor=False)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    try:
-        wide = {"output": str(output), "replicas": 3, "cpus_per_replica": 2, "in_flight": 3}
-        generate(config.model_copy(update=wide), Run.off())
-    finally:
-        stop.set()
-        killer.join()
-        ray_cluster.remove_node(node)
+            while not job.done() and written(output) == before:
+                time.sleep(0.2)
+            wait([job], timeout=4)  # so that a replica may begin there
+            if not job.done():
+                ray_cluster.remove_node(node, allow_graceful=False)
+                killed += 1
+                node = ray_cluster.add_node(num_cpus=3, include_log_monitor=False)
+        job.result()
+    ray_cluster.remove_node(node)
     print(f"{killed} nodes killed")
     assert killed >= 2
     assert sums(output) == sums(tmp_path / "calm")
