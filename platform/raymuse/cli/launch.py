@@ -11,6 +11,7 @@ from raymuse.clusters.local import session, submitted
 from raymuse.clusters.watching import watching_driver
 from raymuse.config.base import StageConfig
 from raymuse.config.errors import UserError
+from raymuse.config.recipe import stage_of
 from raymuse.recording import recorded, run_of
 from raymuse.tracking.registry import with_model
 from raymuse.tracking.run import Run, finishing, open_run
@@ -62,7 +63,7 @@ def _tracked(config: StageConfig, mlflow: str | None) -> Iterator[Run]:
     experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "raymuse")
     resumed = os.environ.get("MLFLOW_RUN_ID")  # a submitted job's run, the same in every attempt
     if uri is not None and resumed is not None:
-        run = open_run(uri, experiment, str(type(config).model_fields["stage"].default), resume=resumed)
+        run = open_run(uri, experiment, stage_of(type(config)), resume=resumed)
     else:
         run = run_of(config, uri, experiment)
     with finishing(run):

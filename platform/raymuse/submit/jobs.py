@@ -19,6 +19,7 @@ from raymuse.clusters.jobserver import JobServer
 from raymuse.config.base import Config
 from raymuse.config.errors import UserError
 from raymuse.config.flow import FlowConfig
+from raymuse.config.recipe import stage_of
 from raymuse.submit.following import Say
 from raymuse.submit.order import Order, check, entry_resources, keep, require_reachable, runtime_env, storage
 from raymuse.submit.package import Package, digest, gather, mib
@@ -147,7 +148,7 @@ def run_key(name: str, config: Config) -> str:
 @contextlib.contextmanager
 def _opened(order: Order, config: Config, name: str) -> Any:
     """The job's MLflow run, new or gone on with; failed, where the job cannot be sent."""
-    title = "flow" if isinstance(config, FlowConfig) else str(type(config).model_fields["stage"].default)
+    title = stage_of(type(config))
     run = open_run(order.mlflow, experiment(config), title, resume=run_key(name, config) if order.mlflow else None)
     run.flush(OPEN_SECONDS)
     try:

@@ -18,7 +18,7 @@ from raymuse.config.describe import describe
 from raymuse.config.errors import UserError
 from raymuse.config.flow import FlowConfig
 from raymuse.config.load import command
-from raymuse.config.recipe import SECTIONS
+from raymuse.config.recipe import SECTIONS, stage_of
 from raymuse.scoring.summary import flat, markdown
 from raymuse.stages.score import read_scores
 from raymuse.submit import jobs
@@ -26,8 +26,6 @@ from raymuse.submit.following import follow
 from raymuse.submit.order import Order
 from raymuse.tracking.provenance import COMMIT, JOB_VARIABLE
 from raymuse.tracking.run import Run, finishing, open_run
-
-COMMAND = "pipeline"  # the command of raymuse that this job runs
 
 
 def check_stages(stages: Sequence[str]) -> list[str]:
@@ -118,8 +116,7 @@ class _Row:
             submission = str(running[-1].submission_id)
         else:
             submission = name if not known else f"{name}-{len(known) + 1}"
-            stage = str(type(config).model_fields["stage"].default)
-            order = Order(command(stage).removeprefix("raymuse "), f"{recipe}:{section}", changes)
+            order = Order(command(stage_of(type(config))).removeprefix("raymuse "), f"{recipe}:{section}", changes)
             self._send(order, config, name, submission, run)
         print(f"[{section}] job {submission} -> {config.output}", flush=True)
         try:
