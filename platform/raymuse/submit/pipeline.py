@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from ray.dashboard.utils import ray_address_to_api_server_url
-from ray.job_submission import JobStatus
 
 from raymuse.clusters.jobserver import JobServer, connect
 from raymuse.config.base import StageConfig
@@ -110,12 +109,12 @@ class _Row:
         config: StageConfig = getattr(self.config, section).within(self.config.workdir)
         name = f"{self.name}.{section}"
         known = jobs.attempts(self.server, name)
-        running = [job for job in known if not JobStatus(job.status).is_terminal()]
+        going = jobs.running(known)
         run = self._opened(section, name, config)
-        if running:
-            submission = str(running[-1].submission_id)
+        if going is not None:
+            submission = str(going.submission_id)
         else:
-            submission = name if not known else f"{name}-{len(known) + 1}"
+            submission = jobs.next_id(name, known)
             order = Order(command(stage_of(type(config))).removeprefix("raymuse "), f"{recipe}:{section}", changes)
             self._send(order, config, name, submission, run)
         print(f"[{section}] job {submission} -> {config.output}", flush=True)
