@@ -496,7 +496,7 @@ def test_the_cost_of_a_picture_is_that_of_its_network_calls(drawn: GenerateConfi
         with FlopCounterMode(display=False) as counter:
             pipeline.draw([pipeline.request("a", 0, steps=steps, guidance=guidance)])
         # the negative prompt is read once more than a picture without guidance needs it
-        assert limit.picture(passes) == pytest.approx(counter.get_total_flops(), rel=0.15)
+        assert limit.work(1, passes) == pytest.approx(counter.get_total_flops(), rel=0.15)
     assert limit.peak == 1e12
     assert 1e9 < measure(pipeline, 1).peak < 1e13
 

@@ -171,9 +171,6 @@ def test_precomputed_condition_gives_the_same_logits_and_reads_no_text(qk_norm: 
         if name.endswith(("attn2.to_k", "attn2.to_v", "text_proj")):
             module.register_forward_pre_hook(lambda module, _: pytest.fail(f"ran {module}"))
     torch.testing.assert_close(model.features(ids, ready), expected, atol=1e-6, rtol=1e-6)
-    order = torch.tensor([2, 0, 0])
-    assert {tensor.shape[0] for tensor in ready.tensors()} == {3}
-    torch.testing.assert_close(model.features(ids[order], ready.rows(order)), expected[order], atol=1e-6, rtol=1e-5)
 
 
 def loss_of(model: MaskGit, arguments: Inputs) -> Tensor:

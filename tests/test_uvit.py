@@ -165,19 +165,6 @@ def test_precomputed_condition_gives_the_same_logits_and_runs_no_context_layer(r
     torch.testing.assert_close(model.features(ids, ready), expected, atol=1e-6, rtol=1e-6)
 
 
-def test_condition_rows_select_samples() -> None:
-    model = seeded(TINY)
-    disturb(model)
-    ids, *rest = inputs_for(TINY)
-    ready = model.precompute(model.condition(*rest))
-    order = torch.tensor([2, 0, 0])
-    assert {tensor.shape[0] for tensor in ready.tensors()} == {3}
-    chosen = ready.rows(order)
-    torch.testing.assert_close(
-        model.features(ids[order], chosen), model.features(ids, ready)[order], atol=1e-6, rtol=1e-5
-    )
-
-
 def test_odd_grid_is_refused_only_by_a_model_that_down_samples() -> None:
     config = replace(TINY, downsample=True, upsample=True)
     with pytest.raises(ValueError, match="grid 5x6"):

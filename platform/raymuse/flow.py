@@ -84,7 +84,7 @@ def demo(config: FlowConfig, json_path: Path | None) -> None:
         server.wait()
         with _tracked(server.uri, config, record) as parent:
             _run_stages(config, root, record, server.uri, parent)
-            summary = _summary(config, root, record, server.uri, parent)
+            summary = _summary(config, root, record)
             _publish(config, root, parent, summary, record)
     print(_closing(summary, record), flush=True)
     if json_path is not None:
@@ -156,7 +156,7 @@ def tree_gib(root: psutil.Process) -> float:
     return total / 2**30
 
 
-def _summary(config: FlowConfig, root: Path, record: Record, uri: str, parent: Run) -> dict[str, Any]:
+def _summary(config: FlowConfig, root: Path, record: Record) -> dict[str, Any]:
     """The closing table as data."""
     scores = read_scores(config.score.within(str(root)).output)
     images = config.generate.within(str(root)).output

@@ -272,14 +272,14 @@ class Pipeline(Networks):
     # --- what does not fit
 
     def _sampling(self, options: Options) -> SamplingConfig:
-        sampling = _changed("sampling", self.settings.base, options)
+        sampling = changed("sampling", self.settings.base, options)
         if sampling.order == "critic" and self.critic is None:
             raise UserError("order critic: this model has no critic/. `raymuse train critic` trains one.")
         return self._possible(sampling)
 
     def _superres_sampling(self, options: Options) -> SamplingConfig:
         assert self.settings.superres is not None, "a model folder with superres/ says how to sample it"
-        sampling = _changed("super-resolution's sampling", self.settings.superres, options)
+        sampling = changed("super-resolution's sampling", self.settings.superres, options)
         if sampling.order == "critic":
             raise UserError("order critic: a critic judges the base's ids, so the super-resolution has another order.")
         return self._possible(sampling)
@@ -329,7 +329,8 @@ class Pipeline(Networks):
         return None
 
 
-def _changed(where: str, own: SamplingConfig, options: Options) -> SamplingConfig:
+def changed(where: str, own: SamplingConfig, options: Options) -> SamplingConfig:
+    """A sampling with some options instead, those that are not None. Raises ConfigError, which says `where`."""
     given = {name: value for name, value in options.items() if value is not None}
     try:
         return SamplingConfig.model_validate({**own.model_dump(), **given})

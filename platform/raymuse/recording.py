@@ -24,6 +24,7 @@ from raymuse.config.base import Config, StageConfig, is_address
 from raymuse.config.describe import describe
 from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.load import command
+from raymuse.config.recipe import stage_of
 from raymuse.storage.folder import Folder
 from raymuse.storage.manifest import PartRecord, read_records
 from raymuse.storage.places import find_place
@@ -107,7 +108,7 @@ def run_of(
         name: of a new run; None: the stage's.
         parent: the run that a new one is part of.
     """
-    stage = _stage(config)
+    stage = stage_of(type(config))
     earlier = Made.read(config.output) if uri is not None else None
     if uri is not None and earlier is not None and (earlier.server, earlier.stage) == (uri.rstrip("/"), stage):
         return open_again(uri, experiment, name or stage, earlier.run)
@@ -232,7 +233,7 @@ def _digest(lines: list[str]) -> str:
 
 
 def _open(config: StageConfig, run: Run, inputs: list[Input]) -> None:
-    stage = _stage(config)
+    stage = stage_of(type(config))
     run.params(config.model_dump(mode="json"))
     run.tags({"raymuse.stage": stage, "raymuse.output": config.output, **code_tags(command(stage))})
     run.text(describe(config), "config.yaml")
@@ -243,10 +244,6 @@ def _open(config: StageConfig, run: Run, inputs: list[Input]) -> None:
             run.dataset(_title(one.address), one.digest, one.address, context, one.rows)
     run.parents({one.role: one.made.run for one in inputs if one.made is not None})
     run.note(_note(config, inputs, "running", []))
-
-
-def _stage(config: StageConfig) -> str:
-    return str(type(config).model_fields["stage"].default)
 
 
 def _title(address: str) -> str:
@@ -275,7 +272,7 @@ def _close(
         if rejects := _rejects(folder):
             run.table(rejects, "rejects.json")
         if is_maker and run.identity is not None and run.id is not None and folder.exists(CONFIG):
-            made = Made(run.id, run.identity.uri, _stage(config), attempt.number, attempt.spent)
+            made = Made(run.id, run.identity.uri, stage_of(type(config)), attempt.number, attempt.spent)
             folder.write(MADE_BY, json.dumps(asdict(made), indent=1).encode())
     except UNREADABLE as error:  # of a disk that is full or away: the work's own error is what counts
         lines.append(f"- its folder: {_sentence(error)}")
@@ -314,7 +311,7 @@ def _rejects(folder: Folder) -> list[dict[str, Any]]:
 
 def _note(config: StageConfig, inputs: list[Input], outcome: str, lines: list[str]) -> str:
     """The description of a stage's run."""
-    text = [f"**{_stage(config)}** to `{config.output}`: {outcome}", ""]
+    text = [f"**{stage_of(type(config))}** to `{config.output}`: {outcome}", ""]
     for one in inputs:
         made = f", made by {link_to(one.made.run, one.made.stage)}" if one.made is not None else ""
         digest = f" ({one.digest[:12]})" if one.digest else ""

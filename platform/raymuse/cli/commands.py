@@ -15,6 +15,8 @@ from raymuse.cli.words import (
     data_config,
     generate_config,
     is_data,
+    mlflow_uri,
+    require_folder_of,
     split,
     sweep_config,
 )
@@ -63,14 +65,12 @@ def demo(
     dry_run: DryRun = False,
 ) -> None:
     """Run the whole flow on this machine: data to scores."""
-    from raymuse.config.errors import UserError
     from raymuse.config.flow import FlowConfig
     from raymuse.config.load import load
 
     flow_config = load(recipe, changes or [], "flow")
     assert isinstance(flow_config, FlowConfig)
-    if json is not None and not json.absolute().parent.is_dir():
-        raise UserError(f"--json {json}: there is no folder {json.absolute().parent}; make it first.")
+    require_folder_of("--json", json)
     if dry_run:
         from raymuse.cli.plans import flow_plan
 
@@ -93,7 +93,6 @@ def styledrop(
 
     PICTURE's file name is its caption, such as "a house in watercolour style.jpg", unless caption=... says it.
     """
-    import os
     from functools import partial
 
     from raymuse.config.load import load
@@ -105,7 +104,7 @@ def styledrop(
     from raymuse import styledrop as flow
     from raymuse.cli.launch import run_stage
 
-    run_stage(partial(flow.styledrop, uri=mlflow or os.environ.get("MLFLOW_TRACKING_URI")), loaded, mlflow)
+    run_stage(partial(flow.styledrop, uri=mlflow_uri(mlflow)), loaded, mlflow)
 
 
 @app.command()

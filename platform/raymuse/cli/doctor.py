@@ -1,10 +1,11 @@
 """`raymuse doctor`: what is wrong with this machine, or a cluster."""
 
 import json
-import os
 from typing import Annotated
 
 import typer
+
+from raymuse.cli.words import mlflow_uri
 
 
 def doctor(
@@ -22,7 +23,7 @@ def doctor(
     """
     from raymuse import doctor as examining
 
-    findings = examining.examine(address, mlflow or os.environ.get("MLFLOW_TRACKING_URI"))
+    findings = examining.examine(address, mlflow_uri(mlflow))
     if as_json:
         typer.echo(json.dumps(examining.as_data(findings), indent=1))
     else:

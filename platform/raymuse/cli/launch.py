@@ -4,13 +4,13 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
+from raymuse.cli.words import mlflow_uri, records_of
 from raymuse.clusters.local import session, submitted
 from raymuse.clusters.watching import watching_driver
 from raymuse.config.base import StageConfig
-from raymuse.config.errors import UserError
+from raymuse.config.recipe import stage_of
 from raymuse.recording import recorded, run_of
 from raymuse.tracking.registry import with_model
 from raymuse.tracking.run import Run, finishing, open_run
@@ -58,11 +58,11 @@ def local_ray() -> contextlib.AbstractContextManager[object]:
 
 @contextlib.contextmanager
 def _tracked(config: StageConfig, mlflow: str | None) -> Iterator[Run]:
-    uri = mlflow or os.environ.get("MLFLOW_TRACKING_URI") or None
+    uri = mlflow_uri(mlflow)
     experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "raymuse")
     resumed = os.environ.get("MLFLOW_RUN_ID")  # a submitted job's run, the same in every attempt
     if uri is not None and resumed is not None:
-        run = open_run(uri, experiment, str(type(config).model_fields["stage"].default), resume=resumed)
+        run = open_run(uri, experiment, stage_of(type(config)), resume=resumed)
     else:
         run = run_of(config, uri, experiment)
     with finishing(run):
@@ -75,10 +75,7 @@ def show_tracking(workdir: str) -> None:
     Raises:
         UserError: nothing was recorded there.
     """
-    folder = Path(workdir) / "mlflow"
-    if not folder.is_dir():
-        raise UserError(f"there are no MLflow records in {folder}: name a flow's workdir with --workdir.")
-    with Server.start(folder) as server:
+    with Server.start(records_of(workdir)) as server:
         print(f"MLflow of {workdir}: {server.uri}   (Ctrl-C ends it)", flush=True)
         for name, page in pages(server.port).items():
             print(f"  {name}: {page}", flush=True)

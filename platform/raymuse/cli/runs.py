@@ -1,13 +1,14 @@
 """`raymuse runs`: what MLflow holds of earlier work."""
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from raymuse.cli.words import mlflow_uri, records_of, require_folder_of
 
 app = typer.Typer(help="List and compare runs in MLflow.", no_args_is_help=True)
 
@@ -59,8 +60,7 @@ def compare(
 
     if out is not None and out.suffix not in SHEETS:
         raise UserError(f"--out {out}: a comparison is {' or '.join(SHEETS)}.")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.absolute().parent}; make it first.")
+    require_folder_of("--out", out)
     with _server(mlflow, workdir) as uri, tempfile.TemporaryDirectory() as scratch:
         reader = Reader(uri)
         first, second = reader.find(one), reader.find(other)
@@ -88,14 +88,11 @@ def _server(mlflow: str | None, workdir: str | None) -> Iterator[str]:
     from raymuse.config.errors import UserError
     from raymuse.tracking.server import Server
 
-    uri = mlflow or (os.environ.get("MLFLOW_TRACKING_URI") if workdir is None else None)
+    uri = mlflow_uri(mlflow) if workdir is None else mlflow
     if uri is not None:
         yield uri
         return
     if workdir is None:
         raise UserError("no MLflow server is named: --mlflow URI, MLFLOW_TRACKING_URI, or --workdir of a flow.")
-    folder = Path(workdir) / "mlflow"
-    if not folder.is_dir():
-        raise UserError(f"there are no MLflow records in {folder}: name a flow's workdir with --workdir.")
-    with Server.start(folder) as server:
+    with Server.start(records_of(workdir)) as server:
         yield server.uri

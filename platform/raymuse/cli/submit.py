@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from raymuse.cli.words import SCORES, config_for, data_config, split
+from raymuse.cli.words import SCORES, TRAININGS, config_for, data_config, mlflow_uri, split
 
 if TYPE_CHECKING:
     from raymuse.clusters.jobserver import JobServer
@@ -81,7 +81,7 @@ def submit(
         None if recipe is None else _inside(recipe),
         tuple(changes),
         name=name,
-        mlflow=mlflow or os.environ.get("MLFLOW_TRACKING_URI"),
+        mlflow=mlflow_uri(mlflow),
         excludes=tuple(exclude or ()),
         image=image,
         install=install,
@@ -90,11 +90,8 @@ def submit(
         memory_gib=entry_memory,
         stages=tuple(stages.split(",")) if stages else (),
     )
-    if order.command == "pipeline":
-        from raymuse.submit.pipeline import check_stages, section_changes
-
-        for section in check_stages(order.stages):
-            section_changes(changes, section, "")
+    if pipeline:
+        _check_pipeline(order)
     if dry_run:
         from raymuse.submit.jobs import plan
 
@@ -103,6 +100,14 @@ def submit(
     from raymuse.clusters.jobserver import connect
 
     _run(connect(address), order, config, follows=not no_follow)
+
+
+def _check_pipeline(order: "Order") -> None:
+    """Raise UserError for stages that a flow does not have, and changes that no section can take."""
+    from raymuse.submit.pipeline import check_stages, section_changes
+
+    for section in check_stages(order.stages):
+        section_changes(order.changes, section, "")
 
 
 def job_config(command: str, words: list[str]) -> "Config":
@@ -117,11 +122,12 @@ def job_config(command: str, words: list[str]) -> "Config":
     from raymuse.config.flow import FlowConfig
     from raymuse.config.generate import GenerateConfig
     from raymuse.config.pretokenize import PretokenizeConfig
+    from raymuse.config.training import TrainConfig
 
     kinds: dict[str, Callable[[], Any]] = {
         "data": lambda: data_config(words),
         "pretokenize": lambda: config_for(PretokenizeConfig, "pretokenize", words, ("pretokenize",)),
-        "train": lambda: _trained(words),
+        "train": lambda: config_for(TrainConfig, "train", words, TRAININGS),
         "export": lambda: config_for(ExportConfig, "export", words, ("export",)),
         "generate": lambda: config_for(GenerateConfig, "generate", words, ("generate",)),
         "score": lambda: config_for(StageConfig, "score", words, SCORES),
@@ -133,13 +139,6 @@ def job_config(command: str, words: list[str]) -> "Config":
         raise UserError(f"{said}: {known}, or --pipeline and a flow's recipe.")
     config: Config = kinds[command]()
     return config
-
-
-def _trained(words: list[str]) -> "Config":
-    from raymuse.cli.words import TRAININGS
-    from raymuse.config.training import TrainConfig
-
-    return config_for(TrainConfig, "train", words, TRAININGS)
 
 
 def _inside(recipe: str) -> str:

@@ -1,5 +1,6 @@
 """What a training would take, in words, for `--dry-run`."""
 
+from raymuse.config.recipe import stage_of
 from raymuse.config.training import MaskedConfig, TrainConfig
 from raymuse.training.build import build_task
 from raymuse.training.plan import Plan, plan_of
@@ -23,7 +24,7 @@ def train_plan(config: TrainConfig) -> str:
 def _work(plan: Plan) -> list[str]:
     config, sizes, workers = plan.config, plan.sizes, max(1, plan.config.workers)
     what = f"{plan.trained:,} parameters" + (f" to train and {plan.still:,} that stay" if plan.still else "")
-    stage = config.stage  # type: ignore[attr-defined]
+    stage = stage_of(type(config))
     lines = [f"{stage}: {what}, {config.steps:,} steps of {config.batch_size:,} on {config.workers} workers"]
     grid = f"grid {sizes.grid[0]} x {sizes.grid[1]}, {sizes.text_tokens} text tokens"
     if plan.rows is None:
@@ -82,7 +83,7 @@ def _simple_text(config: TrainConfig) -> str:
     parameters = sum(p.numel() for p in build_task(config).module.parameters() if p.requires_grad)
     state = 12 + (4 if config.ema_decay else 0)
     return (
-        f"{config.stage}: {parameters:,} parameters, {config.steps:,} steps of {config.batch_size} "  # type: ignore[attr-defined]
+        f"{stage_of(type(config))}: {parameters:,} parameters, {config.steps:,} steps of {config.batch_size} "
         f"on {config.workers} workers\n"
         f"weights, gradients, moments and average: {parameters * (state + 4) / GIB:.2f} GiB a worker\n"
         + _checkpoints(config, parameters * state)

@@ -1,5 +1,6 @@
 """What the words after a command mean: a recipe, or what stands for one, and KEY=VALUE overrides."""
 
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -121,6 +122,29 @@ def compare_config(sides: Sequence[str], words: Sequence[str] | None) -> "Compar
     loaded = from_values("compare", given, changes)
     assert isinstance(loaded, CompareConfig)
     return loaded
+
+
+def mlflow_uri(given: str | None) -> str | None:
+    """The MLflow server that a command reports to or asks: the one given, else the environment's; None: none."""
+    return given or os.environ.get("MLFLOW_TRACKING_URI") or None
+
+
+def records_of(workdir: str) -> Path:
+    """The folder of what a flow recorded.
+
+    Raises:
+        UserError: nothing was.
+    """
+    folder = Path(workdir) / "mlflow"
+    if not folder.is_dir():
+        raise UserError(f"there are no MLflow records in {folder}: name a flow's workdir with --workdir.")
+    return folder
+
+
+def require_folder_of(option: str, file: Path | None) -> None:
+    """Raise UserError where the file that an option names could not be written, for want of its folder."""
+    if file is not None and not file.absolute().parent.is_dir():
+        raise UserError(f"{option} {file}: there is no folder {file.absolute().parent}; make it first.")
 
 
 def _no_recipe(command: str, stages: Collection[str]) -> str:

@@ -2,7 +2,7 @@
 
 `ray up` YAML            launcher.py: Ray's own schema and preparation
 KubeRay YAML             kubernetes.py: the operator's resource definitions
-NetworkPolicy, ...       core_kinds.py: schemas of our own for the kinds of Kubernetes' own that clusters need
+NetworkPolicy, ...       core_kinds.yaml: schemas of our own for the kinds of Kubernetes' own that clusters need
 a folder of kustomize    kustomize.py builds what `kubectl kustomize` would; that is checked as a whole
 """
 

@@ -78,7 +78,7 @@ def _problems(document: Document, kind: str, path: Path) -> Iterator[str]:
         yield f"no such kind{f'; did you mean {near[0]}?' if near else ''} (known: {', '.join(RAY_KINDS)})"
     elif kind in core_schemas():
         yield from schema_problems(document, core_schemas()[kind])
-        yield from _core_rules(document, kind, path)
+        yield from _core_rules(document, kind)
     yield from pod_problems(document, path)
 
 
@@ -176,7 +176,7 @@ def _serve(text: Any) -> Iterator[str]:
                 yield f"{where}: {application.name}: {error}"
 
 
-def _core_rules(document: Document, kind: str, path: Path) -> Iterator[str]:
+def _core_rules(document: Document, kind: str) -> Iterator[str]:
     spec = mapping(document.get("spec"))
     if kind == "Secret" and (document.get("data") or document.get("stringData")):
         yield "holds its value in the file: make it with `kubectl create secret` and keep the file free of it"

@@ -8,7 +8,7 @@ from typing import Any
 from raymuse.clusters.check import is_kubernetes, load
 from raymuse.clusters.documents import Document, mapping, mappings
 from raymuse.clusters.placement import ROLE
-from raymuse.clusters.pods import cluster_of
+from raymuse.clusters.pods import GPU, cluster_of
 from raymuse.clusters.prices import Machine, Prices, shipped
 from raymuse.config.errors import UserError
 
@@ -103,7 +103,7 @@ def _pods(name: str, group: Document, most: int, path: Path, prices: Prices) -> 
     asked = [mapping(mapping(c.get("resources")).get("requests")) for c in mappings(pod.get("containers"))]
     cpus = sum(_cores(requests.get("cpu", 0)) for requests in asked)
     gib = sum(_gib(requests.get("memory", 0)) for requests in asked)
-    gpus = sum(int(requests.get("nvidia.com/gpu", 0)) for requests in asked)
+    gpus = sum(int(requests.get(GPU, 0)) for requests in asked)
     selected = {key: str(value) for key, value in mapping(pod.get("nodeSelector")).items()}
     spot = any(selected.get(key, "").lower() in ("spot", "true") for key in _SPOT)
     role, what = mapping(group.get("labels")).get(ROLE), f"{cpus:g} cores, {gib:g} GiB"

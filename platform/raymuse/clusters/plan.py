@@ -135,7 +135,7 @@ def _stage(
             lines.append(f"    one is {piece.gflop:,.1f} GFLOP: {piece.sum}")
         limit = "  <- this decides" if len(pieces) > 1 and time == hours else ""
         lines.append(f"    {piece.count:,} / {sum(use.rate for use in found):,.1f} a second = {_hours(time)}{limit}")
-        lines += _more(piece, found, groups)
+        lines += _more(piece, groups)
     return lines, hours, cost
 
 
@@ -199,7 +199,7 @@ def _workers_on(piece: costs.Piece, group: Group) -> int:
     return min(by_cores, int(group.machine.gpus / piece.gpus))
 
 
-def _more(piece: costs.Piece, found: Sequence[_Use], groups: Sequence[Group]) -> Iterator[str]:
+def _more(piece: costs.Piece, groups: Sequence[Group]) -> Iterator[str]:
     """Where the file has room for more workers than the recipe asks for."""
     room = sum(group.most * _workers_on(piece, group) for group in _fitting(piece, groups))
     if room > piece.workers:

@@ -19,6 +19,7 @@ import ray
 from ray.util.metrics import Counter, Gauge
 
 from raymuse.config.base import StageConfig
+from raymuse.config.recipe import stage_of
 from raymuse.config.training import TrainConfig
 from raymuse.tracking.provenance import JOB_VARIABLE
 from raymuse.tracking.run import listening
@@ -142,11 +143,9 @@ def watching(
             payer.join()
 
 
-def watching_driver(
-    config: StageConfig, spend: Callable[[Mapping[str, float]], None] = lambda values: None
-) -> contextlib.AbstractContextManager[None]:
+def watching_driver(config: StageConfig, spend: Spend = _forgotten) -> contextlib.AbstractContextManager[None]:
     """`watching` in a stage's driver, which counts what the cluster costs, and a training's steps where it trains."""
-    name = str(type(config).model_fields["stage"].default)
+    name = stage_of(type(config))
     if isinstance(config, TrainConfig) and config.workers == 0:
         return watching(name, config.steps, config.batch_size, spend=spend)
     return watching(name, spend=spend)
@@ -165,7 +164,7 @@ def _price(text: str) -> float:
         return 0.0
 
 
-def _pay(meter: Meter, ended: threading.Event, spend: Spend = _forgotten) -> None:
+def _pay(meter: Meter, ended: threading.Event, spend: Spend) -> None:
     """Count until the stage has ended; while the head does not answer, at the price that was known last."""
     since, price, there = time.monotonic(), 0.0, {"CPU": 0.0, "GPU": 0.0}
     while True:

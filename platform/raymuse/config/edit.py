@@ -1,10 +1,10 @@
 """One picture from another."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
-from raymuse.config.base import Address, AddressMark
+from raymuse.config.base import Address
 from raymuse.config.drawing import DrawingConfig, PrecisionChoice
 
 Task = Literal["image-to-image", "inpaint", "outpaint", "mask-free", "super-resolution"]
@@ -22,9 +22,7 @@ class EditConfig(DrawingConfig, PrecisionChoice):
     prompt: str = Field(description="what the result shows")
     negative: str = ""
     output: Address = Field("edited.png", description="PNG to write; of several samples NAME-0.png, NAME-1.png, ...")
-    mask: Annotated[str, AddressMark()] | None = Field(
-        None, description="inpaint: a picture as large as the other, white where to draw"
-    )
+    mask: Address | None = Field(None, description="inpaint: a picture as large as the other, white where to draw")
     strength: float = Field(STRENGTH, ge=0, le=1, description="image-to-image: 0 keeps the picture, 1 ignores it")
     sides: tuple[int, int, int, int] = Field(
         (0, 0, 0, 0), description="outpaint: pixels to add at the left, top, right and bottom"

@@ -1,10 +1,10 @@
 """Trained parts to one model folder."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from raymuse.config.base import Address, AddressMark, StageConfig, runtime
+from raymuse.config.base import Address, StageConfig, runtime
 from raymuse.config.drawing import LoraChoice
 from raymuse.config.sampling import SamplingConfig
 
@@ -16,20 +16,18 @@ class ExportConfig(StageConfig, LoraChoice):
     vqgan: Address
     text_encoder: Address
     base: Address = Field(description="output of train-base, or a model folder")
-    superres: Annotated[str, AddressMark()] | None = Field(
-        None, description="output of train-superres, or a model folder"
-    )
-    superres_vqgan: Annotated[str, AddressMark()] | None = Field(
+    superres: Address | None = Field(None, description="output of train-superres, or a model folder")
+    superres_vqgan: Address | None = Field(
         None, description="whose ids the super-resolution draws, where they are not those of `vqgan`"
     )
-    critic: Annotated[str, AddressMark()] | None = Field(None, description="output of train-critic, or a model folder")
+    critic: Address | None = Field(None, description="output of train-critic, or a model folder")
     weights: Literal["ema", "raw"] = "ema"
     variants: tuple[Literal["fp16", "bf16"], ...] = Field(
         (), description="the weights once more in these, as NAME.fp16.safetensors: opened with variant="
     )
     lora_apart: bool = Field(False, description="put the LoRAs into lora/ of the folder, and not into the weights")
     licence: str | None = runtime(None, "on the model card, as the Hub knows it, such as apache-2.0")
-    scores: Annotated[str, AddressMark()] | None = Field(None, description="output of score, for the model card")
+    scores: Address | None = Field(None, description="output of score, for the model card")
     push_to: str | None = runtime(
         None, "owner/name on the Hugging Face Hub to send the folder to", pattern=r"^[\w.-]+/[\w.-]+$"
     )
@@ -39,7 +37,7 @@ class ExportConfig(StageConfig, LoraChoice):
         None, "put the model into MLflow's registry, where a server is named, as the version that this alias means"
     )
     micro_conditioning: tuple[float, float, float, float, float] | None = Field(
-        None, description="width, height, crop top, crop left, aesthetic; None: the drawn size, 0, 0, 6"
+        None, description="width, height, crop top, crop left, aesthetic; null: the drawn size, 0, 0, 6"
     )
     base_sampling: SamplingConfig = SamplingConfig()
     superres_sampling: SamplingConfig = SamplingConfig(steps=8)

@@ -1,10 +1,10 @@
 """The whole flow in one config: each section is a stage's own config, with paths relative to `workdir`."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from raymuse.config.base import AddressMark, Config, runtime
+from raymuse.config.base import Address, Config, runtime
 from raymuse.config.data import DataConfig
 from raymuse.config.export import ExportConfig
 from raymuse.config.generate import GenerateConfig
@@ -26,7 +26,7 @@ class FlowConfig(Config):
 
     stage: Literal["flow"] = "flow"
     name: str = Field("demo", description="MLflow experiment and registered model")
-    workdir: Annotated[str, AddressMark()] = runtime("runs/demo", "everything the flow writes")
+    workdir: Address = runtime("runs/demo", "everything the flow writes")
     ray: RayConfig = runtime(RayConfig(), "local cluster")
     data: DataConfig
     vqgan: VqganConfig

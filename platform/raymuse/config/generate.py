@@ -2,11 +2,11 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from raymuse.config.base import Address, AddressMark, Config, StageConfig, runtime
+from raymuse.config.base import Address, Config, StageConfig, runtime
 from raymuse.config.drawing import DrawingConfig, GraphsChoice, PrecisionChoice
 from raymuse.config.errors import UserError
 
@@ -46,13 +46,13 @@ class GenerateConfig(StageConfig, DrawingConfig, PrecisionChoice, GraphsChoice, 
     )
     samples: int = Field(1, ge=1, description="pictures a prompt")
     seed: int = Field(0, description="run seed; a picture's own seed follows from it and its index")
-    steps: int | None = Field(None, ge=1, description="None: the model's own default, as for all below")
+    steps: int | None = Field(None, ge=1, description="null: the model's own default, as for all below")
     guidance: float | None = Field(None, ge=0)
     temperature: float | None = Field(None, ge=0)
     sampling: dict[str, Any] = Field({}, description="other changes to the model's own: sampling.top_p=0.5 ...")
     superres_sampling: dict[str, Any] = Field({}, description="the same for a cascade's super-resolution")
     negative: str = ""
-    deny: Annotated[str, AddressMark()] | None = Field(
+    deny: Address | None = Field(
         None, description="text file of words and phrases, one a line: prompts with one of them are rejected, not drawn"
     )
     size: tuple[int, int] | None = Field(None, description="width and height in whole cells")

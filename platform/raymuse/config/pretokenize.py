@@ -1,11 +1,11 @@
 """Pictures and captions to ids and text states through frozen encoders: stored once, or while a training runs."""
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from raymuse.config.base import Address, AddressMark, Config, StageConfig, runtime
+from raymuse.config.base import Address, Config, StageConfig, runtime
 
 _BUCKET = re.compile(r"([1-9]\d*)x([1-9]\d*)")
 _COLOUR = re.compile(r"#[0-9a-fA-F]{6}")
@@ -50,7 +50,7 @@ class EncodingConfig(Config):
     background: str = Field("#ffffff", description="what transparent pixels show, #rrggbb")
     filters: FilterConfig = Field(default_factory=FilterConfig)
     vqgan: Address = Field(description="folder (or Hugging Face id) of the VQGAN")
-    low_vqgan: Annotated[str, AddressMark()] | None = Field(None, description="another VQGAN for the low-res ids")
+    low_vqgan: Address | None = Field(None, description="another VQGAN for the low-res ids")
     text_encoder: Address = Field(description="folder (or Hugging Face id) with text_encoder/ and tokenizer/: CLIP, T5")
     text_length: int | None = Field(None, ge=1, le=512, description="tokens a caption; default: CLIP 77, T5 256")
     resolution: int = Field(256, ge=8, description="side of the square crop, pixels")

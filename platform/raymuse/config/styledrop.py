@@ -2,11 +2,11 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from raymuse.config.base import Address, AddressMark, StageConfig
+from raymuse.config.base import Address, StageConfig
 from raymuse.config.generate import GenerateConfig
 from raymuse.config.pretokenize import PretokenizeConfig
 from raymuse.config.training import BaseConfig
@@ -35,14 +35,14 @@ class StyledropConfig(StageConfig):
     stage: Literal["styledrop"] = "styledrop"
     picture: Address = Field(description="the picture whose style is learned")
     caption: str | None = Field(
-        None, description='says what it shows and how, as in "a house in watercolour style"; None: its file name'
+        None, description='says what it shows and how, as in "a house in watercolour style"; null: its file name'
     )
-    prompts: Annotated[str, AddressMark()] | None = Field(
-        None, description="file of prompts in that style; None: a dozen subjects with the caption's words from `in` on"
+    prompts: Address | None = Field(
+        None, description="file of prompts in that style; null: a dozen subjects with the caption's words from `in` on"
     )
     keep: int = Field(8, ge=1, description="candidates that the second round learns from, the best by CLIP score")
-    clip: Annotated[str, AddressMark()] | None = Field(
-        None, description="folder or Hugging Face id of a CLIP with both towers; None: choose by hand, with `kept`"
+    clip: Address | None = Field(
+        None, description="folder or Hugging Face id of a CLIP with both towers; null: choose by hand, with `kept`"
     )
     kept: tuple[int, ...] = Field((), description="numbers of the candidates to learn from, read off candidates.png")
     pretokenize: PretokenizeConfig = Field(description="how pictures become ids; its `input` and `output` are set")

@@ -121,27 +121,33 @@ class Networks:
             own = folder / "superres_vqvae"
             superres_vqgan = Vqgan.load(str(own), device, inexact, variant=variant) if own.exists() else vqgan
         text = TextEncoder.load(str(folder), device, variant=variant)
-        check_widths(folder_or_id, "transformer", base.config, vqgan.codes, text)
-        if superres is not None and superres_vqgan is not None:
-            check_widths(folder_or_id, "superres", superres.config, superres_vqgan.codes, text)
         critic: Base | SelfCritic | None = SelfCritic(base) if base.config.self_critic else None
         if (folder / "critic").exists():
             critic = load_base(folder / "critic", device, variant)
-            check_widths(folder_or_id, "critic", critic.config, 1, text)
-        if settings.base.order == "critic" and critic is None:
-            raise UserError(f"{folder_or_id} is sampled with order: critic and has no critic/: export one with it.")
-        if settings.superres is not None and settings.superres.order == "critic":
-            raise UserError(f"{folder_or_id}: a critic judges the base's ids, so superres_sampling has another order.")
         parts = vqgan, text, base, settings, superres, superres_vqgan
-        if cuda_graphs and (base.config.self_conditioning or (superres and superres.config.self_conditioning)):
-            raise UserError(f"cuda_graphs: not with {folder_or_id}, which is self-conditioned: draw without.")
         loaded = cls(*parts, batch_size, critic, attention, cuda_graphs)
+        loaded._require_whole(folder_or_id)
         if lora:
             loaded = loaded.styled(lora)
         for network in (loaded.base, loaded.superres, loaded.critic):
             if isinstance(network, nn.Module):  # a self-critic is the base once more
                 network.to(DTYPES[precision])
         return loaded
+
+    def _require_whole(self, name: str) -> None:
+        """Raise UserError where the parts of the model folder `name` do not fit together, or what is asked of it."""
+        base, superres, sampling = self.base.config, self.superres, self.settings
+        check_widths(name, "transformer", base, self.vqgan.codes, self.text)
+        if superres is not None and self.superres_vqgan is not None:
+            check_widths(name, "superres", superres.config, self.superres_vqgan.codes, self.text)
+        if self.critic is not None and not isinstance(self.critic, SelfCritic):
+            check_widths(name, "critic", self.critic.config, 1, self.text)
+        if sampling.base.order == "critic" and self.critic is None:
+            raise UserError(f"{name} is sampled with order: critic and has no critic/: export one with it.")
+        if sampling.superres is not None and sampling.superres.order == "critic":
+            raise UserError(f"{name}: a critic judges the base's ids, so superres_sampling has another order.")
+        if self.cuda_graphs and (base.self_conditioning or (superres and superres.config.self_conditioning)):
+            raise UserError(f"cuda_graphs: not with {name}, which is self-conditioned: draw without.")
 
     def styled(self, adapters: Mapping[str, float]) -> Self:
         """This model with LoRA adapters merged into it, by address and scale; this one itself stays as it is.

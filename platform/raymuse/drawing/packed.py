@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from raymuse.config.errors import UserError
-from raymuse.models.uvit import PointwiseConv
+from raymuse.models.uvit_blocks import PointwiseConv
 
 N = TypeVar("N", bound=nn.Module)
 

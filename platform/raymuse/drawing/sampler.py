@@ -139,7 +139,6 @@ def sample_ids(
     seeds: Sequence[int],
     courses: Sequence[Course],
     draws: Draws | None = None,
-    streams: tuple[int, int] = (CHOICE, CONFIDENCE),
 ) -> Tensor:
     """Draw the unknown ids of B pictures, from the first step of all to the last (MaskGIT, section 3.2).
 
@@ -149,12 +148,11 @@ def sample_ids(
         ids: (B, h, w), the mask id where unknown; known ids come back untouched, but for those that a course hides.
         seeds: one a picture; all its noise follows from it.
         courses: one a picture; a shorter one ends earlier.
-        streams: which of the seed's streams pick codes and order them.
 
     Returns:
         ids (B, h, w), all known.
     """
-    rows = Rows(network, ids.shape, draws, streams, device=ids.device)
+    rows = Rows(network, ids.shape, draws, device=ids.device)
     rows.admit(range(len(seeds)), conditional, unconditional, ids=ids, seeds=seeds, courses=courses)
     for _ in range(max(len(course.remaining) for course in courses)):
         rows.step()
@@ -171,7 +169,8 @@ class Rows:
     Args:
         shape: (B, h, w).
         at_once: rows of a pass, divides B; None: all. Passes without a picture are left out.
-        draws, streams: see `sample_ids`.
+        draws: how codes are drawn and ids ordered.
+        streams: which of a seed's streams pick codes and order them.
         critic: where `draws.order` is "critic": a network with one logit an id.
         parts: how many a pass is done in; None: as it turns out.
         graphs: whether steps are CUDA graphs.

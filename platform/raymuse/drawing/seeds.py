@@ -1,6 +1,11 @@
-"""The seeds of a run's pictures."""
+"""What tells a run's pictures apart: their keys, and their seeds."""
 
 import hashlib
+
+
+def picture_key(prompt: int, sample: int) -> str:
+    """The key of one picture of a run, from its place."""
+    return f"{prompt:09d}-{sample}"
 
 
 def image_seed(run_seed: int, prompt: int, sample: int) -> int:

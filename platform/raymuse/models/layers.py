@@ -1,7 +1,7 @@
-"""What the token transformers share: norms, attention, the gated MLP, running blocks, initial weights.
+"""What the token transformers share: norms, attention, MLPs, positions, heads, running blocks, initial weights.
 
-Shape legend, used in names: B batch, h w token grid, G any number of grid axes, T context tokens, N heads,
-d width of a head, D width.
+Shape legend, used in names: B batch, h w token grid (H W of high resolution), G any number of grid axes,
+T context tokens, N heads, d width of a head, D width, K codebook size.
 
 Activations stay channels-last, (B, h, w, D), from the embedding to the logits: every norm and linear works on
 the last axis, attention flattens the grid by itself, and only the few real convolutions need a permutation.
@@ -77,6 +77,46 @@ class SelfConditioning(nn.Module):
 
     def forward(self, features_BhwD: Tensor) -> Tensor:
         out: Tensor = self.ff(self.norm(features_BhwD))
+        return out
+
+
+class GridPositions(nn.Module):
+    """Learned row and column embeddings of the high-res grid, which the low-res grid shares.
+
+    A low-res cell's position is the mean of those of the `scale x scale` high-res cells that it covers. So which cell
+    lies under which is in the embeddings from the first step, and only attention has to learn to use it.
+    """
+
+    def __init__(self, side: int, scale: int, width: int) -> None:
+        super().__init__()
+        self.scale = scale
+        self.rows = nn.Embedding(side, width)
+        self.columns = nn.Embedding(side, width)
+
+    def forward(self, ids_BHW: Tensor, *, coarse: bool) -> Tensor:
+        """(H, W, D) for a grid of ids' shape, at the low resolution if coarse."""
+        height, width = ids_BHW.shape[1:]
+        rows, columns = (self._side(self.rows, height, coarse), self._side(self.columns, width, coarse))
+        return rows[:, None] + columns[None, :]
+
+    def _side(self, table: nn.Embedding, cells: int, coarse: bool) -> Tensor:
+        # Called, not sliced: ZeRO-3 gathers a parameter when its module runs.
+        group = self.scale if coarse else 1
+        vectors: Tensor = table(torch.arange(cells * group, device=table.weight.device))
+        return vectors.reshape(cells, group, -1).mean(1)
+
+
+class MuseHead(nn.Module):
+    """The output MLP of Muse's two transformers: (..., D) to logits (..., K)."""
+
+    def __init__(self, width: int, codes: int, eps: float) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width, bias=False)
+        self.norm = RMSNorm(width, eps)
+        self.logits = nn.Linear(width, codes, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        out: Tensor = self.logits(self.norm(F.gelu(self.dense(features))))
         return out
 
 

@@ -22,6 +22,8 @@ from raymuse.models.layers import (
     Attention,
     Block,
     CriticHead,
+    GridPositions,
+    MuseHead,
     Prepared,
     RMSNorm,
     SelfConditioning,
@@ -30,7 +32,6 @@ from raymuse.models.layers import (
     run_blocks,
     token_shape_problems,
 )
-from raymuse.models.superres import GridPositions, MlmHead
 
 SILENT = -30_000.0
 """Added to the scores of padding: their softmax is 0 exactly, and finite where a row has nothing else, also in fp16."""
@@ -83,15 +84,6 @@ class Condition(NamedTuple):
     bias: Tensor  # (B, 1, 1, T), added to the attention's scores: 0, or SILENT for padding
     prepared: tuple[Prepared, ...] = ()  # per layer, filled by MaskGit.precompute; empty while training
 
-    def tensors(self) -> list[Tensor]:
-        """All tensors in a fixed order, to copy rows of one condition into another's buffers."""
-        return [self.text, self.bias, *(tensor for block in self.prepared for tensor in block)]
-
-    def rows(self, index: Tensor | slice) -> "Condition":
-        """The samples `index` of the batch (repeats allowed)."""
-        prepared = tuple(tuple(tensor[index] for tensor in block) for block in self.prepared)
-        return Condition(self.text[index], self.bias[index], prepared)
-
 
 class MaskGit(nn.Module):
     """See the module's docstring. `gradient_checkpointing` trades a second forward for activation memory."""
@@ -107,7 +99,7 @@ class MaskGit(nn.Module):
         self.positions = GridPositions(config.sample_size, 1, width)
         self.layers = nn.ModuleList(MaskGitLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(width, eps)
-        self.mlm_head = MlmHead(width, config.codebook_size, eps)
+        self.mlm_head = MuseHead(width, config.codebook_size, eps)
         self.self_conditioning = SelfConditioning(width, eps) if config.self_conditioning else None
         self.critic_head = CriticHead(width, eps) if config.self_critic else None
 

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from raymuse.models.layers import (
     Attention,
     Block,
     FeedForward,
+    GridPositions,
+    MuseHead,
     Prepared,
     RMSNorm,
     SelfConditioning,
@@ -101,15 +102,6 @@ class Condition(NamedTuple):
     prepared: tuple[Prepared, ...] = ()  # per block, filled by SuperRes.precompute; empty while training
     spread: tuple[Tensor, ...] = ()  # (B, H, W, D), the low-res cells over the high-res grid, likewise
 
-    def tensors(self) -> list[Tensor]:
-        """All tensors in a fixed order, to copy rows of one condition into another's buffers."""
-        return [self.text, self.low, *(tensor for block in self.prepared for tensor in block), *self.spread]
-
-    def rows(self, index: Tensor | slice) -> "Condition":
-        """The samples `index` of the batch (repeats allowed)."""
-        prepared = tuple(tuple(tensor[index] for tensor in block) for block in self.prepared)
-        return Condition(self.text[index], self.low[index], prepared, tuple(tensor[index] for tensor in self.spread))
-
 
 class SuperRes(nn.Module):
     """See the module's docstring. `gradient_checkpointing` trades a second forward for activation memory."""
@@ -129,7 +121,7 @@ class SuperRes(nn.Module):
         self.low_skip = LowResSkip(width, config.scale) if config.low_res_skip else None
         self.layers = nn.ModuleList(HighResLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(width, eps)
-        self.mlm_head = MlmHead(width, config.codebook_size, eps)
+        self.mlm_head = MuseHead(width, config.codebook_size, eps)
         self.self_conditioning = SelfConditioning(width, eps) if config.self_conditioning else None
 
     def condition(self, text_states_BTE: Tensor, low_ids_Bhw: Tensor) -> Condition:
@@ -205,32 +197,6 @@ class SuperRes(nn.Module):
             raise ValueError(f"high-res grid {high} must be {scale} times the low-res grid {low}")
 
 
-class GridPositions(nn.Module):
-    """Learned row and column embeddings of the high-res grid, which the low-res grid shares.
-
-    A low-res cell's position is the mean of those of the `scale x scale` high-res cells that it covers. So which cell
-    lies under which is in the embeddings from the first step, and only attention has to learn to use it.
-    """
-
-    def __init__(self, side: int, scale: int, width: int) -> None:
-        super().__init__()
-        self.scale = scale
-        self.rows = nn.Embedding(side, width)
-        self.columns = nn.Embedding(side, width)
-
-    def forward(self, ids_BHW: Tensor, *, coarse: bool) -> Tensor:
-        """(H, W, D) for a grid of ids' shape, at the low resolution if coarse."""
-        height, width = ids_BHW.shape[1:]
-        rows, columns = (self._side(self.rows, height, coarse), self._side(self.columns, width, coarse))
-        return rows[:, None] + columns[None, :]
-
-    def _side(self, table: nn.Embedding, cells: int, coarse: bool) -> Tensor:
-        # Called, not sliced: ZeRO-3 gathers a parameter when its module runs.
-        group = self.scale if coarse else 1
-        vectors: Tensor = table(torch.arange(cells * group, device=table.weight.device))
-        return vectors.reshape(cells, group, -1).mean(1)
-
-
 class LowResSkip(nn.Module):
     """Low-res cells (B, h, w, D) spread over the high-res grid (B, H, W, D): a 3x3 convolution a sub-cell.
 
@@ -296,20 +262,6 @@ class HighResLayer(Block):
         x_BhwD = x_BhwD + self.attn1(normed, *own)
         x_BhwD = x_BhwD + self.attn2(self.norm2(x_BhwD), key, value)
         out: Tensor = x_BhwD + self.ff(self.norm3(x_BhwD))
-        return out
-
-
-class MlmHead(nn.Module):
-    """The paper's output MLP: (..., D) to logits (..., K)."""
-
-    def __init__(self, width: int, codes: int, eps: float) -> None:
-        super().__init__()
-        self.dense = nn.Linear(width, width, bias=False)
-        self.norm = RMSNorm(width, eps)
-        self.logits = nn.Linear(width, codes, bias=False)
-
-    def forward(self, features: Tensor) -> Tensor:
-        out: Tensor = self.logits(self.norm(F.gelu(self.dense(features))))
         return out
 
 

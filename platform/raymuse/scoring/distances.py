@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from raymuse.scoring.given import Given, quietly
 
-Features = NDArray[np.float32]
+Vectors = NDArray[np.float32]
 ROWS_AT_ONCE = 2000  # of a table of distances: 2000 x 50,000 in fp32 is 400 MB
+SPLITS = 10  # of the Inception score
 SHUFFLE_SEED = 2020  # torch-fidelity's
 
 
@@ -24,7 +25,7 @@ class Spread:
     deviation: float
 
 
-def kernel_distance(drawn: Features, real: Features, subsets: int = 100, subset_size: int = 1000) -> Spread:
+def kernel_distance(drawn: Vectors, real: Vectors, subsets: int = 100, subset_size: int = 1000) -> Spread:
     """KID: the squared MMD of the kernel (x.y / D + 1)^3, unbiased, mean of subsets (arXiv 1801.01401, section 4).
 
     By torchmetrics' `KernelInceptionDistance`. Subsets that would be larger than a set are as large as the smaller one;
@@ -43,7 +44,7 @@ def kernel_distance(drawn: Features, real: Features, subsets: int = 100, subset_
     return Spread(float(mean), float(deviation))
 
 
-def precision_recall(drawn: Features, real: Features, neighbours: int = 3) -> tuple[float, float]:
+def precision_recall(drawn: Vectors, real: Vectors, neighbours: int = 3) -> tuple[float, float]:
     """Shares of drawn pictures within the real ones' manifold, and of real ones within the drawn ones'.
 
     A set's manifold is the union of balls around its features, each reaching to the k-th nearest of the same set
@@ -60,7 +61,7 @@ def _share_inside(points: torch.Tensor, manifold: torch.Tensor, neighbours: int)
     return float(inside.double().mean())
 
 
-def inception_score(logits: Features, splits: int = 10) -> Spread:
+def inception_score(logits: Vectors) -> Spread:
     """exp of the mean KL divergence of p(class | picture) from p(class), over ten splits (arXiv 1606.03498, section 4).
 
     The pictures are shuffled as torch-fidelity shuffles them. Fewer pictures than splits are a split each.
@@ -69,7 +70,7 @@ def inception_score(logits: Features, splits: int = 10) -> Spread:
     order = np.random.RandomState(SHUFFLE_SEED).permutation(count)
     said = torch.from_numpy(logits[order]).double().log_softmax(dim=1)
     scores = []
-    parts = min(splits, count)
+    parts = min(SPLITS, count)
     for number in range(parts):
         part = said[number * count // parts : (number + 1) * count // parts]
         overall = part.exp().mean(dim=0, keepdim=True).log()

@@ -11,18 +11,16 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
-from raymuse.config.errors import ConfigError, UserError
-from raymuse.config.explain import sentences
+from raymuse.config.errors import UserError
 from raymuse.config.sampling import Options, SamplingConfig
 from raymuse.config.score import DrawnConfig
 from raymuse.drawing.model_folder import Settings, local_folder
-from raymuse.drawing.seeds import sample_seed
+from raymuse.drawing.seeds import picture_key, sample_seed
 from raymuse.models.base import read_shape
 from raymuse.models.network_files import read_config
 from raymuse.models.vqmodel import VqModelConfig
-from raymuse.pipeline import Pipeline
+from raymuse.pipeline import Pipeline, changed
 from raymuse.scoring.collected import features_bytes, features_file
 from raymuse.scoring.measures import Features, Measures, Pixels, Row, Subject, joined
 from raymuse.scoring.parts import written
@@ -47,7 +45,7 @@ class Asked:
     @property
     def key(self) -> str:
         """As generate calls it."""
-        return f"{self.index:09d}-{self.sample}"
+        return picture_key(self.index, self.sample)
 
 
 @dataclass(frozen=True)
@@ -92,10 +90,7 @@ def resolved(model: str, own: SamplingConfig, options: Options) -> SamplingConfi
     Raises:
         UserError: for values that cannot be.
     """
-    try:
-        sampling = SamplingConfig.model_validate({**own.model_dump(), **options})
-    except ValidationError as error:
-        raise ConfigError("sampling", sentences(SamplingConfig, error.errors(), lambda path: "")) from None
+    sampling = changed("sampling", own, options)
     if sampling.order == "critic" and not (local_folder(model) / "critic").exists():
         raise UserError(f"order critic: {model} has no critic/. `raymuse train critic` trains one.")
     return sampling

@@ -23,9 +23,9 @@ class Limit:
     further: float
     peak: float
 
-    def picture(self, passes: int) -> float:
-        """Operations of a picture whose base is asked so many times."""
-        return self.first + (passes - 1) * self.further
+    def work(self, pictures: int, passes: int) -> float:
+        """Operations of so many pictures whose base is asked so many times in all."""
+        return pictures * self.first + (passes - pictures) * self.further
 
 
 def measure(pipeline: Pipeline, drawers: int, peak: float | None = None) -> Limit:

@@ -45,7 +45,7 @@ class Progress:
         self.failed += done.failed
         self.left -= done.pictures + done.failed
         if self.limit is not None:
-            self._operations += done.pictures * self.limit.first + (done.passes - done.pictures) * self.limit.further
+            self._operations += self.limit.work(done.pictures, done.passes)
         self.run.metrics(self.numbers(), parts)
         self._say(self.line())
 

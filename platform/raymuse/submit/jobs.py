@@ -9,6 +9,7 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from raymuse.clusters.jobserver import JobServer
 from raymuse.config.base import Config
 from raymuse.config.errors import UserError
 from raymuse.config.flow import FlowConfig
+from raymuse.config.recipe import stage_of
 from raymuse.submit.following import Say
 from raymuse.submit.order import Order, check, entry_resources, keep, require_reachable, runtime_env, storage
 from raymuse.submit.package import Package, digest, gather, mib
@@ -66,7 +68,7 @@ def submit(server: JobServer, order: Order, config: Config, root: Path, say: Say
             archive = Path(scratch) / "package.zip"
             if order.image is None:
                 package.write(archive, server.token.text if server.token else None)
-                say(f"uploading {mib(archive.stat().st_size).strip()} (what the cluster has already is not sent again)")
+                say(f"uploading {mib(archive.stat().st_size)} (what the cluster has already is not sent again)")
             send(server, order, config, runtime_env(order, str(archive), variables), description)
         run.tags(description)
     keep(replace(order, name=name), name, root, server.address)
@@ -147,7 +149,7 @@ def run_key(name: str, config: Config) -> str:
 @contextlib.contextmanager
 def _opened(order: Order, config: Config, name: str) -> Any:
     """The job's MLflow run, new or gone on with; failed, where the job cannot be sent."""
-    title = "flow" if isinstance(config, FlowConfig) else str(type(config).model_fields["stage"].default)
+    title = stage_of(type(config))
     run = open_run(order.mlflow, experiment(config), title, resume=run_key(name, config) if order.mlflow else None)
     run.flush(OPEN_SECONDS)
     try:
@@ -180,6 +182,16 @@ def last(server: JobServer, name: str) -> JobDetails:
     return found[-1]
 
 
+def running(known: Sequence[JobDetails]) -> JobDetails | None:
+    """The newest of a job's attempts that has not ended."""
+    return next((job for job in reversed(known) if not JobStatus(job.status).is_terminal()), None)
+
+
+def next_id(name: str, known: Sequence[JobDetails]) -> str:
+    """Ray's id of the attempt after those that are known: NAME, NAME-2, NAME-3."""
+    return name if not known else f"{name}-{len(known) + 1}"
+
+
 def _next(server: JobServer, name: str) -> str:
     """The id of the next attempt.
 
@@ -187,13 +199,12 @@ def _next(server: JobServer, name: str) -> str:
         UserError: one runs.
     """
     known = attempts(server, name)
-    running = [job for job in known if not JobStatus(job.status).is_terminal()]
-    if running:
+    if (job := running(known)) is not None:
         raise UserError(
-            f"job {name} is {running[-1].status} on {server.address}: follow it with `raymuse jobs logs {name} -f`, "
+            f"job {name} is {job.status} on {server.address}: follow it with `raymuse jobs logs {name} -f`, "
             f"or end it with `raymuse jobs stop {name}`. For another beside it: --name, and another output."
         )
-    return name if not known else f"{name}-{len(known) + 1}"
+    return next_id(name, known)
 
 
 def _say_size(order: Order, package: Package, say: Say) -> None:

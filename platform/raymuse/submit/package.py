@@ -41,10 +41,8 @@ class Package:
     def summary(self) -> str:
         """How much it is, and what is largest, for people."""
         largest = sorted(self.files, key=lambda name: -self.files[name].stat().st_size)[:SHOWN]
-        shown = "".join(f"\n  {mib(self.files[name].stat().st_size)}  {name}" for name in largest)
-        return (
-            f"{self.root}: {len(self.files):,} files, {mib(self.size).strip()} before compression; the largest:{shown}"
-        )
+        shown = "".join(f"\n  {mib(self.files[name].stat().st_size):>10}  {name}" for name in largest)
+        return f"{self.root}: {len(self.files):,} files, {mib(self.size)} before compression; the largest:{shown}"
 
     def holds(self, name: str) -> bool:
         """Whether a relative path, of a file or a folder, is among them."""
@@ -94,7 +92,7 @@ def gather(root: Path, excludes: Sequence[str]) -> Package:
     package = Package(root, files, sum(path.stat().st_size for path in files.values()))
     if package.size > GCS_STORAGE_MAX_SIZE:
         raise UserError(
-            f"this folder is more than the {mib(GCS_STORAGE_MAX_SIZE).strip()} that a cluster takes along with a job. "
+            f"this folder is more than the {mib(GCS_STORAGE_MAX_SIZE)} that a cluster takes along with a job. "
             f"{package.summary}\nName what is not needed in .gitignore, or with --exclude PATTERN."
         )
     return package
@@ -111,8 +109,8 @@ def digest(text: str) -> str:
 
 
 def mib(size: float) -> str:
-    """A size in MiB, ten characters wide."""
-    return f"{size / 2**20:6.1f} MiB"
+    """A size in MiB."""
+    return f"{size / 2**20:.1f} MiB"
 
 
 def _listed(root: Path) -> list[str]:

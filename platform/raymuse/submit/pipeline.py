@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from ray.dashboard.utils import ray_address_to_api_server_url
-from ray.job_submission import JobStatus
 
 from raymuse.clusters.jobserver import JobServer, connect
 from raymuse.config.base import StageConfig
@@ -18,7 +17,7 @@ from raymuse.config.describe import describe
 from raymuse.config.errors import UserError
 from raymuse.config.flow import FlowConfig
 from raymuse.config.load import command
-from raymuse.config.recipe import SECTIONS
+from raymuse.config.recipe import SECTIONS, stage_of
 from raymuse.scoring.summary import flat, markdown
 from raymuse.stages.score import read_scores
 from raymuse.submit import jobs
@@ -26,8 +25,6 @@ from raymuse.submit.following import follow
 from raymuse.submit.order import Order
 from raymuse.tracking.provenance import COMMIT, JOB_VARIABLE
 from raymuse.tracking.run import Run, finishing, open_run
-
-COMMAND = "pipeline"  # the command of raymuse that this job runs
 
 
 def check_stages(stages: Sequence[str]) -> list[str]:
@@ -112,14 +109,13 @@ class _Row:
         config: StageConfig = getattr(self.config, section).within(self.config.workdir)
         name = f"{self.name}.{section}"
         known = jobs.attempts(self.server, name)
-        running = [job for job in known if not JobStatus(job.status).is_terminal()]
+        going = jobs.running(known)
         run = self._opened(section, name, config)
-        if running:
-            submission = str(running[-1].submission_id)
+        if going is not None:
+            submission = str(going.submission_id)
         else:
-            submission = name if not known else f"{name}-{len(known) + 1}"
-            stage = str(type(config).model_fields["stage"].default)
-            order = Order(command(stage).removeprefix("raymuse "), f"{recipe}:{section}", changes)
+            submission = jobs.next_id(name, known)
+            order = Order(command(stage_of(type(config))).removeprefix("raymuse "), f"{recipe}:{section}", changes)
             self._send(order, config, name, submission, run)
         print(f"[{section}] job {submission} -> {config.output}", flush=True)
         try:

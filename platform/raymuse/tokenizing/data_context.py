@@ -23,6 +23,13 @@ def stage_data(config: PretokenizeConfig) -> Iterator[None]:
     """
     context = DataContext.get_current().copy()
     context.target_max_block_size = max(_chunk_bytes(config) // 2, SMALLEST_BLOCK)  # a block ends where it holds more
+    with patiently(context):
+        yield
+
+
+@contextmanager
+def patiently(context: DataContext) -> Iterator[None]:
+    """Inside, data sets of this process are as the context says, and what fails in them is tried again."""
     context.retried_map_errors, context.max_map_retries = True, RETRIES
     context.actor_init_retry_on_errors, context.max_consecutive_actor_init_deaths = True, RETRIES
     with DataContext.current(context):

@@ -24,7 +24,7 @@ from raymuse.encoding.encoder import ChunkEncoder
 from raymuse.encoding.survey import Found, look_through
 from raymuse.encoding.tasks import DECODE_CPUS
 from raymuse.storage.images import Shard
-from raymuse.tokenizing.data_context import RETRIES
+from raymuse.tokenizing.data_context import RETRIES, patiently
 from raymuse.training.crops import CropPlan
 from raymuse.training.engine import rank_and_world
 from raymuse.training.saving import agreed
@@ -91,9 +91,7 @@ def _feeding(config: MaskedConfig, world: int) -> Iterator[None]:
     context.execution_options.preserve_order = True
     gpus = float(world) if config.use_gpu else 0.0
     context.execution_options.exclude_resources = ExecutionResources(cpu=config.cpus_per_worker * world, gpu=gpus)
-    context.retried_map_errors, context.max_map_retries = True, RETRIES
-    context.actor_init_retry_on_errors, context.max_consecutive_actor_init_deaths = True, RETRIES
-    with DataContext.current(context):
+    with patiently(context):
         yield
 
 

@@ -37,8 +37,23 @@ def commits(
     """Stream the pending shards through decode and encode; a part is joined as soon as its last chunk is there."""
     if not pending:
         return
+    progress, joining = Progress(len(pending), run), _Joining(folder.address, facts, bool(config.buckets))
+    coming: dict[str, MadePart] = {}
+    for row in _encoded(folder, config, pending, drops).iter_rows():
+        part = str(row["part"])
+        progress.tokens += int(row["ids"])
+        if coming.setdefault(part, MadePart()).add(row):
+            joining.begin(part, coming.pop(part), pending[part].name)
+        yield from joining.swept(progress.through(joining.ready()))
+    while joining.running:
+        yield from joining.swept(progress.through(joining.ready(wait=True)))
+    ray.get(joining.sweeping)
+
+
+def _encoded(folder: Folder, config: PretokenizeConfig, pending: Mapping[str, Shard], drops: Drops) -> ray.data.Dataset:
+    """What is known of every chunk, a row each, once its tables lie in the folder."""
     rows = [{"part": name, "shard": pickle.dumps((shard, drops.get(name, {})))} for name, shard in pending.items()]
-    encoded = (
+    return (
         ray.data.from_items(rows, override_num_blocks=len(rows))
         .map_batches(
             decode_row,
@@ -64,30 +79,34 @@ def commits(
             fn_kwargs={"output": folder.address},
         )
     )
-    join = ray.remote(num_cpus=WRITE_CPUS, max_retries=RETRIES, retry_exceptions=[OSError])(join_part)
-    sweep = ray.remote(num_cpus=0)(remove_chunks)
-    address, progress = folder.address, Progress(len(pending), run)
-    coming: dict[str, MadePart] = {}
-    joining: list[ray.ObjectRef] = []
-    sweeping: list[ray.ObjectRef] = []
 
-    def through(ready: list[ray.ObjectRef]) -> Iterator[PartRecord]:
-        for record in progress.through(ray.get(ready)):
+
+class _Joining:
+    """Tasks that join parts, and those that sweep up the chunks of parts that are recorded."""
+
+    def __init__(self, address: str, facts: Mapping[str, Any], bucketed: bool) -> None:
+        self.address, self.facts, self.bucketed = address, facts, bucketed
+        self.running: list[ray.ObjectRef] = []
+        self.sweeping: list[ray.ObjectRef] = []
+        self._join = ray.remote(num_cpus=WRITE_CPUS, max_retries=RETRIES, retry_exceptions=[OSError])(join_part)
+        self._sweep = ray.remote(num_cpus=0)(remove_chunks)
+
+    def begin(self, part: str, made: MadePart, source: str) -> None:
+        self.running.append(self._join.remote(self.address, part, made, source, self.facts, self.bucketed))
+
+    def ready(self, wait: bool = False) -> list[PartRecord]:
+        """Those that are joined by now; with `wait`, at least one."""
+        if not self.running:
+            return []
+        count, timeout = (1, None) if wait else (len(self.running), 0)
+        done, self.running = ray.wait(self.running, num_returns=count, timeout=timeout)
+        return list(ray.get(done))
+
+    def swept(self, records: Iterator[PartRecord]) -> Iterator[PartRecord]:
+        """The same, each part's chunks being deleted when whoever takes its record has come back for the next."""
+        for record in records:
             yield record
-            sweeping.append(sweep.remote(address, record.name))
-
-    for row in encoded.iter_rows():
-        part = str(row["part"])
-        progress.tokens += int(row["ids"])
-        if coming.setdefault(part, MadePart()).add(row):
-            made, source = coming.pop(part), pending[part].name
-            joining.append(join.remote(address, part, made, source, facts, bool(config.buckets)))
-        ready, joining = ray.wait(joining, num_returns=len(joining), timeout=0) if joining else ([], [])
-        yield from through(ready)
-    while joining:
-        ready, joining = ray.wait(joining)
-        yield from through(ready)
-    ray.get(sweeping)
+            self.sweeping.append(self._sweep.remote(self.address, record.name))
 
 
 class _Encode:
