@@ -143,6 +143,31 @@ def test_it_changes_no_bit_of_the_training_and_is_the_same_at_every_stage(data: 
         assert all(torch.equal(value, without[name]) for name, value in sharded.items())
 
 
+@pytest.mark.parametrize("lr", [0.01, 0.3])
+def test_the_best_checkpoint_is_that_of_the_lowest_held_out_loss(lr: float, data: Data, tmp_path: Path) -> None:
+    """At the lower rate the training loss would have it otherwise; at the higher one the best is not the last."""
+    kept = {"every": 2, "keep": 1, "keep_best": True}
+    made = config(
+        tmp_path,
+        data,
+        steps=10,
+        ema_decay=None,
+        optimizer={"lr": lr, "warmup_steps": 0, "schedule": "constant"},
+        checkpoint=kept,
+        evaluation={"input": data.held, "every": 100, "rows": 13},
+    )
+    numbers = run_of(made)[0].numbers
+    held = {step: values["eval_loss"] for step, values in numbers.items() if "eval_loss" in values}
+    trained = {step: numbers[step - 1]["loss"] + numbers[step]["loss"] for step in held}
+    assert list(held) == [2, 4, 6, 8, 10]  # with every checkpoint
+    best = min(held, key=lambda step: held[step])
+    assert {int(path.name[5:]) for path in Path(made.output).glob("step-*")} == {best, 10}
+    assert best != min(trained, key=lambda step: trained[step])
+    found = newest(Path(made.output))
+    assert found is not None
+    assert found.state["eval_loss"] == held[10]
+
+
 def test_shards_of_another_kind_are_refused(data: Data, tmp_path: Path) -> None:
     other = tiny.write_tokens(
         tmp_path / "other", tiny.write_shards(tmp_path / "s", 16), data.encoders, resolution=16, low_resolution=8

@@ -44,7 +44,11 @@ class CheckpointConfig(Config):
 
     every: int = Field(200, ge=1, description="steps between checkpoints")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
-    keep_best: bool = Field(False, description="keep the one of the lowest mean training loss since the one before too")
+    keep_best: bool = Field(
+        False,
+        description="keep the best too: of the lowest held-out loss where there is `evaluation`, measured with every "
+        "checkpoint then; else of the lowest mean training loss since the one before",
+    )
 
 
 class TrainConfig(StageConfig):
