@@ -160,16 +160,16 @@ def test_with_token_shards_the_plan_is_theirs(tmp_path: Path) -> None:
         "network": {"interface": "ens5", "efa": True},
         "shard_cache": {"folder": str(tmp_path / "copies"), "gib": 5},
     }
-    text = train_plan(tiny.base_config(tmp_path, tokens, **ours, **machines, workers=4, price_per_hour=1e6))
+    text = train_plan(tiny.base_config(tmp_path, tokens, **ours, **machines, workers=4, price_per_hour=1e9))
     assert "48 rows: an epoch is 6.0 steps" in text
     variables = "NCCL_SOCKET_IFNAME==ens5 GLOO_SOCKET_IFNAME=ens5 FI_PROVIDER=efa FI_EFA_USE_DEVICE_RDMA=1"
     assert f"every worker's environment: {variables}\n" in text
     assert f"copies of token shards: up to 5 GiB in {tmp_path / 'copies'} of each machine\n" in text
     assert not (tmp_path / "copies").exists()
     (rate,) = re.findall(r"at a core's 0.04 TFLOP/s: ([\d,.]+) samples/s on 4 cores", text)
-    (cost,) = re.findall(r"cost: ([\d,.]+) at price_per_hour=1e\+06", text)
+    (cost,) = re.findall(r"cost: ([\d,.]+) at price_per_hour=1e\+09", text)
     seconds = 12 * 8 / float(rate.replace(",", ""))
-    assert float(cost.replace(",", "")) == pytest.approx(1e6 * seconds / 3600, rel=0.01)
+    assert float(cost.replace(",", "")) == pytest.approx(1e9 * seconds / 3600, rel=0.01)
     other = {"architecture": "maskgit", "model": {**tiny.MASKGIT, "encoder_hidden_size": 9, "sample_size": 2}}
     for judge in (plan_of, build_task):
         with pytest.raises(
