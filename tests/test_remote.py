@@ -352,7 +352,7 @@ def test_two_workers_of_a_machine_copy_a_shard_once_between_them(server: str, re
     cached = {"shard_cache": {"folder": str(copies), "gib": 1}}
     ways: dict[str, tuple[str, dict[str, Any]]] = {"local": (tokens, {}), "cached": (f"{server}/shared", cached)}
     configs = [
-        tiny.base_config(tmp_path / name, address, workers=2, log_every=1, **more)
+        tiny.base_config(tmp_path / name, address, workers=2, steps=3, log_every=1, **more)
         for name, (address, more) in ways.items()
     ]
     local, cached_too = run_ranks(fit_from_the_store, 2, tmp_path, S3_ENVIRONMENT, configs)[0]
