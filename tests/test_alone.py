@@ -152,7 +152,7 @@ def test_a_kill_while_a_checkpoint_is_written_costs_that_checkpoint_alone(
 
 
 def test_a_checkpoint_says_the_mean_loss_since_the_one_before(data: str, tmp_path: Path) -> None:
-    """What `keep_best` goes by."""
+    """What `keep_best` goes by where nothing is held out."""
     config = config_of(tmp_path, data, steps=10, log_every=1, checkpoint={"every": 4, "keep": 1, "keep_best": True})
     losses = fit(config)[0]
     said = {}

@@ -136,10 +136,15 @@ def test_prune_keeps_the_best_too_where_asked(tmp_path: Path) -> None:
         folder = write(tmp_path, step)
         commit(folder, step, [write_share(folder, 0, {"a": torch.zeros(1)})], {"loss": loss})
     rewrite(folder_of(tmp_path, 10), "{")  # damaged: it is not the best, whatever it was
-    prune(tmp_path, 1, 50, keep_best=True)
+    prune(tmp_path, 1, 50, best_by="loss")
     assert steps(tmp_path) == [20, 50]
-    prune(tmp_path, 1, 50)
-    assert steps(tmp_path) == [50]
+    for step, loss in {60: 0.2, 70: 0.4}.items():
+        folder = write(tmp_path, step)
+        commit(folder, step, [write_share(folder, 0, {"a": torch.zeros(1)})], {"loss": 0.1, "eval_loss": loss})
+    prune(tmp_path, 1, 70, best_by="eval_loss")  # what has none is not the best
+    assert steps(tmp_path) == [60, 70]
+    prune(tmp_path, 1, 70)
+    assert steps(tmp_path) == [70]
 
 
 def test_prune_never_gives_up_a_whole_checkpoint_for_a_damaged_later_one(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a training would take: the work of a pass, memory by ZeRO stage, without shards, weights or a GPU."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,9 @@ def test_recipes_are_planned_from_nothing() -> None:
     assert "grid 16 x 16, 77 text tokens: by the recipe, since there are no token shards at /nowhere/tokens" in text
     assert "at 50% of an H200's 790 TFLOP/s (bf16): " in text
     assert "\n* ZeRO 1 " in text
+    hours = float(re.findall(r"([\d,.]+) GPU hours", text)[0].replace(",", ""))
+    cost = float(re.findall(r"cost: USD ([\d,.]+) at 7.5 a GPU hour", text)[0].replace(",", ""))
+    assert cost == pytest.approx(7.5 * hours, rel=1e-3)
     grown = plan_of(masked("base-512"))
     assert (grown.trained, grown.sizes.grid) == (608_257_792, (32, 32))
     assert plan_of(masked("base-256")).trained == 603_537_664
@@ -152,7 +156,20 @@ def test_with_token_shards_the_plan_is_theirs(tmp_path: Path) -> None:
         told = sum(p.numel() for p in task.stream.text.network.parameters())  # type: ignore[attr-defined]
         assert plan.still - told == sum(p.numel() for p in parameters if not p.requires_grad)
         assert (plan.rows, plan.sizes.text_tokens) == (48, tiny.TEXT_LENGTH)
-    assert "48 rows: an epoch is 6.0 steps" in train_plan(tiny.base_config(tmp_path, tokens, **ours))
+    machines: dict[str, Any] = {
+        "network": {"interface": "ens5", "efa": True},
+        "shard_cache": {"folder": str(tmp_path / "copies"), "gib": 5},
+    }
+    text = train_plan(tiny.base_config(tmp_path, tokens, **ours, **machines, workers=4, price_per_hour=1e9))
+    assert "48 rows: an epoch is 6.0 steps" in text
+    variables = "NCCL_SOCKET_IFNAME==ens5 GLOO_SOCKET_IFNAME=ens5 FI_PROVIDER=efa FI_EFA_USE_DEVICE_RDMA=1"
+    assert f"every worker's environment: {variables}\n" in text
+    assert f"copies of token shards: up to 5 GiB in {tmp_path / 'copies'} of each machine\n" in text
+    assert not (tmp_path / "copies").exists()
+    (rate,) = re.findall(r"at a core's 0.04 TFLOP/s: ([\d,.]+) samples/s on 4 cores", text)
+    (cost,) = re.findall(r"cost: ([\d,.]+) at price_per_hour=1e\+09", text)
+    seconds = 12 * 8 / float(rate.replace(",", ""))
+    assert float(cost.replace(",", "")) == pytest.approx(1e9 * seconds / 3600, rel=0.01)
     other = {"architecture": "maskgit", "model": {**tiny.MASKGIT, "encoder_hidden_size": 9, "sample_size": 2}}
     for judge in (plan_of, build_task):
         with pytest.raises(
@@ -211,6 +228,8 @@ def test_vqgans_and_critics_are_planned_from_what_they_start_with(tmp_path: Path
     for name, more in (("vqgan-f16", small), ("vqgan-f8", small), ("vqgan-decoder", f"start_from={encoders}")):
         text = train_plan(load(name, [f"input={shards}", f"output={tmp_path / name}", more]))  # type: ignore[arg-type]
         assert text.startswith("train-vqgan: ")
+        assert "GPU hours\ncost: USD " in text
+    assert "core hours\ncost: USD " in train_plan(tiny.clip_config(tmp_path, shards))
     tokens = tiny.write_tokens(tmp_path / "tokens", shards, encoders)
     model = tiny.write_model(tmp_path / "model", encoders)
     assert "to train and" in train_plan(masked("critic", f"input={tokens}", f"base={model}", "ids=image_ids"))

@@ -1,5 +1,6 @@
 """Object stores: every kind of input is read from, and parts are written to, a real S3 server process."""
 
+import hashlib
 import io
 import os
 import socket
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import boto3
 import fsspec
@@ -16,11 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import s3fs
+import torch
 from PIL import Image
 
 import tiny
+from ranks import run_ranks
 from raymuse.config.errors import UserError
 from raymuse.config.pretokenize import PretokenizeConfig
+from raymuse.config.training import BaseConfig
 from raymuse.encoding.chunks import decode_chunks
 from raymuse.encoding.encoder import ChunkEncoder
 from raymuse.stages.pretokenize import pretokenize
@@ -34,6 +39,7 @@ from raymuse.storage.tokens import TokenStore
 from raymuse.storage.webdataset_writer import encode, write_shard, write_tar
 from raymuse.tracking.run import Run
 from shared import S3_ENVIRONMENT, S3_PORT
+from trainings import Trained, fit_all
 
 BUCKET = "pictures"
 
@@ -46,10 +52,17 @@ PNGS = [encode(picture(seed)) for seed in range(12)]
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
+def requests(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the server writes a line a request."""
+    return tmp_path_factory.mktemp("server") / "requests.log"
+
+
+@pytest.fixture(scope="module")
+def server(requests: Path) -> Iterator[str]:
     """moto's server in a process of its own; the environment says where it is, as a person would say it."""
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(S3_PORT)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with requests.open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         wait_for(S3_PORT, process)
         with pytest.MonkeyPatch.context() as patch:
@@ -321,3 +334,33 @@ def test_shards_in_the_store_become_token_shards_in_the_store(server: str, tmp_p
         ids = encoder(chunk).tokens["image_ids"].combine_chunks().flatten().to_numpy()
         np.testing.assert_array_equal(store.part(name).image_ids.reshape(-1), ids)
     assert "_chunks" not in Folder(config.output).names()
+
+
+def fit_from_the_store(environment: dict[str, str], configs: list[BaseConfig]) -> list[Trained]:
+    os.environ.update(environment)
+    return fit_all(configs)
+
+
+def test_two_workers_of_a_machine_copy_a_shard_once_between_them(server: str, requests: Path, tmp_path: Path) -> None:
+    """And train as from a folder; what each worker reads without copies is read once a worker."""
+    shards = tiny.write_shards(tmp_path / "shards")
+    tokens = tiny.write_tokens(tmp_path / "tokens", shards, tiny.write_encoders(tmp_path / "encoders", shards))
+    for path in Path(tokens).rglob("*"):
+        if path.is_file():
+            put(f"shared/{path.relative_to(tokens)}", path.read_bytes())
+    copies = tmp_path / "copies"
+    cached = {"shard_cache": {"folder": str(copies), "gib": 1}}
+    ways: dict[str, tuple[str, dict[str, Any]]] = {"local": (tokens, {}), "cached": (f"{server}/shared", cached)}
+    configs = [
+        tiny.base_config(tmp_path / name, address, workers=2, steps=3, log_every=1, **more)
+        for name, (address, more) in ways.items()
+    ]
+    local, cached_too = run_ranks(fit_from_the_store, 2, tmp_path, S3_ENVIRONMENT, configs)[0]
+    assert local[0] == cached_too[0]
+    assert all(torch.equal(value, cached_too[1][name]) for name, value in local[1].items())
+    names = [f"{kind}/part-{number:06d}.parquet" for kind in ("tokens", "captions") for number in range(3)]
+    names.append("captions/empty.parquet")
+    for name in names:
+        assert requests.read_text().count(f'"GET /{BUCKET}/shared/{name} ') == 1, name
+    held = {hashlib.sha256((Path(tokens) / name).read_bytes()).hexdigest() for name in names}
+    assert {path.name for path in copies.iterdir() if path.is_file()} == held

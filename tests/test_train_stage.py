@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -26,13 +27,14 @@ from raymuse.training.build import train_here
 from raymuse.training.stopping import listening
 
 STEPS, EVERY = 24, 4
+NETWORK = {"interface": "lo", "variables": {"NCCL_DEBUG": "WARN"}}
 
 
-def config_of(folder: Path, tokens: str) -> BaseConfig:
+def config_of(folder: Path, tokens: str, **more: Any) -> BaseConfig:
     """Two workers, ZeRO-2, a checkpoint every fourth step, and one lost worker allowed."""
     options = {"workers": 2, "zero": {"stage": 2}, "max_failures": 1, "log_every": EVERY, "ema_decay": 0.9}
     kept = {"every": EVERY, "keep": STEPS}
-    return tiny.base_config(folder, tokens, steps=STEPS, checkpoint=kept, **options)
+    return tiny.base_config(folder, tokens, steps=STEPS, checkpoint=kept, **options, **more)
 
 
 @pytest.fixture(scope="module")
@@ -50,28 +52,32 @@ def train_rank(config: BaseConfig) -> None:
 @pytest.fixture(scope="module")
 def disturbed(ray_cluster: Cluster, tokens: str, tmp_path_factory: pytest.TempPathFactory) -> BaseConfig:
     """The same training: a worker killed, the next group's told to leave, then the driver told to stop; and again."""
-    config = config_of(tmp_path_factory.mktemp("disturbed"), os.path.relpath(tokens))  # as people type it
+    config = config_of(tmp_path_factory.mktemp("disturbed"), os.path.relpath(tokens), network=NETWORK)  # as people type
     assert threading.current_thread() is threading.main_thread(), "who else would get the signal?"
     before = signal.getsignal(signal.SIGTERM)
     sent: list[str] = []
-    storm = threading.Thread(target=_storm, args=(Path(config.output), sent), daemon=True)
+    environments: list[dict[str, str]] = []  # with which the workers' processes began
+    storm = threading.Thread(target=_storm, args=(Path(config.output), sent, environments), daemon=True)
     storm.start()
     with pytest.raises(SystemExit) as stopped:
         train(config, Run.off())
     storm.join()
     assert (stopped.value.code, sent) == (143, ["kill a worker", "tell a worker", "tell the driver"])
+    told = {"NCCL_SOCKET_IFNAME": "=lo", "GLOO_SOCKET_IFNAME": "lo", "NCCL_DEBUG": "WARN"}
+    assert [environment.items() >= told.items() for environment in environments] == [True] * 6
     assert signal.getsignal(signal.SIGTERM) == before
     assert not Path(config.output, "_SUCCESS").exists()
     train(config, Run.off())
     return config
 
 
-def _storm(output: Path, sent: list[str]) -> None:
+def _storm(output: Path, sent: list[str], environments: list[dict[str, str]]) -> None:
     """To three groups of workers in turn, each as soon as it has committed something."""
     known: set[int] = set()
     for deed in ("kill a worker", "tell a worker", "tell the driver"):
         wait_until(lambda: len(_new_workers(known)) == 2, 300)
         workers = _new_workers(known)
+        environments.extend(worker.environ() for worker in workers)
         committed = len(list(output.glob("step-*/checkpoint.json")))  # the group before has ended by now
         wait_until(lambda: len(list(output.glob("step-*/checkpoint.json"))) > committed, 300)  # noqa: B023
         if deed == "kill a worker":
@@ -159,6 +165,15 @@ def test_what_only_a_person_can_mend_is_told_once_and_not_tried_again(disturbed:
     with pytest.raises(UserError, match="another optimizer wrote it"):
         train(config, Run.off())
     assert (tmp_path / "muon" / "progress.log").read_text() == ""
+
+
+def test_an_interface_that_a_worker_lacks_is_told_before_a_process_group_starts(
+    disturbed: BaseConfig, tmp_path: Path
+) -> None:
+    values = {"output": str(tmp_path / "nowhere"), "workers": 1, "network": {"interface": "nosuch0"}}
+    config = BaseConfig.model_validate({**disturbed.model_dump(), **values})
+    with pytest.raises(UserError, match=r"nosuch0 is none of this machine's \(.*lo.*\)\. Name one that every"):
+        train(config, Run.off())
 
 
 def test_a_training_that_does_not_stop_within_its_notice_is_ended() -> None:

@@ -74,6 +74,11 @@ def muse(root: Path, data: Data, **changes: Any) -> TrainConfig:
     return base(root, data, **{"architecture": "maskgit", "model": model, **changes})
 
 
+def wide_superres(root: Path, data: Data, **changes: Any) -> TrainConfig:
+    """The same of a super-resolution."""
+    return superres(root, data, **{"model": {**tiny.SUPERRES, "intermediate_size": 8192}, **changes})
+
+
 def vqgan(root: Path, data: Data, **changes: Any) -> TrainConfig:
     return tiny.vqgan_config(root, data.shards, **changes)
 
@@ -96,7 +101,7 @@ TRAININGS: dict[str, Callable[..., TrainConfig]] = {
     "gan": gan,
     "clip": clip,
 }
-KINDS = {**TRAININGS, "wide": wide, "muse": muse}
+KINDS = {**TRAININGS, "wide": wide, "muse": muse, "wide superres": wide_superres}
 
 
 class WorkerLostError(Exception):
@@ -183,12 +188,13 @@ def train_everywhere(root: Path, data: Data, names: list[str], changes: dict[str
 WORLDS = {
     2: ["superres", "vqgan", "gan", "clip", "base@2", "wide@3", "muse@3"],
     3: ["base", "vqgan", "gan", "clip", "base@2"],
+    4: ["base", "wide@1"],
 }
 
 
 @pytest.fixture(scope="module")
 def one(data: Data, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return train_everywhere(tmp_path_factory.mktemp("one"), data, list(KINDS), {})
+    return train_everywhere(tmp_path_factory.mktemp("one"), data, [*TRAININGS, "wide", "muse"], {})
 
 
 @pytest.fixture(scope="module", params=WORLDS)
@@ -198,7 +204,7 @@ def world(request: pytest.FixtureRequest, data: Data, tmp_path_factory: pytest.T
 
 
 def test_losses_and_weights_do_not_depend_on_the_world_size(one: dict[str, Any], world: list[dict[str, Any]]) -> None:
-    """Three processes do not divide the batch of eight; `@3` is DeepSpeed at ZeRO 3."""
+    """Three processes do not divide the batch of eight; `@3` is DeepSpeed at ZeRO 3. `make soak` has every cell."""
     for name, (losses, tensors, _) in world[0].items():
         wanted, weights, _ = one[name.partition("@")[0]]
         assert len(losses) == WORLD_STEPS
@@ -208,6 +214,31 @@ def test_losses_and_weights_do_not_depend_on_the_world_size(one: dict[str, Any],
         assert worst < 1e-3, name
 
 
+LONG = logged(40)
+TRANSFORMERS = ("wide", "muse", "wide superres")
+EVERY_CELL = [f"{kind}@{stage}" for kind in TRANSFORMERS for stage in range(4)]
+
+
+@pytest.fixture(scope="module")
+def long_one(data: Data, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return train_everywhere(tmp_path_factory.mktemp("long"), data, list(TRANSFORMERS), LONG)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_forty_losses_are_the_same_in_every_world_at_every_stage(
+    size: int, long_one: dict[str, Any], data: Data, tmp_path: Path
+) -> None:
+    trained = run_ranks(train_everywhere, size, tmp_path, tmp_path, data, EVERY_CELL, LONG)[0]
+    for name, (losses, _, _) in trained.items():
+        wanted = long_one[name.partition("@")[0]][0]
+        apart = max(abs(ours - theirs) for ours, theirs in zip(losses, wanted, strict=True))
+        print(f"{name} on {size}: {apart:.1e} apart", flush=True)
+        assert len(losses) == 40
+        assert apart <= 1e-5, (name, apart)
+
+
+@pytest.mark.parametrize("world", [2, 3], indirect=True)
 @pytest.mark.parametrize("name", ["vqgan", "gan"])
 def test_every_rank_holds_the_same_codebook_and_adversary(name: str, world: list[dict[str, Any]]) -> None:
     wanted = world[0][name][2]

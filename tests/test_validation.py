@@ -1,5 +1,6 @@
 """What a training shows of itself while it runs: the loss on held-out rows, and pictures of a user's prompts."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import tiny
@@ -143,6 +145,31 @@ def test_it_changes_no_bit_of_the_training_and_is_the_same_at_every_stage(data: 
         assert all(torch.equal(value, without[name]) for name, value in sharded.items())
 
 
+@pytest.mark.parametrize("lr", [0.01, 0.3])
+def test_the_best_checkpoint_is_that_of_the_lowest_held_out_loss(lr: float, data: Data, tmp_path: Path) -> None:
+    """At the lower rate the training loss would have it otherwise; at the higher one the best is not the last."""
+    kept = {"every": 2, "keep": 1, "keep_best": True}
+    made = config(
+        tmp_path,
+        data,
+        steps=10,
+        ema_decay=None,
+        optimizer={"lr": lr, "warmup_steps": 0, "schedule": "constant"},
+        checkpoint=kept,
+        evaluation={"input": data.held, "every": 100, "rows": 13},
+    )
+    numbers = run_of(made)[0].numbers
+    held = {step: values["eval_loss"] for step, values in numbers.items() if "eval_loss" in values}
+    trained = {step: numbers[step - 1]["loss"] + numbers[step]["loss"] for step in held}
+    assert list(held) == [2, 4, 6, 8, 10]  # with every checkpoint
+    best = min(held, key=lambda step: held[step])
+    assert {int(path.name[5:]) for path in Path(made.output).glob("step-*")} == {best, 10}
+    assert best != min(trained, key=lambda step: trained[step])
+    found = newest(Path(made.output))
+    assert found is not None
+    assert found.state["eval_loss"] == held[10]
+
+
 def test_shards_of_another_kind_are_refused(data: Data, tmp_path: Path) -> None:
     other = tiny.write_tokens(
         tmp_path / "other", tiny.write_shards(tmp_path / "s", 16), data.encoders, resolution=16, low_resolution=8
@@ -153,6 +180,35 @@ def test_shards_of_another_kind_are_refused(data: Data, tmp_path: Path) -> None:
         run_of(made)
     with pytest.raises(UserError, match=said):
         opened(made)  # before a worker starts
+
+
+def test_shards_of_equal_shapes_that_other_parts_encoded_are_refused(data: Data, tmp_path: Path) -> None:
+    others = retrained(tmp_path / "others", data.encoders, "vqvae")
+    held = tiny.write_tokens(tmp_path / "held", tiny.write_shards(tmp_path / "s", 16), others)
+    with pytest.raises(UserError, match=r"evaluation.input: .* was encoded by another VQGAN than"):
+        opened(config(tmp_path, data, evaluation={"input": held}))
+    both = retrained(tmp_path / "both", others, "text_encoder")
+    held = tiny.write_tokens(tmp_path / "more", str(tmp_path / "s"), both)
+    with pytest.raises(UserError, match=r"was encoded by another VQGAN and another text encoder than"):
+        opened(config(tmp_path, data, evaluation={"input": held}))
+
+
+def test_a_super_resolutions_held_out_low_ids_are_of_its_grid(data: Data, tmp_path: Path) -> None:
+    shards = tiny.write_shards(tmp_path / "s", 16)
+    low = tiny.write_tokens(tmp_path / "low", shards, data.encoders, low_resolution=8)
+    made = tiny.superres_config(tmp_path, data.tokens, evaluation={"input": low})
+    with pytest.raises(
+        UserError, match=r"of \(\(8, 8\), 32, 24, \(2, 2\), 32\), and the training \(\(8, 8\), 32, 24, \(4, 4\)"
+    ):
+        opened(made)
+
+
+def retrained(folder: Path, encoders: str, part: str) -> str:
+    """The encoders with other weights, of the same shapes, in one part."""
+    shutil.copytree(encoders, folder)
+    for path in (folder / part).glob("*.safetensors"):
+        save_file({name: value + 0.01 for name, value in load_file(path).items()}, path, {"format": "pt"})
+    return str(folder)
 
 
 # --- prompts
@@ -188,6 +244,34 @@ def test_a_super_resolution_draws_over_what_a_base_draws(data: Data, tmp_path: P
 def test_guided_samples_of_the_datas_own_captions(data: Data, tmp_path: Path) -> None:
     made = config(tmp_path, data, vqgan=data.encoders, steps=2, samples={"sampling": {"steps": 2, "guidance": 4.0}})
     assert sheet(made).shape == (2 * 2 * tiny.SIDE, 16 * 2 * tiny.SIDE, 3)
+
+
+def test_all_that_cannot_be_drawn_is_said_before_any_work(data: Data, tmp_path: Path) -> None:
+    other = retrained(tmp_path / "other", data.encoders, "text_encoder")
+    vqgan = tiny.write_encoders(tmp_path / "vqgan", tiny.write_shards(tmp_path / "s", 32), codes=16)
+    base = tiny.write_model(tmp_path / "base", data.encoders, codebook_size=16)
+    held = tiny.write_tokens(tmp_path / "held", str(tmp_path / "s"), data.encoders, low_resolution=8)
+    asked = {"prompts": ["a blue star"], "base": base}
+    made = tiny.superres_config(
+        tmp_path, data.tokens, vqgan=vqgan, text_encoder=other, samples=asked, evaluation={"input": held}
+    )
+    with pytest.raises(ConfigError, match="train-superres: 4 problems") as caught:
+        opened(made)
+    held_out, drawer, reader, low = caught.value.problems
+    assert held_out.startswith("evaluation.input: ")
+    assert "/vqgan has 16 codes, and image_ids of" in drawer
+    assert "samples.prompts: the text encoder of" in reader
+    assert "samples.base: " in low
+    assert "codebook_size is 16 and must be 32" in low
+    assert not list(Path(made.output).glob("step-*"))
+
+
+def test_prompts_of_another_length_than_the_captions_are_refused_at_the_start(data: Data, tmp_path: Path) -> None:
+    short = tiny.write_tokens(tmp_path / "short", tiny.write_shards(tmp_path / "s", 16), data.encoders, text_length=16)
+    drawn = {"vqgan": data.encoders, "text_encoder": data.encoders, "samples": {"prompts": ["a"]}}
+    made = tiny.base_config(tmp_path, short, ids="image_ids", **drawn)
+    with pytest.raises(ConfigError, match="makes 24 tokens a caption, and the token shards hold 16"):
+        opened(made)
 
 
 @pytest.mark.parametrize(

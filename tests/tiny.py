@@ -104,9 +104,9 @@ def _training(root: Path, name: str, source: str) -> dict[str, Any]:
     }
 
 
-def write_encoders(folder: Path, shards: str) -> str:
+def write_encoders(folder: Path, shards: str, codes: int = CODES) -> str:
     """A folder with `vqvae/`, `clip/`, `text_encoder/` and `tokenizer/`, of random weights."""
-    task = VqganTask(vqgan_config(folder, shards))
+    task = VqganTask(vqgan_config(folder, shards, model={**VQGAN, "num_vq_embeddings": codes}))
     task.module(task.batch(np.arange(32), np.ones(32, np.float32)))
     task.codebook.start(torch.cat(task.module.latents), 0)  # so that the ids say something of the pictures
     network = task.network

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from raymuse.config.base import Address, AddressMark, Config, StageConfig, runtime
+from raymuse.config.nodes import NetworkConfig, ShardCacheConfig
 from raymuse.config.pretokenize import StreamConfig
 from raymuse.config.sampling import MaskingSchedule, SamplingConfig
 
@@ -44,7 +45,11 @@ class CheckpointConfig(Config):
 
     every: int = Field(200, ge=1, description="steps between checkpoints")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
-    keep_best: bool = Field(False, description="keep the one of the lowest mean training loss since the one before too")
+    keep_best: bool = Field(
+        False,
+        description="keep the best too: of the lowest held-out loss where there is `evaluation`, measured with every "
+        "checkpoint then; else of the lowest mean training loss since the one before",
+    )
 
 
 class TrainConfig(StageConfig):
@@ -71,6 +76,8 @@ class TrainConfig(StageConfig):
     cpus_per_worker: float = runtime(1, "cores reserved for a worker", gt=0)
     resources: dict[str, float] = runtime({}, "other Ray resources reserved for a worker, such as {trainers: 1}")
     use_gpu: bool = runtime(False, "one GPU a worker")
+    network: NetworkConfig = runtime(NetworkConfig(), "how workers on several machines reach each other")
+    price_per_hour: float = runtime(0.0, "of all machines together, for the cost that --dry-run says", ge=0)
     max_failures: int = runtime(2, "lost workers survived before the job fails", ge=0)
     max_skipped: int = runtime(10, "steps in a row without a finite loss and gradients before the run stops", ge=1)
     log_every: int = runtime(20, "steps between logged losses", ge=1)
@@ -221,6 +228,9 @@ class MaskedConfig(TrainConfig):
     stream: StreamConfig | None = Field(None, description="pictures to encode as it trains, in place of token shards")
     ids: Literal["image_ids", "low_ids"] = Field("image_ids", description="column of the ids to be learned")
     zero: ZeroConfig = runtime(ZeroConfig(), "DeepSpeed ZeRO")
+    shard_cache: ShardCacheConfig | None = runtime(
+        None, "copies of token shards on each machine's disk; None: a part is read from `input` each time"
+    )
     gradient_checkpointing: bool = runtime(False, "recompute activations in the backward pass")
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of samples whose caption becomes the empty one")
     min_masking_ratio: float = Field(0.0, ge=0, lt=1)

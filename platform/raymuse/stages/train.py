@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -28,6 +28,7 @@ from ray.train.torch.config import _TorchBackend
 from raymuse.clusters.placement import place
 from raymuse.clusters.watching import watching
 from raymuse.config.errors import UserError
+from raymuse.config.nodes import NetworkConfig
 from raymuse.config.stages import STAGES
 from raymuse.config.training import MaskedConfig, TrainConfig
 from raymuse.tracking.machine import monitored
@@ -35,6 +36,7 @@ from raymuse.tracking.run import Run
 from raymuse.training.alone import opened, train_alone
 from raymuse.training.build import train_here
 from raymuse.training.lineage import lineage_params
+from raymuse.training.network import missing_interface
 from raymuse.training.stopping import Stopped, listening, woken
 from raymuse.training.streamed import Pieces
 from raymuse.training.surveying import HERE, Surveyor
@@ -112,7 +114,7 @@ def _group(config: TrainConfig, run: Run, notes: _Notes) -> bool:
             "host": socket.gethostname(),
             "here": os.getcwd(),
         },
-        torch_config=_TorchWithStop(),
+        torch_config=_TorchWithStop(network=config.network, refused=notes.refused),
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=config.use_gpu,
@@ -126,6 +128,7 @@ def _group(config: TrainConfig, run: Run, notes: _Notes) -> bool:
             storage_path=str((Path(config.output) / "ray").resolve()),
             failure_config=FailureConfig(max_failures=config.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),
+            worker_runtime_env={"env_vars": variables} if (variables := config.network.environment()) else None,
         ),
     )
     # Ray Train would answer Ctrl-C itself, end the process with 1, and keep its handler after the training.
@@ -168,6 +171,14 @@ _kept = ExitStack()  # until the worker ends
 class _BackendWithStop(_TorchBackend):  # type: ignore[misc]
     """Ray Train's, whose workers take SIGTERM as a request to stop; Ray's own handler would end them at once."""
 
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        """Start the process group, where every worker has the network for it. Raises UserError, told in a file too."""
+        wrong = {problem for problem in worker_group.execute(missing_interface, backend_config.network) if problem}
+        if wrong:
+            backend_config.refused.write_text(" ".join(sorted(wrong)))
+            raise UserError(backend_config.refused.read_text())
+        super().on_start(worker_group, backend_config)
+
     def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
         super().on_training_start(worker_group, backend_config)
         worker_group.execute(_keep_sigterm)
@@ -175,6 +186,9 @@ class _BackendWithStop(_TorchBackend):  # type: ignore[misc]
 
 @dataclass
 class _TorchWithStop(TorchConfig):  # type: ignore[misc]
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    refused: Path = Path("refused.txt")
+
     @property
     def backend_cls(self) -> type[_BackendWithStop]:
         return _BackendWithStop

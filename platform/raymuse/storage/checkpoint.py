@@ -92,32 +92,32 @@ def newest(root: Path, warn: Callable[[str], None] = _warn) -> Checkpoint | None
     return None
 
 
-def prune(root: Path, keep: int, newest_step: int, *, keep_best: bool = False) -> None:
+def prune(root: Path, keep: int, newest_step: int, *, best_by: str | None = None) -> None:
     """Delete all but the newest `keep` checkpoints up to the one just committed, and leftovers before them.
 
     Later ones are damaged, or the run would have gone on from them: they must not push a whole one out.
 
     Args:
-        keep_best: keep the one of the lowest `loss` in its state as well, though it be older.
+        best_by: keep the one whose state has the lowest number of this name as well, though it be older.
     """
     last = folder_of(root, newest_step)
     committed = sorted(path.parent for path in root.glob("step-*/checkpoint.json") if path.parent <= last)
     if len(committed) <= keep:
         return
     oldest_kept = committed[-keep]
-    best = _best(committed) if keep_best else None
+    best = _best(committed, best_by) if best_by is not None else None
     for folder in sorted(root.glob("step-*")):
         if folder < oldest_kept and folder != best:
             (folder / "checkpoint.json").unlink(missing_ok=True)
             shutil.rmtree(folder)
 
 
-def _best(committed: Sequence[Path]) -> Path | None:
-    """The one of the lowest loss; of equal ones the newest. What cannot be read is not it."""
+def _best(committed: Sequence[Path], name: str) -> Path | None:
+    """The one of the lowest number of that name; of equal ones the newest. What has none is not it."""
     losses: list[tuple[float, int, Path]] = []
     for number, folder in enumerate(committed):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            loss = json.loads((folder / "checkpoint.json").read_text())["state"]["loss"]
+            loss = json.loads((folder / "checkpoint.json").read_text())["state"][name]
             losses.append((float(loss), -number, folder))
     return min(losses)[2] if losses else None
 

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from raymuse.config.errors import UserError
 from raymuse.storage.folder import Folder
 from raymuse.storage.manifest import FileRecord, read_finished
+from raymuse.storage.shard_cache import ShardCache
 
 EMPTY = "empty"
 ROW_GROUP_BYTES = 32 << 20
@@ -176,10 +177,12 @@ class TokenStore:
     Args:
         address: output of `raymuse pretokenize`.
         cached_parts: parts held in memory at once.
+        cache: copies on this machine's disk that the files are read through; None: they are read where they are.
     """
 
-    def __init__(self, address: str, cached_parts: int = 16) -> None:
+    def __init__(self, address: str, cached_parts: int = 16, cache: ShardCache | None = None) -> None:
         self.folder = Folder(address)
+        self.cache = cache
         records = read_finished(address, "pretokenize")
         self.names = [name for name, record in records.items() if record.rows > 0 and name != EMPTY]
         self.sizes = [records[name].rows for name in self.names]
@@ -192,7 +195,8 @@ class TokenStore:
                 "Pretokenize without buckets."
             )
         self.starts = [0, *accumulate(self.sizes)]
-        sums = [file.sha256 for record in records.values() for file in record.files]
+        self._files = {file.name: file for record in records.values() for file in record.files}
+        sums = [file.sha256 for file in self._files.values()]
         self._fingerprint = hashlib.sha256(json.dumps([self.config, sums], sort_keys=True).encode()).hexdigest()
         self.part = lru_cache(maxsize=cached_parts)(self._read_part)
         self.empty = self._read_captions(EMPTY)
@@ -246,22 +250,25 @@ class TokenStore:
         wanted = np.asarray(indices, dtype=np.int64)
         parts = np.searchsorted(self.starts, wanted, side="right") - 1
         of_part = {
-            number: pq.read_table(
-                io.BytesIO(self.folder.read(f"tokens/{self.names[number]}.parquet")), columns=["key"]
-            )["key"].to_pylist()
+            number: pq.read_table(io.BytesIO(self._read(f"tokens/{self.names[number]}.parquet")), columns=["key"])[
+                "key"
+            ].to_pylist()
             for number in set(parts.tolist())
         }
         return [
             of_part[part][row - self.starts[part]] for part, row in zip(parts.tolist(), wanted.tolist(), strict=True)
         ]
 
+    def _read(self, name: str) -> bytes:
+        return self.folder.read(name) if self.cache is None else self.cache.read(self.folder, self._files[name])
+
     def _read_part(self, name: str) -> TokenPart:
-        file = pq.ParquetFile(io.BytesIO(self.folder.read(f"tokens/{name}.parquet")))
+        file = pq.ParquetFile(io.BytesIO(self._read(f"tokens/{name}.parquet")))
         table = file.read([column for column in file.schema_arrow.names if column in READ])
         return part_of(table, self._read_captions(name), f"{self.folder.address}/tokens/{name}.parquet")
 
     def _read_captions(self, name: str) -> "Captions":
-        file = pq.ParquetFile(io.BytesIO(self.folder.read(f"captions/{name}.parquet")))
+        file = pq.ParquetFile(io.BytesIO(self._read(f"captions/{name}.parquet")))
         return Captions.of(file.read([column for column in file.schema_arrow.names if column in READ]))
 
 

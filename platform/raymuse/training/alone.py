@@ -23,9 +23,10 @@ from raymuse.storage.manifest import Manifest
 from raymuse.tracking.run import Run, finishing
 from raymuse.training.build import build_task, train_here
 from raymuse.training.engine import rank_and_world
-from raymuse.training.evaluation import evaluation_of
+from raymuse.training.fitting import require_shown
 from raymuse.training.inputs import data_fingerprint
 from raymuse.training.lineage import lineage_params
+from raymuse.training.network import missing_interface
 from raymuse.training.saving import agreed
 from raymuse.training.stopping import listening
 from raymuse.training.surveying import HERE, Surveyor, prepare
@@ -71,7 +72,7 @@ def opened(config: TrainConfig, surveyor: Surveyor = HERE) -> Manifest:
     manifest = Manifest.open(config.output, {**config.identity(), "data": data_fingerprint(config)})
     if not manifest.finished:
         prepare(config, surveyor)
-        evaluation_of(config, build_task(config), 1)  # every mistake of the recipe shows here
+        require_shown(config, build_task(config))  # every mistake of the recipe shows here
     return manifest
 
 
@@ -104,6 +105,9 @@ def main(words: Sequence[str]) -> int:
 
 def _join(config: TrainConfig) -> None:
     """The process group of torchrun's ranks, each on its own GPU where they are wanted."""
+    if problem := missing_interface(config.network):
+        raise UserError(problem)
+    os.environ.update(config.network.environment())
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if config.use_gpu else "cpu")
     for name, alone in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         os.environ.setdefault(name, alone)

@@ -3,7 +3,7 @@
 B samples, h w grid.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from raymuse.config.errors import UserError
-from raymuse.config.training import EvaluationConfig, GeneratorConfig, TrainConfig
+from raymuse.config.training import EvaluationConfig, GeneratorConfig, SuperresConfig, TrainConfig
 from raymuse.masking import hide
 from raymuse.training.ema import Ema
 from raymuse.training.engine import Engine, global_sum, swapped
@@ -41,11 +41,16 @@ class Evaluation:
         self.stream = TokenStream(held, task.device, text_trained=bool(config.lora and config.lora.text_targets))
         self.wanted, self.seed, self.micro_batch = wanted, config.seed, micro_batch
         self.mask_id = task.network.config.mask_id
-        mine, theirs = ((stream.grid, stream.codes, len(stream.empty_ids[0])) for stream in (self.stream, task.stream))
+        mine, theirs = (_sizes(stream) for stream in (self.stream, task.stream))
         if mine != theirs:
             raise UserError(
                 f"evaluation.input: {wanted.input} holds grids, codes and text tokens of {mine}, and the training "
                 f"{theirs}. Pretokenize both alike."
+            )
+        if wrong := differing(self.stream.encoders(), task.stream.encoders()):
+            raise UserError(
+                f"evaluation.input: {wanted.input} was encoded by another {' and another '.join(wrong)} than "
+                f"{config.source}. Pretokenize both by the same parts."
             )
         self.rows = min(wanted.rows, len(self.stream.store))
 
@@ -80,6 +85,20 @@ class Evaluation:
         mask = hidden.mask.view_as(targets).to(targets.device) & batch["real"][:, None, None]
         rest = {name: value for name, value in batch.items() if name != "positions"}
         return {**rest, "ids": hidden.ids.view_as(targets).to(targets.device), "mask": mask}
+
+
+def _sizes(stream: TokenStream) -> tuple[Any, ...]:
+    """Grid, codes and text tokens; of a super-resolution also the grid and codes of the low-res ids."""
+    sizes = (stream.grid, stream.codes, len(stream.empty_ids[0]))
+    if not isinstance(stream.config, SuperresConfig):
+        return sizes
+    return (*sizes, stream.store.grid("low_ids"), stream.store.codes("low_ids"))
+
+
+def differing(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Names of what is known of both, and is not the same."""
+    both = [name for name in mine if mine[name] is not None and theirs.get(name) is not None]
+    return [name for name in both if mine[name] != theirs[name]]
 
 
 def evaluation_of(config: TrainConfig, task: object, micro_batch: int) -> Evaluation | None:

@@ -65,7 +65,6 @@ class Loop:
         self.root = Path(config.output)
         self.ema = Ema(engine, config.ema_decay) if config.ema_decay is not None else None
         self.scaling = LossScale(config.precision)
-        self.saver = Saver(config, task, engine, self.ema, report, say)
         self.clock = Clock(config.batch_size)
         self.utilisation = Utilisation(config, task)
         self.worker_seconds = 0.0
@@ -76,6 +75,9 @@ class Loop:
         self.skipped = self.skipped_in_a_row = 0
         self.micro_batch, self.accumulation = micro_batches(config, engine.world)
         self.evaluation = evaluation_of(config, task, self.micro_batch)
+        self.held_out: float | None = None  # of the weights as they are now, where it was measured
+        best_by = ("loss" if self.evaluation is None else "eval_loss") if config.checkpoint.keep_best else None
+        self.saver = Saver(config, task, engine, self.ema, report, say, best_by)
 
     def fit(self) -> bool:
         """Train to `config.steps`, from the newest checkpoint where there is one, and save the model.
@@ -88,12 +90,13 @@ class Loop:
         if start == 0 and isinstance(self.config, MaskedConfig) and agreed(self.run.identity is not None):
             self._sample(0)  # MLflow's grid of pictures opens on step 0
         for step in range(start, self.config.steps):
+            self.held_out = None
             metrics = self._step(step)
             self.next_step()
             done, last = step + 1, step + 1 == self.config.steps
             if done % self.config.log_every == 0 or last:
                 self._log(metrics, done)
-            if self.evaluation is not None and (done % self.evaluation.wanted.every == 0 or last) and not self.asked:
+            if self.evaluation is not None and self._measures(self.evaluation, done, last):
                 self._evaluate(self.evaluation, done)
             if (done % self.config.sample_every == 0 and not self.asked) or last:
                 self._sample(done)
@@ -104,6 +107,12 @@ class Loop:
         self.saver.finish()
         self._finish()
         return True
+
+    def _measures(self, evaluation: Evaluation, done: int, last: bool) -> bool:
+        """Whether the held-out loss is measured after so many steps: a checkpoint that may be the best needs it."""
+        kept = self.config.checkpoint
+        due = done % evaluation.wanted.every == 0 or (kept.keep_best and done % kept.every == 0)
+        return (due or last) and not self.asked
 
     def _restore(self) -> int:
         """The step to go on with. Collective."""
@@ -246,6 +255,7 @@ class Loop:
 
     def _evaluate(self, evaluation: Evaluation, done: int) -> None:
         values = evaluation.measure(self.engine, self.ema)
+        self.held_out = values["eval_loss"]
         if self.engine.rank == 0:
             self.run.metrics(values, done)
             self.say(f"step {done}/{self.config.steps}  held-out loss {values['eval_loss']:.4f}")
@@ -256,10 +266,15 @@ class Loop:
         return self.ema.weights() if self.ema is not None else full_weights(self.engine)
 
     def _save(self, done: int, metrics: dict[str, Tensor | float]) -> None:
-        """Begin a checkpoint, with the mean loss since the one before (`keep_best` goes by it). Collective."""
+        """Begin a checkpoint, with what `keep_best` goes by: held-out loss, or mean since the one before. Collective.
+
+        One that is written since the training was asked to stop has no held-out loss: there is no time to measure it.
+        """
         total = float(global_sum(torch.tensor([self.loss_since], dtype=torch.float64)))
         mean = total / self.steps_since if self.steps_since else None
         state: dict[str, Any] = {"skipped": self.skipped, "loss": mean, "steps": self.steps_since}
+        if self.held_out is not None:
+            state["eval_loss"] = self.held_out
         state |= {"lineage": self.lineage, "worker_seconds": self.worker_seconds}
         if self.scaling.scales:
             state["loss_scale"] = self.scaling.state()

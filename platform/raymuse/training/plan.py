@@ -125,7 +125,8 @@ def plan_of(config: MaskedConfig) -> Plan:
     Raises:
         ConfigError, UserError: for a shape or model that there is not, or that does not fit the token shards.
     """
-    stream = TokenStream(config, "cpu") if _readable(config) else None
+    bare = config.model_copy(update={"shard_cache": None})  # a plan leaves no copies behind
+    stream = TokenStream(bare, "cpu") if _readable(config) else None
     shape = _shape(config, stream)
     side = shape.high_grid if isinstance(shape, SuperResConfig) else shape.sample_size
     low = shape.low_grid if isinstance(shape, SuperResConfig) else 1

@@ -41,6 +41,7 @@ class Saver:
     Args:
         report: called on all ranks with metrics and the checkpoint's folder, after it counts.
         say: rank 0's progress, a line at a time.
+        best_by: number of the state by which the best checkpoint is kept as well; None: it is not.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Saver:
         ema: Ema | None,
         report: Report,
         say: Callable[[str], None],
+        best_by: str | None = None,
     ) -> None:
         self.config = config
         self.task = task
@@ -58,6 +60,7 @@ class Saver:
         self.ema = ema
         self.report = report
         self.say = say
+        self.best_by = best_by
         self.root = Path(config.output)
         self.begun: _Begun | None = None
         self._writer = ThreadPoolExecutor(1, "checkpoint")
@@ -95,8 +98,7 @@ class Saver:
         records = _gather_objects(begun.share.result())
         if self.engine.rank == 0:
             store.commit(folder, begun.step, records, begun.state)
-            keep = self.config.checkpoint
-            store.prune(self.root, keep.keep, begun.step, keep_best=keep.keep_best)
+            store.prune(self.root, self.config.checkpoint.keep, begun.step, best_by=self.best_by)
         barrier()
         self.report(begun.metrics, folder)
 

@@ -14,6 +14,7 @@ from raymuse.config.errors import UserError
 from raymuse.config.training import MaskedConfig, SuperresConfig
 from raymuse.masking import CAPTION, DROPOUT, LOW_NOISE, Rectangles, hide, uniforms
 from raymuse.models.text import TextEncoder
+from raymuse.storage.shard_cache import ShardCache
 from raymuse.storage.tokens import Rows, TokenStore
 from raymuse.training.order import SampleOrder
 from raymuse.training.streamed import Pieces, Streamed
@@ -39,7 +40,7 @@ class TokenStream:
         self.config = config
         self.device = device
         self.text_trained = text_trained
-        self.store = TokenStore(config.input) if config.stream is None else Streamed(config, pieces)
+        self.store = self._stored(config) if config.stream is None else Streamed(config, pieces)
         self.order = SampleOrder(self.store.sizes, config.seed)
         self.grid = self.store.grid(config.ids)
         self.codes = self.store.codes(config.ids)
@@ -51,9 +52,22 @@ class TokenStream:
         if text_trained:
             self.text = None  # who trains the encoder has one
 
+    @staticmethod
+    def _stored(config: MaskedConfig) -> TokenStore:
+        return TokenStore(config.input, cache=ShardCache.of(config.shard_cache))
+
     def keys(self, positions: NDArray[np.int64]) -> list[str]:
         """Keys of the rows at stream positions."""
         return self.store.keys(self.order.rows(positions))
+
+    def encoders(self) -> dict[str, Any]:
+        """sha256 of the weights that encoded what the training reads, and of the tokenizer; None: not known."""
+        facts = self.store.survey.facts if isinstance(self.store, Streamed) else self.store.config
+        vqgan, low = facts.get("vqgan_sha256"), facts.get("low_vqgan_sha256") or facts.get("vqgan_sha256")
+        found = {"VQGAN": vqgan if self.config.ids == "image_ids" else low}
+        if isinstance(self.config, SuperresConfig):
+            found["low-resolution VQGAN"] = low
+        return {**found, "text encoder": facts.get("text_encoder_sha256"), "tokenizer": facts.get("tokenizer_sha256")}
 
     def counts(self) -> dict[str, float]:
         """What is known of the data beside its rows."""
