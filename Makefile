@@ -9,7 +9,7 @@ TRAIN_AMUSED ?= build/peers/train_amused.py
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: venv demo demo-full test check format docs soak bench bench-pretokenize bench-train bench-load \
-	bench-generate bench-serve bench-growth bench-gpu bench-peers clean
+	bench-generate bench-serve bench-growth bench-outage bench-gpu bench-peers clean
 
 venv: $(STAMP)
 
@@ -42,9 +42,9 @@ soak: $(STAMP)
 
 # Side-by-side figures (docs/benchmarks.md): each prints a table and writes build/bench/NAME.json.
 # ARGS chooses among the rows of generate, train, growth and gpu.
-bench: bench-pretokenize bench-load bench-generate bench-serve bench-growth bench-train
+bench: bench-pretokenize bench-load bench-generate bench-serve bench-growth bench-outage bench-train
 
-bench-pretokenize bench-load bench-serve: bench-%: $(STAMP)
+bench-pretokenize bench-load bench-serve bench-outage: bench-%: $(STAMP)
 	$(BIN)/python tests/benchmarks/$*.py
 
 bench-generate: $(STAMP) build/peers/lucidrains/.installed

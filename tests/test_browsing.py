@@ -393,12 +393,19 @@ def test_a_person_browses_runs_pictures_and_models(work: Work, tmp_path: Path) -
         see(page, "champion", "raymuse.from.base", str(work.quick.id), "A masked-image text-to-image model")
         page.wait_for(LOADED.format("samples.png"), SECONDS)
         page.screenshot(shots / "model.png")
-    for name in ("experiment", "run", "grid", "system", "model"):
+        see(page, "Inputs (5)", "Outputs (2)")
+        for name in ("Inputs (5)", "Outputs (2)"):
+            page.evaluate(OPEN_THE_LIST.format(json.dumps(name)))
+        see(page, "prompt", "guidance", "image")
+        page.evaluate(TO_THE_END)
+        page.screenshot(shots / "schema.png")
+    for name in ("experiment", "run", "grid", "system", "model", "schema"):
         assert len(np.unique(np.asarray(Image.open(shots / f"{name}.png")))) > 50
 
 
 BUTTON = "[...document.querySelectorAll('button')].find((one) => {})?.click()"
 CLOSE_THE_ASSISTANT = BUTTON.format("one.dataset.componentId?.endsWith('chat_panel.close')")
+OPEN_THE_LIST = "[...document.querySelectorAll('*')].filter((one) => one.innerText?.trim() === {}).at(-1).click()"
 SHOW_MORE = BUTTON.format("one.innerText === 'Show more'")
 TO_THE_END = """[...document.querySelectorAll("*")]
 .filter((one) => one.clientHeight > 400 && one.scrollHeight > one.clientHeight + 20)

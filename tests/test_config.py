@@ -3,9 +3,10 @@
 import pickle
 import re
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import pytest
+from pydantic import ValidationError
 
 from raymuse.config.base import Config
 from raymuse.config.describe import describe
@@ -15,9 +16,12 @@ from raymuse.config.load import from_values, load, recipes_for
 from raymuse.config.reading import parse, parse_value
 from raymuse.config.recipe import SECTIONS, read, recipe_text, recipes, stage_of
 from raymuse.config.sampling import GuidanceSchedule, MaskingSchedule, Options, SamplingConfig
+from raymuse.config.score import SideConfig, SweepConfig
 from raymuse.config.stages import STAGES
 from raymuse.config.training import BaseConfig
 from raymuse.masking import GUIDANCE_SCHEDULES, SCHEDULES
+from raymuse.serving.protocol import ImagesRequest
+from raymuse.storage.prompts import Asked
 
 
 def write(folder: Path, text: str, name: str = "my.yaml") -> str:
@@ -128,7 +132,19 @@ def test_overrides_reach_every_depth() -> None:
 def test_configs_know_the_schedules_by_name() -> None:
     assert set(get_args(MaskingSchedule)) == set(SCHEDULES)
     assert set(get_args(GuidanceSchedule)) == set(GUIDANCE_SCHEDULES)
-    assert Options.__annotations__.keys() == SamplingConfig.model_fields.keys()
+
+
+def test_an_option_of_sampling_is_one_everywhere() -> None:
+    options = {name: field.annotation for name, field in SamplingConfig.model_fields.items()}
+    assert get_type_hints(Options) == options
+    assert list(options) == [name for name in SideConfig.model_fields if name in options]
+    assert list(options) == [name for name in SweepConfig.model_fields if name in options]
+    apart = {"guidance_span", "guidance_every", "masked_only"}  # a row says `guidance_from`, `guidance_to`
+    for kind, own in ((Asked, apart), (ImagesRequest, {*apart, "steps", "guidance"})):
+        assert options.keys() & kind.model_fields.keys() == options.keys() - own
+        assert (kind.__module__, pickle.loads(pickle.dumps(kind))) == (kind.__bases__[0].__module__, kind)
+    with pytest.raises(ValidationError, match="top_p"):
+        Asked(top_p=1.5)
 
 
 def test_all_errors_are_said_at_once_with_place_and_suggestion(tmp_path: Path) -> None:

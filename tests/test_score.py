@@ -9,25 +9,32 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from mlflow import MlflowClient
 from numpy.typing import NDArray
 from PIL import Image
 
 from raymuse.config.errors import UserError
+from raymuse.config.load import from_values
 from raymuse.config.score import ScoreConfig
 from raymuse.datasets.scenes import parse
 from raymuse.datasets.shapes import draw
 from raymuse.encoding.pictures import decode, downscale
 from raymuse.models.clip import Clip
+from raymuse.recording import recorded
+from raymuse.scoring import parts
 from raymuse.scoring.measures import render_error
 from raymuse.scoring.summary import flat, markdown, summarise
+from raymuse.stages.compare import compare, read_comparison
 from raymuse.stages.score import read_scores, score
+from raymuse.stages.sweep import read_sweep, sweep
 from raymuse.storage.generated import PictureRow, rows_table
 from raymuse.storage.images import Picture, list_shards, read_shard
 from raymuse.storage.manifest import Manifest
 from raymuse.storage.pictures import png_bytes
 from raymuse.storage.tokens import parquet_bytes
 from raymuse.storage.webdataset_writer import write_tar
-from raymuse.tracking.run import Run
+from raymuse.tracking.run import Run, finishing, open_run
+from raymuse.tracking.server import Server
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 PER_PART = 3
@@ -159,6 +166,62 @@ def test_as_a_set_they_are_held_against_real_pictures_whose_statistics_are_kept(
     with pytest.raises(UserError, match=r"holds 8 pictures and the protocol asks for 30000: draw so many"):
         score(changed(held, pictures=30000, **other), Run.off())
     assert not (tmp_path / "other").exists()
+
+
+# --- sweeps and comparisons, whose details are in test_sweep.py
+
+
+def test_a_sweep_and_a_comparison_are_drawn_by_actors_and_stand_in_mlflow(
+    base_model: str, clip: str, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "_here", lambda *_: pytest.fail("drawn without Ray"))
+    told = {"prompts": f"{shards}/prompts.jsonl", "clip": clip, "pictures_per_part": 4, "workers": 2}
+    with Server.start(tmp_path / "mlflow", wait=False) as server:
+        server.wait(300)
+        client = MlflowClient(tracking_uri=server.uri)
+
+        def done(kind: str, stage: Any, **values: Any) -> tuple[str, Any]:
+            config: Any = from_values(kind, {**told, "output": str(tmp_path / kind), **values})
+            run = open_run(server.uri, "scores", kind, spool=tmp_path / "spool", patience=120)
+            with finishing(run), recorded(config, run):
+                stage(config, run)
+            found = client.get_run(run.id)
+            assert found.info.status == "FINISHED"
+            assert_tracked(client, found, Path(config.output), kind)
+            return config.output, found
+
+        output, run = done("sweep", sweep, model=base_model, guidance=[1.0, 2.0], steps=[1, 2])
+        found = read_sweep(output)
+        assert run.data.metrics["best.accuracy"] == found["best"]["figures"]["accuracy"]
+        assert float(run.data.params["best.guidance"]) == found["best"]["options"]["guidance"]
+        for name in ("clip_score", "pictures_per_second"):
+            told_values = [one.value for one in client.get_metric_history(run.info.run_id, name)]
+            assert told_values == [row[name] for row in table_of(client, run, "sweep.json")]
+            assert len(told_values) == 4
+        model = {"model": base_model}
+        output, run = done("compare", compare, a=model, b={**model, "steps": 1}, resamples=200)
+        by = read_comparison(output)["by"]["clip_score"]
+        assert run.data.metrics["clip_score.difference.low"] == by["difference"]["low"]
+        assert [row["side"] for row in table_of(client, run, "compare.json")] == ["the model's defaults", "steps=1"]
+
+
+def table_of(client: MlflowClient, run: Any, name: str) -> list[dict[str, Any]]:
+    """The rows of a table that MLflow's pages show."""
+    assert {"path": name, "type": "table"} in json.loads(run.data.tags["mlflow.loggedArtifacts"])
+    held = json.loads(Path(client.download_artifacts(run.info.run_id, name)).read_text())
+    return [dict(zip(held["columns"], row, strict=True)) for row in held["data"]]
+
+
+def assert_tracked(client: MlflowClient, run: Any, output: Path, kind: str) -> None:
+    """The plot or sheet and the table that lie in the folder stand on the run's page."""
+    picture = {"sweep": "sweep.png", "compare": "contact_sheet.png"}[kind]
+    latest = client.download_artifacts(run.info.run_id, f"latest/{picture}")
+    np.testing.assert_array_equal(*(np.asarray(Image.open(path)) for path in (latest, output / picture)))
+    table = (output / f"{kind}.md").read_text()
+    assert Path(client.download_artifacts(run.info.run_id, f"{kind}.md")).read_text() == table
+    note = run.data.tags["mlflow.note.content"]
+    assert table.strip() in note
+    assert f"latest%2F{picture}" in note
 
 
 # --- what cannot be scored

@@ -232,7 +232,7 @@ def test_registered_models(server: Server, client: Any, tmp_path: Path) -> None:
     assert register(run, "shapes/base", model, "# A card", alias="champion", picture=picture) == "1"
     assert register(run, "shapes/base", "s3://bucket/model", alias="champion") == "2"
     first = client.get_model_version("shapes-base", "1")
-    assert first.source.startswith(f"runs:/{run.id}/model/")
+    assert first.source.startswith(f"{client.get_run(run.id).info.artifact_uri}/model/")
     assert first.description.startswith("# A card")
     address = first.description.split("](")[1].removesuffix(")")
     with urllib.request.urlopen(server.uri + address) as answer:
@@ -240,6 +240,11 @@ def test_registered_models(server: Server, client: Any, tmp_path: Path) -> None:
     assert client.get_model_version_by_alias("shapes-base", "champion").version in (2, "2")
     there = mlflow.artifacts.download_artifacts(first.source, tracking_uri=server.uri, dst_path=str(tmp_path / "there"))
     assert (Path(there) / "transformer" / "weights.safetensors").read_bytes() == b"w" * 1000
+    old = f"runs:/{run.id}/{first.source.split('/artifacts/')[1]}"  # as versions were registered before
+    client.create_model_version("shapes-base", old, run_id=run.id)
+    for number in (1, 3):
+        folder = Path(registered_folder(f"models:/shapes-base/{number}", server.uri, tmp_path / "cache"))
+        assert (folder / "transformer" / "weights.safetensors").read_bytes() == b"w" * 1000
     with pytest.raises(UserError, match="alias"):
         register(run, "shapes", model, alias="v1")
 

@@ -1,8 +1,14 @@
-"""How ids are drawn."""
+"""How ids are drawn.
 
-from typing import Literal, Self, TypedDict
+A new option is a field of `SamplingConfig` and, for type checkers, of `Options`: prompts' columns, the HTTP API, sweeps
+and comparisons have their fields from there.
+"""
 
-from pydantic import Field, model_validator
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, Literal, Self, TypedDict, TypeVar
+
+from pydantic import BaseModel, Field, create_model, model_validator
+from pydantic.fields import FieldInfo
 
 from raymuse.config.base import Config
 
@@ -24,7 +30,7 @@ class SamplingConfig(Config):
     end_temperature: float = Field(0.0, ge=0, description="the same at the last step; linear between")
     top_p: float = Field(1.0, gt=0, le=1, description="draw among the likeliest codes that together have this share")
     top_k: int = Field(0, ge=0, description="draw among so many of the likeliest codes; 0: all")
-    masking: MaskingSchedule = "cosine"
+    masking: MaskingSchedule = Field("cosine", description="schedule of the share that is masked")
     order: Order = Field("confidence", description="which ids are kept first")
     guidance_every: int = Field(
         1, ge=1, description="2: what guidance adds is computed at every second step that has it, and kept in between"
@@ -54,3 +60,50 @@ class Options(TypedDict, total=False):
     order: Order
     guidance_every: int
     masked_only: bool
+
+
+RUN_ALONE = frozenset({"guidance_every", "masked_only"})
+"""Options of a whole run: no row of prompts and no request has its own."""
+
+REQUESTED = tuple(
+    name for name in SamplingConfig.model_fields if name not in {"steps", "guidance", "guidance_span"} | RUN_ALONE
+)
+"""Options that a row of prompts and a request may have under their own names."""
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def own_or_none(field: FieldInfo) -> Any:
+    """The type of a field that is an option, or None: as the model has it."""
+    kind: Any = field.annotation
+    return Annotated[(kind | None, Field(description=field.description), *field.metadata)]
+
+
+def with_options(
+    kind: Callable[[FieldInfo], Any] = own_or_none, names: Iterable[str] = tuple(SamplingConfig.model_fields)
+) -> Callable[[type[M]], type[M]]:
+    """Gives a class of settings the options of `SamplingConfig` as fields, each None by default.
+
+    Args:
+        kind: an option's type there.
+        names: of the options. Fields that the class declares itself stay as they are.
+    """
+
+    def extended(settings: type[M]) -> type[M]:
+        options = {name: SamplingConfig.model_fields[name] for name in names if name not in settings.model_fields}
+        fields: dict[str, Any] = {name: (kind(field), None) for name, field in options.items()}
+        return create_model(
+            settings.__name__,
+            __base__=settings,
+            __module__=settings.__module__,
+            __doc__=settings.__doc__,
+            **fields,
+        )
+
+    return extended
+
+
+def given_options(settings: BaseModel, names: Iterable[str] = tuple(SamplingConfig.model_fields)) -> dict[str, Any]:
+    """The options that such settings give, by name."""
+    values = {name: getattr(settings, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,12 +1,13 @@
 """How good the pictures are."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic.fields import FieldInfo
 
 from raymuse.config.base import Address, AddressMark, Config, StageConfig, runtime
 from raymuse.config.drawing import DrawingConfig, LoraChoice
-from raymuse.config.sampling import GuidanceSchedule, MaskingSchedule, Options, Order
+from raymuse.config.sampling import given_options, with_options
 
 OptionalAddress = Annotated[str, AddressMark()] | None
 By = Literal["auto", "accuracy", "clip_score", "fid", "kid", "clip_fid", "vqgan_fd", "inception_score"]
@@ -80,11 +81,21 @@ class DrawnConfig(StageConfig, MeasuresConfig):
     draw_batch: int = Field(16, ge=1, description="one padded batch of drawing; part of the numerics")
 
 
-def _as_choices(value: Any) -> Any:
-    """One value as the only choice of its kind; None: the model's own."""
-    return value if value is None or isinstance(value, (list, tuple)) else (value,)
+def _as_choices(value: Any, several: bool) -> Any:
+    """One value as the only choice of its kind; None: the model's own. `several`: a value is itself a list."""
+    first = value[0] if several and value and isinstance(value, (list, tuple)) else value
+    return value if value is None or isinstance(first, (list, tuple)) else (value,)
 
 
+def _choices(field: FieldInfo) -> Any:
+    """The type of an option that takes a value or a list; what values may be is asked of each combination."""
+    kind: Any = field.annotation
+    several = get_origin(kind) is tuple
+    as_choices = BeforeValidator(lambda value: _as_choices(value, several))
+    return Annotated[tuple[kind, ...] | None, Field(description=field.description), as_choices]
+
+
+@with_options(_choices)
 class SweepConfig(DrawnConfig, DrawingConfig):
     """Draw the same prompts and seeds with every combination of sampling options, and measure each.
 
@@ -93,32 +104,10 @@ class SweepConfig(DrawnConfig, DrawingConfig):
 
     stage: Literal["sweep"] = "sweep"
     prompts: Address = Field(description="txt (a prompt a line), jsonl, csv or Parquet with a column `prompt`")
-    steps: tuple[int, ...] | None = None
-    guidance: tuple[float, ...] | None = None
-    guidance_schedule: tuple[GuidanceSchedule, ...] | None = None
-    guidance_span: tuple[tuple[float, float], ...] | None = None
-    temperature: tuple[float, ...] | None = None
-    end_temperature: tuple[float, ...] | None = None
-    top_p: tuple[float, ...] | None = None
-    top_k: tuple[int, ...] | None = None
-    masking: tuple[MaskingSchedule, ...] | None = Field(None, description="the schedule")
-    order: tuple[Order, ...] | None = None
-    guidance_every: tuple[int, ...] | None = None
-    masked_only: tuple[bool, ...] | None = None
     by: By = Field(
         "auto",
         description="what the best row is best by; auto: the judge, else FID where there is one, else CLIP score",
     )
-
-    @field_validator(*(name for name in Options.__annotations__ if name != "guidance_span"), mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return _as_choices(value)
-
-    @field_validator("guidance_span", mode="before")
-    @classmethod
-    def _one_or_many_spans(cls, value: Any) -> Any:
-        return (value,) if value and not isinstance(value[0], (list, tuple)) else value
 
     @model_validator(mode="after")
     def _lists_have_values(self) -> "SweepConfig":
@@ -132,28 +121,16 @@ class SweepConfig(DrawnConfig, DrawingConfig):
     @property
     def choices(self) -> dict[str, tuple[Any, ...]]:
         """The values to try, by option, of the options that are given."""
-        given = {name: getattr(self, name) for name in Options.__annotations__}
-        return {name: values for name, values in given.items() if values is not None}
+        return given_options(self)
 
 
+@with_options()
 class SideConfig(LoraChoice):
-    """One of the two that are compared: finished pictures, or a model and how it draws."""
+    """One of the two that are compared: finished pictures, or a model and how it draws; null: as it says."""
 
     images: OptionalAddress = Field(None, description="output of generate")
     model: OptionalAddress = Field(None, description="model folder, to draw the prompts with")
     label: str | None = Field(None, description="what it is called; null: its address, or what it differs by")
-    steps: int | None = Field(None, ge=1, description="None: the model's own, as for all below")
-    guidance: float | None = Field(None, ge=0)
-    guidance_schedule: GuidanceSchedule | None = None
-    guidance_span: tuple[float, float] | None = None
-    temperature: float | None = Field(None, ge=0)
-    end_temperature: float | None = Field(None, ge=0)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0)
-    masking: MaskingSchedule | None = None
-    order: Order | None = None
-    guidance_every: int | None = Field(None, ge=1)
-    masked_only: bool | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> "SideConfig":
@@ -166,8 +143,7 @@ class SideConfig(LoraChoice):
     @property
     def options(self) -> dict[str, Any]:
         """The sampling options that are given."""
-        given = {name: getattr(self, name) for name in Options.__annotations__}
-        return {name: value for name, value in given.items() if value is not None}
+        return given_options(self)
 
 
 class CompareConfig(DrawnConfig):

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field
 
 from raymuse.config.edit import STRENGTH, Task
-from raymuse.config.sampling import GuidanceSchedule, MaskingSchedule, Options, Order
+from raymuse.config.sampling import REQUESTED, Options, given_options, own_or_none, with_options
 from raymuse.drawing.inputs import read_mask
 from raymuse.drawing.seeds import image_seed
 from raymuse.encoding.pictures import FORMATS
@@ -49,6 +49,7 @@ class Refused(Exception):  # noqa: N818 - a verdict on the request, not a failur
         self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
 
 
+@with_options(own_or_none, REQUESTED)
 class ImagesRequest(BaseModel):
     """What every request for pictures may say."""
 
@@ -72,11 +73,6 @@ class ImagesRequest(BaseModel):
     guidance_scale: float | None = Field(None, ge=0, le=100)
     temperature: float | None = Field(None, ge=0, le=1000)
     end_temperature: float | None = Field(None, ge=0, le=1000)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0)
-    masking: MaskingSchedule | None = Field(None, description="schedule of the share that is masked")
-    order: Order | None = Field(None, description="which ids are kept first")
-    guidance_schedule: GuidanceSchedule | None = None
     guidance_from: float = Field(0.0, ge=0, le=1, description="share of the steps from which there is guidance")
     guidance_to: float = Field(1.0, ge=0, le=1, description="and up to which")
     lora_scale: float = Field(1.0, ge=0, le=2, description="how much of the style of a model NAME:STYLE")
@@ -92,8 +88,7 @@ class ImagesRequest(BaseModel):
     @property
     def sampling(self) -> Options:
         """Options beside steps and guidance, those that are given."""
-        names = ("temperature", "end_temperature", "top_p", "top_k", "masking", "order", "guidance_schedule")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        given = given_options(self, REQUESTED)
         if {"guidance_from", "guidance_to"} & self.model_fields_set:
             given["guidance_span"] = (self.guidance_from, self.guidance_to)
         return cast(Options, given)

@@ -17,16 +17,17 @@ from raymuse.config.base import Config, address_within
 from raymuse.config.edit import Task
 from raymuse.config.errors import UserError
 from raymuse.config.explain import sentences
-from raymuse.config.sampling import GuidanceSchedule, MaskingSchedule, Order
+from raymuse.config.sampling import REQUESTED, given_options, own_or_none, with_options
 from raymuse.storage.folder import Folder
 from raymuse.storage.rejects import Reason
 
 KINDS = (".txt", ".jsonl", ".csv", ".parquet")
 _WORDS = re.compile(r"\w+")
-SAMPLING = ("end_temperature", "top_p", "top_k", "masking", "order", "guidance_schedule")
+SAMPLING = tuple(name for name in REQUESTED if name != "temperature")
 AT_A_TIME = 1024  # rows of a table that are held at once
 
 
+@with_options(own_or_none, SAMPLING)
 class Asked(Config):
     """How a row wants to be drawn; what it leaves out is as the run has it."""
 
@@ -36,12 +37,6 @@ class Asked(Config):
     steps: int | None = Field(None, ge=1, le=1000)
     guidance: float | None = Field(None, ge=0)
     temperature: float | None = Field(None, ge=0)
-    end_temperature: float | None = Field(None, ge=0)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0)
-    masking: MaskingSchedule | None = None
-    order: Order | None = None
-    guidance_schedule: GuidanceSchedule | None = None
     guidance_from: float | None = Field(None, ge=0, le=1, description="share of the steps with guidance: from ...")
     guidance_to: float | None = Field(None, ge=0, le=1, description="... to")
     size: str | None = Field(None, pattern=r"^\d{1,4}x\d{1,4}$", description="WIDTHxHEIGHT, in whole cells")
@@ -64,7 +59,7 @@ class Asked(Config):
     @property
     def sampling(self) -> dict[str, Any]:
         """Options beside steps, guidance and temperature."""
-        given = {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
+        given = given_options(self, SAMPLING)
         if (self.guidance_from, self.guidance_to) != (None, None):
             last = 1.0 if self.guidance_to is None else self.guidance_to
             given["guidance_span"] = (self.guidance_from or 0.0, last)

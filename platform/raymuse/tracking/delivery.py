@@ -282,7 +282,7 @@ class Delivery:
                 self.client.log_artifact(run_id, str(path), f"{place}/{inner}".removesuffix("/."))
         if whole:
             self.client.log_text(run_id, mlmodel(str(run_id), place), f"{place}/MLmodel")
-        return f"runs:/{run_id}/{place}"
+        return f"{self.client.get_run(run_id).info.artifact_uri}/{place}"  # of `runs:/` the pages show no schema
 
 
 def _shown(run_id: str, name: str) -> str:

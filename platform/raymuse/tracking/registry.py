@@ -47,11 +47,11 @@ def registered_folder(address: str, uri: str | None, cache: Path | None = None) 
         raise UserError(f"{address} is in an MLflow registry: say where with --mlflow URI, or MLFLOW_TRACKING_URI")
     version = _version(uri, **named.groupdict())
     kept = (cache or default_cache()) / f"{version.name}-{version.version}-{version.creation_timestamp}"
-    if not kept.exists():
+    where = str(version.tags.get(ADDRESS_TAG, ""))
+    if not kept.exists() and version.source != where:
         _fetch(uri, str(version.source), kept)
     if _is_whole(kept):
         return str(kept)
-    where = str(version.tags.get(ADDRESS_TAG, ""))
     if not where or not _is_whole(Path(where)):
         raise UserError(
             f"{address} was registered without its weights, as version {version.version}, and {where or 'its folder'} "
@@ -135,7 +135,7 @@ def _version(uri: str, name: str, alias: str | None, version: str | None) -> Any
 
 
 def _fetch(uri: str, source: str, place: Path) -> None:
-    """What the registry holds of a version, whole or not at all; nothing of one that lies in an object store."""
+    """What the registry holds of a version, whole or not at all."""
     import mlflow.artifacts
     from mlflow.exceptions import MlflowException
 
@@ -143,11 +143,10 @@ def _fetch(uri: str, source: str, place: Path) -> None:
     with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
         there = Path(scratch, "model")
         there.mkdir()
-        if source.startswith("runs:/"):
-            try:
-                there = Path(mlflow.artifacts.download_artifacts(source, dst_path=str(there), tracking_uri=uri))
-            except (MlflowException, OSError) as error:
-                raise UserError(f"{source} cannot be fetched from {uri}: {error}") from error
+        try:
+            there = Path(mlflow.artifacts.download_artifacts(source, dst_path=str(there), tracking_uri=uri))
+        except (MlflowException, OSError) as error:
+            raise UserError(f"{source} cannot be fetched from {uri}: {error}") from error
         try:
             there.rename(place)
         except OSError:  # another process was first
