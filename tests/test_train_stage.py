@@ -11,6 +11,8 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
+import ray.train
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
@@ -20,7 +22,7 @@ from ranks import run_ranks
 from raymuse.config.errors import UserError
 from raymuse.config.training import BaseConfig
 from raymuse.drawing.model_folder import load_base
-from raymuse.stages.train import _notice, train
+from raymuse.stages.train import _group, _Notes, _notice, train
 from raymuse.storage import checkpoint
 from raymuse.tracking.run import Run
 from raymuse.training.build import train_here
@@ -174,6 +176,28 @@ def test_an_interface_that_a_worker_lacks_is_told_before_a_process_group_starts(
     config = BaseConfig.model_validate({**disturbed.model_dump(), **values})
     with pytest.raises(UserError, match=r"nosuch0 is none of this machine's \(.*lo.*\)\. Name one that every"):
         train(config, Run.off())
+
+
+def test_a_machine_that_is_not_ready_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The errors are Ray's own, as it words them; the race that leads to them cannot be brought about."""
+    unprepared = ray.train.ControllerError(ray.exceptions.RuntimeEnvSetupError("no such folder"))
+    errors: list[Exception] = [unprepared, unprepared]
+
+    class Trainer:
+        return_value = True
+
+        def fit(self) -> "Trainer":
+            if errors:
+                raise errors.pop()
+            return self
+
+    monkeypatch.setattr("raymuse.stages.train._trainer", lambda *_: Trainer())
+    config = tiny.base_config(tmp_path, "nowhere")
+    assert _group(config, Run.off(), _Notes.of(config))
+    for given in ([unprepared] * 3, [ray.train.ControllerError(ValueError("another"))]):
+        errors += given
+        with pytest.raises(ray.train.ControllerError):
+            _group(config, Run.off(), _Notes.of(config))
 
 
 def test_a_training_that_does_not_stop_within_its_notice_is_ended() -> None:

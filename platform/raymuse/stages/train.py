@@ -42,6 +42,7 @@ from raymuse.training.streamed import Pieces
 from raymuse.training.surveying import HERE, Surveyor
 
 RESIZE_SECONDS = 30
+STARTS = 3  # of a group whose machines are not ready
 """How often an elastic training looks whether the cluster has room for more workers: each change is a restart."""
 
 
@@ -103,6 +104,23 @@ def _train_on_ray(config: TrainConfig, run: Run) -> Stopped:
 
 def _group(config: TrainConfig, run: Run, notes: _Notes) -> bool:
     """Start workers and wait for them; whether the training is at its end."""
+    for left in reversed(range(STARTS)):
+        try:
+            ended = _trainer(config, run, notes).fit().return_value
+            break
+        except ray.train.TrainingFailedError as error:
+            if notes.refused.exists():
+                break
+            # Two of a job's actors that come to a new machine at once may undo each other's copy of its folder.
+            if left == 0 or "Failed to set up runtime environment" not in str(error):
+                raise
+            print("a machine could not prepare the job's folder: the workers start again", flush=True)
+    if notes.refused.exists():
+        raise UserError(notes.refused.read_text())
+    return bool(ended)
+
+
+def _trainer(config: TrainConfig, run: Run, notes: _Notes) -> TorchTrainer:
     gpu = {"GPU": 1} if config.use_gpu else {}
     workers = config.workers if config.min_workers is None else (config.min_workers, config.workers)
     trainer = TorchTrainer(
@@ -133,14 +151,7 @@ def _group(config: TrainConfig, run: Run, notes: _Notes) -> bool:
     )
     # Ray Train would answer Ctrl-C itself, end the process with 1, and keep its handler after the training.
     trainer._register_sigint_handler = lambda controller: None
-    try:
-        ended = trainer.fit().return_value
-    except ray.train.TrainingFailedError:
-        if not notes.refused.exists():
-            raise
-    if notes.refused.exists():
-        raise UserError(notes.refused.read_text())
-    return bool(ended)
+    return trainer
 
 
 @contextmanager

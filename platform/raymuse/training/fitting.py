@@ -1,7 +1,7 @@
 """Whether what a training shows of itself fits its data: held-out shards, and who reads and draws a user's prompts."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from raymuse.config.errors import ConfigError, UserError
 from raymuse.config.training import GeneratorConfig, SuperresConfig, TrainConfig
@@ -28,8 +28,12 @@ def require_shown(config: TrainConfig, task: Task) -> None:
     from raymuse.training.masked import MaskedTask
 
     assert isinstance(task, MaskedTask)
-    problems = []
-    for check in (lambda: evaluation_of(config, task, 1), lambda: _require_samples(config, task.stream)):
+    problems: list[str] = []
+    checks: list[Callable[[], object]] = [
+        lambda: evaluation_of(config, task, 1),
+        lambda: _require_samples(config, task.stream),
+    ]
+    for check in checks:
         try:
             check()
         except ConfigError as error:
@@ -42,7 +46,7 @@ def require_shown(config: TrainConfig, task: Task) -> None:
 
 def _require_samples(config: GeneratorConfig, stream: TokenStream) -> None:
     """Raises ConfigError with what is wrong with the samples' parts."""
-    problems = []
+    problems: list[str] = []
     for check in (_vqgan, _prompts, _low_ids):
         try:
             problems += check(config, stream)

@@ -1,9 +1,9 @@
 """What a step of a masked training takes, found without taking it: its passes run on tensors that have no numbers.
 
-PyTorch's meta and fake tensors know shapes, dtypes and storages alone; fake ones, at twice the cost, also on which device
-they would lie, which autocast goes by. So the real network, with its real backward pass and recomputation, is counted
-operation by operation on a machine that could not hold it. Work and memory grow by the same amount a layer: two shallow
-networks are run, and the rest is a straight line.
+PyTorch's meta and fake tensors know shapes, dtypes and storages alone; fake ones, at twice the cost, also on which
+device they would lie, which autocast goes by. So the real network, with its real backward pass and recomputation, is
+counted operation by operation on a machine that could not hold it. Work and memory grow by the same amount a layer: two
+shallow networks are run, and the rest is a straight line.
 
 B samples, h w grid, T text tokens, E text width, P pooled width, K codes.
 """
