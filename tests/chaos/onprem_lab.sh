@@ -53,7 +53,7 @@ CONFIG
     ip link set lo up
     ip addr add "10.77.0.$number/24" dev "host$number"
     ip link set "host$number" up
-    ip route add default via 10.77.0.1   # Ray asks the routes for a machine's address
+    ip route add default via 10.77.0.1   # Ray asks the routes which address is its own
     exec "$(command -v sshd)" -D -e -f "$home/sshd_config"
   ' machine "$home" "$number" > "$home/sshd.log" 2>&1 &
   until [ -e "$home/waiting" ]; do sleep 0.1; done
