@@ -187,6 +187,7 @@ def test_a_sweep_and_a_comparison_are_drawn_by_actors_and_stand_in_mlflow(
                 stage(config, run)
             found = client.get_run(run.id)
             assert found.info.status == "FINISHED"
+            assert {one.tags[0].value for one in found.inputs.dataset_inputs} == {"eval", "output"}
             assert_tracked(client, found, Path(config.output), kind)
             return config.output, found
 

@@ -34,12 +34,14 @@ from raymuse.tracking.run import Run, link_to, open_again, open_run
 
 MADE_BY = "_manifest/run.json"
 CONFIG, SUCCESS, SHEET = "_manifest/config.json", "_SUCCESS", "contact_sheet.png"
-CONTEXTS = {"generate": "prompts", "score": "eval", "data": "source", "pretokenize": "source"}  # else "training"
-DATA = ("source", "input", "prompts", "images", "truth")  # keys of configs that name data; the others name models
+CONTEXTS = {"generate": "prompts", "data": "source", "pretokenize": "source"}  # else "training"
+CONTEXTS |= dict.fromkeys(("score", "sweep", "compare"), "eval")
+DATA = ("source", "input", "prompts", "images", "truth", "reference")  # keys that name data; the others name models
 NESTED = ("stream", "evaluation")  # sections of trainings that name data of their own
 MADE_HERE = ("shapes", "emoji")  # sources of the data stage that are no addresses
 HASHED_BYTES = 256 << 20  # a single file is known by its content up to here, by name and size beyond
 REJECTS_SHOWN = 200
+REPORT_LENGTH = 5000  # of the 8000 characters that MLflow takes of a description
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, UserError)
 
 
@@ -261,7 +263,7 @@ def _close(
     lines = [f"- {name.replace('_', ' ')}: {value:.3g}" for name, value in attempt.spent.items()]
     try:
         folder = Folder(config.output)
-        lines = ["- came out: " + ", ".join(_outcome(folder) or ["nothing"]), *lines]
+        lines = ["- came out: " + ", ".join(_outcome(folder) or ["nothing"]), *lines, *_report(folder, _stage(config))]
         if folder.exists(SUCCESS) and read_records(folder):
             digest, rows = fingerprint(config.output)
             run.dataset(_title(config.output), digest, config.output, "output", rows)
@@ -293,6 +295,17 @@ def _outcome(folder: Folder) -> list[str]:
     checkpoints = [name for name in folder.names() if name.startswith("step-")]
     model = [f"`{numbers['model']}`"] if isinstance(numbers.get("model"), str) else []
     return [*model, *(f"{name} {_figure(value)}" for name, value in plain.items()), *checkpoints[-1:]]
+
+
+def _report(folder: Folder, stage: str) -> list[str]:
+    """What a finished stage has written for people to read, if it has: as much as MLflow takes of a description."""
+    name = f"{stage}.md"
+    if not folder.exists(SUCCESS) or not folder.exists(name):
+        return []
+    text = folder.read(name).decode()
+    if len(text) <= REPORT_LENGTH:
+        return ["", text]
+    return ["", text[:REPORT_LENGTH].rpartition("\n")[0], "", f"The rest is in `{name}`."]
 
 
 def _figure(value: float) -> str:

@@ -215,7 +215,6 @@ def _report(
     run.table([{"side": labels[side], **figures[side]} for side in SIDES], "compare.json")
     run.picture("contact_sheet", sheet, 0)
     run.text(text, "compare.md")
-    run.note(f"# {labels['a']} against {labels['b']}\n\n{text}")
 
 
 def _compared(config: CompareConfig, pairs: Sequence[tuple[Row, Row]], name: str) -> Paired | None:

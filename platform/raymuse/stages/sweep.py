@@ -206,7 +206,6 @@ def _report(
     run.picture("sweep", Image.open(io.BytesIO(plot)), 0)
     run.picture("samples", Image.open(io.BytesIO(samples)), 0)
     run.text(table, "sweep.md")
-    run.note(f"# Sweep of {config.model}\n\n{table}")
 
 
 def _auto(figures: Mapping[str, float]) -> str:

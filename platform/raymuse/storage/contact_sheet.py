@@ -15,8 +15,10 @@ CELL = 96
 MARGIN = 8
 TEXT_HEIGHT = 46
 COLUMNS = 6
+HEAD_LINES = 6
 Table = Sequence[Sequence[str]]
 BEST = "#00795a"  # frames and notes of what is better
+EDGE = "#dddddd"  # around a picture, which may be as white as the sheet
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ def sheet_png(entries: Sequence[Entry], labels: Sequence[str], title: str) -> Im
         for place, pixels in enumerate(entry.pictures):
             corner = (left + place * (CELL + 2), top)
             canvas.paste(_cell(pixels), corner)
+            draw.rectangle((corner[0] - 1, top - 1, corner[0] + CELL, top + CELL), outline=EDGE)
             if place == entry.best:
                 draw.rectangle((*corner, corner[0] + CELL - 1, top + CELL - 1), outline=BEST, width=3)
         for place, note in enumerate(entry.notes):
@@ -66,18 +69,21 @@ def grid_png(rows: Sequence[Sequence[NDArray[np.uint8]]], labels: Sequence[str],
     font = ImageFont.load_default(11)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left = 2 * MARGIN + int(max(measure.multiline_textbbox((0, 0), label, font=font)[2] for label in labels))
-    head = MARGIN + TEXT_HEIGHT
+    heads = [_wrapped(measure, prompt, font, CELL, lines=HEAD_LINES) for prompt in prompts]
+    head = 2 * MARGIN + int(max((measure.multiline_textbbox((0, 0), text, font=font)[3] for text in heads), default=0))
     columns = max(len(row) for row in rows)
     step = CELL + 4
     canvas = Image.new("RGB", (left + columns * step + MARGIN, head + len(rows) * step + MARGIN), "white")
     draw = ImageDraw.Draw(canvas)
-    for number, prompt in enumerate(prompts):
-        draw.multiline_text((left + number * step, MARGIN), _wrapped(draw, prompt, font, CELL), fill="black", font=font)
+    for number, text in enumerate(heads):
+        draw.multiline_text((left + number * step, MARGIN), text, fill="black", font=font)
     for number, (label, pictures) in enumerate(zip(labels, rows, strict=True)):
         top = head + number * step
         draw.multiline_text((MARGIN, top + CELL // 2), label, fill="black", font=font, anchor="lm")
         for place, pixels in enumerate(pictures):
-            canvas.paste(_cell(pixels), (left + place * step, top))
+            corner = (left + place * step, top)
+            canvas.paste(_cell(pixels), corner)
+            draw.rectangle((corner[0] - 1, top - 1, corner[0] + CELL, top + CELL), outline=EDGE)
     return canvas
 
 
@@ -164,6 +170,7 @@ def _wrapped(
     width: int,
     lines: int = 3,
 ) -> str:
+    """At most so many lines of a width in pixels; what is left out is an ellipsis."""
     found = [""]
     for word in text.split():
         longer = f"{found[-1]} {word}".strip()
@@ -171,4 +178,9 @@ def _wrapped(
             found[-1] = longer
         else:
             found.append(word)
-    return "\n".join(found[:lines])
+    if len(found) <= lines:
+        return "\n".join(found)
+    last = found[lines - 1]
+    while last and draw.textlength(f"{last}...", font=font) > width:
+        last = last[:-1]
+    return "\n".join([*found[: lines - 1], f"{last}..."])
