@@ -49,9 +49,17 @@ class Head:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=20) as response:
             return str(response.read().decode())
 
-    def submit(self, submission: str, *command: str) -> subprocess.CompletedProcess[str]:
+    def submit(self, submission: str, *command: str, packaged: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a command as a job, and return when it has ended.
+
+        Args:
+            packaged: send the checkout along; else the job runs by the one that is here. Nodes of one machine share
+                the place where Ray unpacks it, and each does so anew, under the feet of those that run already.
+        """
         words = ["job", "submit", "--address", self.address, "--submission-id", submission]
-        words += ["--working-dir", ".", "--runtime-env", "jobs/env.yaml", "--", *command]
+        here = json.dumps({"env_vars": {"PYTHONPATH": str(ROOT / "platform")}})
+        sent = ["--working-dir", ".", "--runtime-env", "jobs/env.yaml"]
+        words += [*(sent if packaged else ["--runtime-env-json", here]), "--", *command]
         while True:
             done = subprocess.run(
                 [RAY, *words], cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=600

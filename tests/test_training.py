@@ -188,7 +188,7 @@ def train_everywhere(root: Path, data: Data, names: list[str], changes: dict[str
 WORLDS = {
     2: ["superres", "vqgan", "gan", "clip", "base@2", "wide@3", "muse@3"],
     3: ["base", "vqgan", "gan", "clip", "base@2"],
-    4: ["base", "wide@1"],
+    4: ["wide@1"],
 }
 
 

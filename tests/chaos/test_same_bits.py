@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import tiny
-from heads import Head, running_head
+from heads import ROOT, Head, running_head
 from nodes import Nodes, nodes_of, running_nodes
 from processes import wait_until
 from raymuse.storage import checkpoint
@@ -55,9 +55,9 @@ class Training:
         config = tiny.base_config(root / name, place.tokens, checkpoint=kept, **values)
         recipe = root / f"{name}.yaml"
         recipe.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)))
-        command = ["python", "jobs/train.py", str(recipe)]
+        command = ["python", str(ROOT / "jobs" / "train.py"), str(recipe)]
         self.pool = ThreadPoolExecutor(1)
-        self.job: Future[Any] = self.pool.submit(place.head.submit, f"{name}-{stage}", *command)
+        self.job: Future[Any] = self.pool.submit(place.head.submit, f"{name}-{stage}", *command, packaged=False)
 
     def half_way(self) -> None:
         """Return as soon as the checkpoint half way counts; the end must be ahead."""
