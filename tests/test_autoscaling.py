@@ -51,7 +51,6 @@ def test_a_job_makes_a_node_appear_and_idle_it_goes(
     assert set(types(head, "DEAD")) == {"decoders"}
 
 
-@pytest.mark.soak  # not yet seen to pass; then it belongs to `make test`
 def test_a_node_that_crashes_loses_and_changes_nothing(head: Head, tmp_path: Path) -> None:
     """It works when it goes; another appears in its place."""
     shards = tiny.write_shards(tmp_path / "shards", count=4 * PARTS, per_shard=4)
