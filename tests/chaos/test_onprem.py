@@ -24,13 +24,13 @@ import json, ray
 from raymuse.clusters.placement import ROLE, place
 
 ray.init(address="auto", log_to_driver=False)
-roles = {node["NodeManagerAddress"]: node["Labels"].get(ROLE) for node in ray.nodes() if node["Alive"]}
-
 @ray.remote(num_cpus=1, label_selector=place("decode", 0))
 def where():
     return ray.util.get_node_ip_address()
 
-print("WORK", json.dumps({"roles": roles, "decoded_on": ray.get(where.remote())}))
+decoded_on = ray.get(where.remote())  # waits for the worker to join
+roles = {node["NodeManagerAddress"]: node["Labels"].get(ROLE) for node in ray.nodes() if node["Alive"]}
+print("WORK", json.dumps({"roles": roles, "decoded_on": decoded_on}))
 """
 
 STEPS = """
