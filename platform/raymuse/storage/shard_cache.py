@@ -77,7 +77,7 @@ class ShardCache:
         if hashlib.sha256(data).hexdigest() != file.sha256:
             raise UserError(
                 f"{source.address}/{file.name} is not what its manifest says ({len(data):,} bytes of {file.size:,}, or "
-                "another sum): it was changed or cut. `raymuse tokens check` tells which files are; pretokenize again."
+                "another sum): it was changed or cut. `raymuse tokens verify` tells which files are; pretokenize again."
             )
         if len(data) <= self.most:
             with self._locked(ROOM):
