@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import tiny
 from processes import children_named, wait_until
 from ranks import run_ranks
 from raymuse.config.errors import UserError
+from raymuse.config.nodes import NetworkConfig
 from raymuse.config.training import BaseConfig
 from raymuse.drawing.model_folder import load_base
 from raymuse.stages.train import _group, _Notes, _notice, train
@@ -169,13 +171,17 @@ def test_what_only_a_person_can_mend_is_told_once_and_not_tried_again(disturbed:
     assert (tmp_path / "muon" / "progress.log").read_text() == ""
 
 
-def test_an_interface_that_a_worker_lacks_is_told_before_a_process_group_starts(
-    disturbed: BaseConfig, tmp_path: Path
-) -> None:
-    values = {"output": str(tmp_path / "nowhere"), "workers": 1, "network": {"interface": "nosuch0"}}
-    config = BaseConfig.model_validate({**disturbed.model_dump(), **values})
+def test_an_interface_that_a_worker_lacks_is_told_before_a_process_group_starts(tmp_path: Path) -> None:
+    """That the driver hears what is refused, the test above shows of a real group."""
+
+    class Group:
+        def execute(self, work: Callable[..., object], *arguments: object) -> list[object]:
+            return [work(*arguments)]
+
+    asked = _TorchWithStop(network=NetworkConfig(interface="nosuch0"), refused=tmp_path / "refused.txt")
     with pytest.raises(UserError, match=r"nosuch0 is none of this machine's \(.*lo.*\)\. Name one that every"):
-        train(config, Run.off())
+        asked.backend_cls().on_start(Group(), asked)
+    assert "nosuch0" in asked.refused.read_text()
 
 
 def test_a_machine_that_is_not_ready_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
