@@ -24,7 +24,7 @@ from raymuse.config.errors import UserError
 from raymuse.config.nodes import NetworkConfig
 from raymuse.config.training import BaseConfig
 from raymuse.drawing.model_folder import load_base
-from raymuse.stages.train import _group, _Notes, _notice, train
+from raymuse.stages.train import _group, _Notes, _notice, _TorchWithStop, train
 from raymuse.storage import checkpoint
 from raymuse.tracking.run import Run
 from raymuse.training.build import train_here
