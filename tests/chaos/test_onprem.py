@@ -49,7 +49,11 @@ echo "NOTOKEN $(ssh $SSH root@10.77.0.10 curl -s -o /dev/null -w %{http_code} ht
 ssh $SSH root@10.77.0.10 'flock -n ~/mlflow/lock true || echo MLFLOW kept'
 ray down --yes cluster.yaml || exit 12
 for number in 10 11; do
-  echo "LEFT $(ssh $SSH root@10.77.0.$number 'pgrep -fc "[r]aylet|[g]cs_server"')"
+  for attempt in $(seq 30); do   # what was told to end ends; what has ended is a zombie where sshd is process 1
+    left=$(ssh $SSH root@10.77.0.$number 'ps -eo stat,args | grep -E "[r]aylet|[g]cs_server" | grep -vc "^Z"')
+    [ "$left" = 0 ] && break; sleep 2
+  done
+  echo "LEFT $left"
 done
 """
 
