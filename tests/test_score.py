@@ -201,6 +201,7 @@ def test_a_sweep_and_a_comparison_are_drawn_by_actors_and_stand_in_mlflow(
             assert len(told_values) == 4
         model = {"model": base_model}
         output, run = done("compare", compare, a=model, b={**model, "steps": 1}, resamples=200)
+        assert f"- a.model: `{base_model}`" in run.data.tags["mlflow.note.content"]
         by = read_comparison(output)["by"]["clip_score"]
         assert run.data.metrics["clip_score.difference.low"] == by["difference"]["low"]
         assert [row["side"] for row in table_of(client, run, "compare.json")] == ["the model's defaults", "steps=1"]
