@@ -263,7 +263,11 @@ def _close(
     lines = [f"- {name.replace('_', ' ')}: {value:.3g}" for name, value in attempt.spent.items()]
     try:
         folder = Folder(config.output)
-        lines = ["- came out: " + ", ".join(_outcome(folder) or ["nothing"]), *lines, *_report(folder, _stage(config))]
+        lines = [
+            "- came out: " + ", ".join(_outcome(folder) or ["nothing"]),
+            *lines,
+            *_report(folder, stage_of(type(config))),
+        ]
         if folder.exists(SUCCESS) and read_records(folder):
             digest, rows = fingerprint(config.output)
             run.dataset(_title(config.output), digest, config.output, "output", rows)
