@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import random
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -18,7 +20,9 @@ SEED, NOTICE, PATIENCE = 8, 15, 900
 STAGES = {name: name for name in ("data", "vqgan", "clip", "pretokenize", "base", "superres")}
 STAGES |= {"pretokenize": "tokens", "export": "model", "generate": "images", "score": "scores"}
 TRAININGS = ("vqgan", "clip", "base", "superres")
-BRIEF = ("export", "score")  # the driver alone works, or somebody for seconds: nodes end as soon as the job runs
+# The driver alone works, or somebody for seconds: a node ends as soon as the job runs, one a job.
+BRIEF = ("export", "score")
+STORMED = os.environ.get("STORMED", ",".join(STAGES)).split(",")  # to look at some again; the others run undisturbed
 SCRIPTS = {"data": "make_data", **dict.fromkeys(TRAININGS, "train")}
 # Each stage lasts until two of its nodes have gone. A training is a group of two, which is started again each time.
 SIZES = ["data.train=4000", "data.test=160", "data.pictures_per_shard=50", "generate.replicas=2"]
@@ -78,13 +82,18 @@ def test_nodes_crash_and_drain_under_every_stage_and_change_nothing(tmp_path: Pa
             began = time.monotonic()
             finish(Job(head, section, calm))
             middle = time.monotonic()
-            job = Job(head, section, stormy)
-            for end in ("crash", "drain"):
-                assert ends_a_node(nodes, job, end, moments), f"{section} ended before a node's {end}"
-            finish(job)
+            if section not in STORMED:
+                shutil.copytree(calm / STAGES[section], stormy / STAGES[section])
+                continue
+            for ends in [["crash"], ["drain"]] if section in BRIEF else [["crash", "drain"]]:
+                shutil.rmtree(stormy / STAGES[section], ignore_errors=True)
+                job = Job(head, section, stormy)
+                for end in ends:
+                    assert ends_a_node(nodes, job, end, moments), f"{section} ended before a node's {end}"
+                finish(job)
+                assert sums(stormy, section) == sums(calm, section), section
             print(f"{section}: {middle - began:.0f} s undisturbed, {time.monotonic() - middle:.0f} s", flush=True)
             assert len(nodes_of(head)) == 3
-            assert sums(stormy, section) == sums(calm, section), section
         assert [scores(root) for root in (stormy, calm)] == [scores(calm)] * 2
 
 
