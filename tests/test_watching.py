@@ -112,7 +112,7 @@ def test_a_head_that_is_away_does_not_end_the_account(monkeypatch: pytest.Monkey
     monkeypatch.setattr(watching, "PRICE_SECONDS", 0.01)
     monkeypatch.setattr(watching, "price_per_hour", price)
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    watching._pay(Paid("train-base"), ended, watching.Spend())
+    watching._pay(Paid("train-base"), ended, lambda spent: None)
     assert paid == [2.0, 2.0, 1.0]  # a second each at 7200, at what was known last, and at 3600 an hour
 
 
