@@ -111,6 +111,7 @@ def running_head(
             "RAY_AUTH_TOKEN_PATH": str(path),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_metrics_report_interval_ms": "500",
+            "RAY_worker_niceness": "0",  # or they would give way to every other process of the tests
             "RAY_raylet_start_wait_time_s": "300",  # whatever else the machine does
             "PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}",  # for `python` in the jobs' command
             **own,
