@@ -53,8 +53,7 @@ class Head:
         """Run a command as a job, and return when it has ended.
 
         Args:
-            packaged: send the checkout along; else the job runs by the one that is here. Nodes of one machine share
-                the place where Ray unpacks it, and each does so anew, under the feet of those that run already.
+            packaged: send the checkout along; else the job runs by the one that is here.
         """
         words = ["job", "submit", "--address", self.address, "--submission-id", submission]
         here = json.dumps({"env_vars": {"PYTHONPATH": str(ROOT / "platform")}})
