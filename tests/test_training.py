@@ -22,8 +22,9 @@ from raymuse.models.clip import Clip
 from raymuse.models.text import TextEncoder
 from raymuse.models.vqgan import nearest_codes
 from raymuse.storage.checkpoint import newest
+from raymuse.tracking.run import Run
 from raymuse.training import scaling
-from raymuse.training.build import build_engine, build_task
+from raymuse.training.build import build_engine, build_task, train_here
 from raymuse.training.clip import ClipTask, train_tokenizer
 from raymuse.training.codebook import Codebook
 from raymuse.training.masked import MaskedTask
@@ -408,6 +409,28 @@ def test_too_many_of_them_in_a_row_end_the_run(data: Data, tmp_path: Path, monke
     config = base(tmp_path, data, **logged(12), max_skipped=3)
     with pytest.raises(UserError, match=r"in 3 steps in a row, up to step 8; none of them changed the weights"):
         losses_of(config, poison(monkeypatch, config, {2, 5, 6, 7}))
+
+
+@pytest.mark.parametrize(
+    ("asked", "able", "taken", "told"),
+    [
+        ("auto", True, "bf16", "precision: bf16"),
+        ("auto", False, "fp32", "precision: fp32, since 1 of 1 workers have no hardware for products in bf16"),
+        ("bf16", False, "bf16", "precision: bf16 is emulated, far slower than fp32: 1 of 1 workers"),
+        ("bf16", True, "bf16", None),
+        ("fp32", False, "fp32", None),
+    ],
+)
+def test_the_number_type_is_the_hardwares_and_is_said(
+    asked: str, able: bool, taken: str, told: str | None, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raymuse.training.build.multiplies_bf16", lambda device_type: able)
+    lines: list[str] = []
+    config = base(tmp_path, data, precision=asked, steps=1, workers=0, ema_decay=None)
+    assert train_here(config, Run.off(), lambda *_: None, lines.append)
+    assert json.loads((Path(config.output) / "training.json").read_text())["precision"] == taken
+    said = [line for line in lines if line.startswith("precision")]
+    assert [line.startswith(told or "") for line in said] == [True] * (told is not None)
 
 
 def test_fp16_finds_the_factor_that_its_gradients_bear_and_keeps_it(

@@ -10,6 +10,7 @@ from raymuse.clusters import costs
 from raymuse.clusters.prices import Prices, read_prices
 from raymuse.config.recipe import stage_of
 from raymuse.config.training import MaskedConfig, TrainConfig, VqganConfig
+from raymuse.models.precision import multiplies_bf16
 from raymuse.training.build import build_task
 from raymuse.training.plan import Plan, plan_of
 from raymuse.training.task import Task
@@ -25,6 +26,9 @@ def train_plan(config: TrainConfig) -> str:
     Raises:
         UserError: as the training itself would.
     """
+    if config.precision == "auto":
+        low = config.use_gpu or multiplies_bf16("cpu")  # GPUs are those of the plan
+        config = config.model_copy(update={"precision": "bf16" if low else "fp32"})
     if not isinstance(config, MaskedConfig):
         return _simple_text(config)
     plan = plan_of(config)

@@ -9,7 +9,7 @@ from raymuse.config.nodes import NetworkConfig, ShardCacheConfig
 from raymuse.config.pretokenize import StreamConfig
 from raymuse.config.sampling import MaskingSchedule, SamplingConfig
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16", "auto"]
 
 
 OptimizerName = Literal["adamw", "adamw-8bit", "adafactor", "lion", "muon"]
@@ -62,7 +62,7 @@ class TrainConfig(StageConfig):
     precision: Precision = Field(
         "fp32",
         description="of the network's matrix products and convolutions; weights and losses are fp32 always; "
-        "fp16 scales the loss",
+        "fp16 scales the loss; auto: bf16 where all workers' hardware multiplies in it, else fp32",
     )
     optimizer: OptimizerConfig = OptimizerConfig()
     ema_decay: float | None = Field(None, gt=0, lt=1)

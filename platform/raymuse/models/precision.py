@@ -11,6 +11,17 @@ Precision = Literal["fp32", "tf32", "bf16"]
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def multiplies_bf16(device_type: str) -> bool:
+    """Whether this machine's processor ("cpu") or GPU ("cuda") has products in bf16.
+
+    Where there are none PyTorch takes them apart: on a CPU with AVX2 alone that is 70 times slower than fp32.
+    """
+    if device_type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    has = torch.cpu.get_capabilities()
+    return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 @contextmanager
 def float32_products(kind: Literal["ieee", "tf32"]) -> Iterator[None]:
     """Inside, CUDA multiplies and convolves fp32 tensors exactly ("ieee") or through TF32.

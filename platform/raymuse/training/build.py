@@ -14,8 +14,9 @@ from raymuse.config.training import (
     TrainConfig,
     VqganConfig,
 )
+from raymuse.models.precision import multiplies_bf16
 from raymuse.tracking.run import Run
-from raymuse.training.engine import Engine, PlainEngine, rank_and_world
+from raymuse.training.engine import Engine, PlainEngine, global_sum, rank_and_world
 from raymuse.training.loop import Loop, micro_batches
 from raymuse.training.profile import tracing
 from raymuse.training.saving import Report
@@ -79,7 +80,29 @@ def train_here(
 ) -> bool:
     """Run this rank's part of the training, in whatever process group it finds; False where it was asked to stop."""
     device = f"cuda:{torch.cuda.current_device()}" if config.use_gpu else "cpu"
+    config = _with_number_type(config, torch.device(device).type, say)
     task = build_task(config, device, pieces)
     engine = build_engine(config, task, device)
     with tracing(config, engine.rank) as next_step:
         return Loop(config, task, engine, run, report, say, stopping, next_step).fit()
+
+
+def _with_number_type(config: TrainConfig, device_type: str, say: Callable[[str], None]) -> TrainConfig:
+    """The config with what `precision: auto` stands for on these workers. Collective.
+
+    Rank 0 says so; and where bf16 was asked for and hardware lacks it, since that is very slow.
+    """
+    if config.precision not in ("auto", "bf16"):
+        return config
+    rank, world = rank_and_world()
+    able = int(global_sum(torch.tensor([float(multiplies_bf16(device_type))], dtype=torch.float64)))
+    lacking = f"{world - able} of {world} workers have no hardware for products in bf16"
+    line = None
+    if config.precision == "auto":
+        config = config.model_copy(update={"precision": "bf16" if able == world else "fp32"})
+        line = f"precision: {config.precision}" + (f", since {lacking}" if able < world else "")
+    elif able < world:
+        line = f"precision: bf16 is emulated, far slower than fp32: {lacking}; auto would take fp32"
+    if line is not None and rank == 0:
+        say(line)
+    return config
