@@ -41,10 +41,10 @@ soak: $(STAMP)
 	$(BIN)/pytest -m soak --timeout 7200 tests
 
 # Side-by-side figures (docs/benchmarks.md): each prints a table and writes build/bench/NAME.json.
-# ARGS chooses among the rows of generate, train, growth and gpu.
+# ARGS chooses among the rows of generate, train, serve, growth and gpu.
 bench: bench-pretokenize bench-load bench-generate bench-serve bench-growth bench-outage bench-train
 
-bench-pretokenize bench-load bench-serve bench-outage: bench-%: $(STAMP)
+bench-pretokenize bench-load bench-outage: bench-%: $(STAMP)
 	$(BIN)/python tests/benchmarks/$*.py
 
 bench-generate: $(STAMP) build/peers/lucidrains/.installed
@@ -53,7 +53,7 @@ bench-generate: $(STAMP) build/peers/lucidrains/.installed
 bench-train: $(STAMP) build/peers/amused/.installed $(TRAIN_AMUSED)
 	$(BIN)/python tests/benchmarks/train.py $(TRAIN_AMUSED) $(ARGS)
 
-bench-growth bench-gpu: bench-%: $(STAMP)
+bench-growth bench-gpu bench-serve: bench-%: $(STAMP)
 	$(BIN)/python tests/benchmarks/$*.py $(ARGS)
 
 # Peers in environments of their own. train_amused.py is no part of diffusers' package on PyPI: it is fetched from

@@ -318,6 +318,8 @@ def test_graphs_without_a_gpu_are_refused(folder: str) -> None:
         with pytest.raises(ValueError, match="cuda_graphs=true needs a GPU: set gpus_per_replica, too"):
             config(model="m", cuda_graphs=True, **words)  # type: ignore[arg-type]
         config(model="m", cuda_graphs=True, gpus_per_replica=1, **words)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="traced=true does what cuda_graphs=true does already"):
+            config(model="m", cuda_graphs=True, gpus_per_replica=1, traced=True, **words)  # type: ignore[arg-type]
 
 
 # --- steps that compute less

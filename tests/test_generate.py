@@ -339,6 +339,7 @@ def test_rows_draw_other_sizes_and_edit_pictures(drawn: GenerateConfig, model: s
         sampling={"end_temperature": 0.2, "top_k": 7},
         superres_sampling={"top_p": 0.9, "steps": 2},
         precision="bf16",
+        traced=True,
     )
     generate(config, Run.off())
     assert [(row["prompt"], row["task"], row["width"], row["height"]) for row in rows(config.output)] == [

@@ -126,7 +126,7 @@ def test_recipes_are_planned_from_nothing() -> None:
     text = train_plan(masked("muse-632m"))
     assert text.startswith("train-base: 622,803,968 parameters, 500,000 steps of 512 on 8 workers\n")
     assert "grid 16 x 16, 77 text tokens: by the recipe, since there are no token shards at /nowhere/tokens" in text
-    assert "at 50% of an H200's 790 TFLOP/s (bf16): " in text
+    assert "at 40% of an H200's 790 TFLOP/s (bf16): " in text
     assert "\n* ZeRO 1 " in text
     hours = float(re.findall(r"([\d,.]+) GPU hours", text)[0].replace(",", ""))
     cost = float(re.findall(r"cost: USD ([\d,.]+) at 7.5 a GPU hour", text)[0].replace(",", ""))

@@ -1,6 +1,10 @@
-"""`make bench-serve`: the API with batches beside the API drawing one by one, under 16 clients at once."""
+"""`make bench-serve`: the API with batches beside the API drawing one by one, under 16 clients at once.
+
+`python tests/benchmarks/serve.py [4|8|16 ...]` times some sizes of batches, and keeps the other rows of the file.
+"""
 
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,11 +21,12 @@ from raymuse.config.generate import ServeConfig
 from raymuse.serving.deploy import APPLICATION, deploy_api, free_port
 from raymuse.serving.instance import start_http
 
-CLIENTS, REQUESTS, HOST = 16, 64, "127.0.0.1"
+CLIENTS, REQUESTS, HOST = 16, 192, "127.0.0.1"
+BATCHES = (4, 8, 16)
 PACKAGES = ("torch", "ray", "fastapi")
 
 
-def main() -> None:
+def main(batches: list[int]) -> None:
     root = Path(tempfile.mkdtemp(prefix="bench-"))
     try:
         model = write_model(root / "model", **SIZES["demo"])
@@ -38,9 +43,9 @@ def main() -> None:
                     unit="pictures/s",
                     packages=PACKAGES,
                 )
-                for batch in (4, 8, 16)
+                for batch in batches
             ]
-        write("serve", rows)
+        write("serve", rows, keep=batches != list(BATCHES))
     finally:
         shutil.rmtree(root)
 
@@ -69,4 +74,4 @@ def draw(client: httpx.Client, port: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main([int(word) for word in sys.argv[1:]] or list(BATCHES))

@@ -1,6 +1,6 @@
 """`make bench-train`: ours on Ray Train and DeepSpeed, beside train_amused.py and beside a bare PyTorch loop.
 
-`python tests/benchmarks/train.py train_amused.py [256|512 ...]`, with the script of diffusers' examples/amused.
+`python tests/benchmarks/train.py train_amused.py [256|512|large ...]`, with the script of diffusers' examples/amused.
 
 All start from one model folder, on the same pictures (captions are their names), batch and optimizer settings, and one
 process of two threads. train_amused.py encodes pictures and captions in every step; ours trains from token shards, as
@@ -14,7 +14,7 @@ import signal
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from report import OF_WHAT, PROCESSOR, THREADS, Row, clock, paired, row_of, writ
 from raymuse.config.training import BaseConfig, OptimizerConfig
 from raymuse.datasets import shapes
 
-BATCH, PICTURES, PAIRS, SIDE = 4, 64, 5, {"256": 256, "512": 512}
+BATCH, LARGE, PICTURES, PAIRS, SIDE = 4, 16, 64, 5, {"256": 256, "512": 512}
 STEPS = 4 if PROCESSOR else 12  # a turn
 GOALS = {"256": 1.3, "512": 2.0}
 OVERHEAD = 1 / 1.1  # of Ray and DeepSpeed: at most 10 %
@@ -72,52 +72,86 @@ with ExitStack() as open:
 """
 
 
-def main(script: str, sides: list[str]) -> None:
+def main(script: str, wanted: list[str]) -> None:
     rows: list[Row] = []
-    for side in sides:
+    for name in wanted or [*SIDE, "large"]:
         root = Path(tempfile.mkdtemp(prefix="bench-"))
         try:
-            rows += rows_of(script, side, root)
+            rows += [large_row(root)] if name == "large" else rows_of(script, name, root)
         finally:
             shutil.rmtree(root)
-    write("train", rows)
+    write("train", rows, keep=bool(wanted))
 
 
 def rows_of(script: str, side: str, root: Path) -> list[Row]:
     model, pictures = write_model(root / "model", **SIZES[side]), write_pictures(root / "pictures", SIDE[side])
-    config = BaseConfig(
-        input=f"{root}/tokens", output=f"{root}/run", start_from=model, steps=10**6, batch_size=BATCH, workers=1,
+    config = config_of(root, model, BATCH)
+    starts = {
+        "ours": lambda: start_ours(config, model, pictures, SIDE[side]),
+        "bare-pytorch": lambda: start_bare(config),
+        "train_amused": lambda: start_amused(script, model, pictures, SIDE[side], root / "amused"),
+    }
+    rates, losses = contest(side, starts, BATCH)
+    bare = bare_row(f"{side}-shaped, batches of {BATCH}", rates, losses, BATCH)
+    like_amuseds(losses)
+    seconds = BATCH / statistics.median(rates["bare-pytorch"])
+    print(f"{side}: encoding a batch takes {encoding_seconds(model, SIDE[side]) / seconds:.2f} of the bare loop's step")
+    versions = versions_of("amused", ("torch", "diffusers", "accelerate", "transformers"))
+    name = f"{side}-shaped, from token shards"
+    return [row_of(name, "train_amused", rates, GOALS[side], f"samples/s{OF_WHAT}", PACKAGES, versions), bare]
+
+
+def large_row(root: Path) -> Row:
+    """Ours and the bare loop with larger batches: what DeepSpeed does once a step is the same, the step is not."""
+    side = "256"
+    model, pictures = write_model(root / "model", **SIZES[side]), write_pictures(root / "pictures", SIDE[side])
+    config = config_of(root, model, LARGE)
+    starts = {
+        "ours": lambda: start_ours(config, model, pictures, SIDE[side]),
+        "bare-pytorch": lambda: start_bare(config),
+    }
+    return bare_row(f"{side}-shaped, batches of {LARGE}", *contest("large", starts, LARGE), LARGE)
+
+
+def config_of(root: Path, model: str, batch: int) -> BaseConfig:
+    return BaseConfig(
+        input=f"{root}/tokens", output=f"{root}/run", start_from=model, steps=10**6, batch_size=batch, workers=1,
         cpus_per_worker=THREADS, optimizer=OPTIMIZER, caption_dropout=0.0, log_every=1, sample_every=10**6,
         checkpoint={"every": 10**6}, zero={"stage": 1},
     )  # fmt: skip
+
+
+def contest(
+    name: str, starts: Mapping[str, Callable[[], Training]], batch: int
+) -> tuple[dict[str, list[float]], dict[str, dict[int, float]]]:
+    """Start each, and give them turns: their rates, samples/s, and their losses by step."""
     trainings: dict[str, Training] = {}
     try:
-        trainings["ours"] = start_ours(config, model, pictures, SIDE[side])
-        trainings["ours"].turn(1)
-        trainings["bare-pytorch"] = start_bare(config)
-        trainings["bare-pytorch"].turn(1)
-        trainings["train_amused"] = start_amused(script, model, pictures, SIDE[side], root / "amused")
-        trainings["train_amused"].turn(1)
-        rates = paired(side, {name: rate(one, STEPS) for name, one in trainings.items()}, f"samples/s{OF_WHAT}", PAIRS)
+        for contender, begin in starts.items():
+            trainings[contender] = begin()
+            trainings[contender].turn(1)
+        turns = {contender: rate(one, STEPS, batch) for contender, one in trainings.items()}
+        rates = paired(name, turns, f"samples/s{OF_WHAT}", PAIRS)
     finally:
         for training in trainings.values():
             training.end()
-    same_losses({name: training.losses() for name, training in trainings.items()})
-    seconds = BATCH / statistics.median(rates["bare-pytorch"])
-    encoding = encoding_seconds(model, SIDE[side])
-    print(
-        f"{side}: the bare loop's step takes {seconds * 1000:.0f} ms; encoding a batch {encoding / seconds:.2f} of it"
-    )
-    versions = versions_of("amused", ("torch", "diffusers", "accelerate", "transformers"))
-    unit = f"samples/s{OF_WHAT}", PACKAGES
-    return [
-        row_of(f"{side}-shaped, from token shards", "train_amused", rates, GOALS[side], *unit, versions),
-        row_of(f"{side}-shaped, step of {seconds * 1000:.0f} ms, ZeRO-1", "bare-pytorch", rates, OVERHEAD, *unit),
-    ]
+    return rates, {contender: training.losses() for contender, training in trainings.items()}
 
 
-def rate(training: Training, steps: int) -> Callable[[], float]:
-    return lambda: BATCH / training.turn(steps)
+def bare_row(name: str, rates: dict[str, list[float]], losses: dict[str, dict[int, float]], batch: int) -> Row:
+    """Ours beside the bare loop, whose losses must be ours, step by step."""
+    ours, bare = losses["ours"], losses["bare-pytorch"]
+    both = sorted(ours.keys() & bare.keys())
+    apart = max(abs(ours[step] - bare[step]) for step in both)
+    print(f"losses of {len(both)} equal steps differ by {apart:.1e} at most between ours and the bare loop")
+    assert apart < 1e-3, "ours and the bare loop do not train the same"
+    seconds = batch / statistics.median(rates["bare-pytorch"])
+    name = f"{name}, step of {seconds * 1000:.0f} ms, ZeRO-1"
+    return row_of(name, "bare-pytorch", rates, OVERHEAD, f"samples/s{OF_WHAT}", PACKAGES)
+
+
+def rate(training: Training, steps: int, batch: int) -> Callable[[], float]:
+    return lambda: batch / training.turn(steps)
 
 
 def start_ours(config: BaseConfig, model: str, pictures: str, side: int) -> Training:
@@ -150,13 +184,9 @@ def start_amused(script: str, model: str, pictures: str, side: int, out: Path) -
     return start([python_of("amused"), runner, script, *words], pattern, threads=THREADS, peer=True)
 
 
-def same_losses(losses: dict[str, dict[int, float]]) -> None:
-    """The work was the same: the bare loop's losses step by step, train_amused.py's on average."""
-    ours, bare, amused = losses["ours"], losses["bare-pytorch"], losses["train_amused"]
-    both = sorted(ours.keys() & bare.keys())
-    apart = max(abs(ours[step] - bare[step]) for step in both)
-    print(f"losses of {len(both)} equal steps differ by {apart:.1e} at most between ours and the bare loop")
-    assert apart < 1e-3, "ours and the bare loop do not train the same"
+def like_amuseds(losses: dict[str, dict[int, float]]) -> None:
+    """train_amused.py hides other ids, so that its losses are ours on average."""
+    ours, amused = losses["ours"], losses["train_amused"]
     last = min(max(ours), max(amused))
     means = [statistics.mean(of[step] for step in of if last // 2 <= step <= last) for of in (ours, amused)]
     print(f"mean loss of steps {last // 2} to {last}: ours {means[0]:.3f}, train_amused.py {means[1]:.3f}")
@@ -190,6 +220,6 @@ def write_pictures(folder: Path, side: int) -> str:
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or not Path(sys.argv[1]).exists():
-        sys.exit("usage: train.py TRAIN_AMUSED_SCRIPT [256|512 ...] (`make bench-train` fetches the script)")
+        sys.exit("usage: train.py TRAIN_AMUSED_SCRIPT [256|512|large ...] (`make bench-train` fetches the script)")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # its trainings end with it
-    main(sys.argv[1], sys.argv[2:] or list(SIDE))
+    main(sys.argv[1], sys.argv[2:])

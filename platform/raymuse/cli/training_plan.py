@@ -16,7 +16,7 @@ from raymuse.training.plan import Plan, plan_of
 from raymuse.training.task import Task
 from raymuse.training.vqgan import VqganTask
 
-GPU, PEAK, SHARE = "H200", 790e12, 0.5  # bf16, measured; the share of it that training is planned to reach
+GPU = "H200"  # what is planned with, by the table of prices and of shares that stages reach
 GIB = 2**30
 
 
@@ -67,10 +67,11 @@ def _time(config: TrainConfig, flops: float) -> Iterator[str]:
     elif config.precision == "fp32":
         yield "time and cost: not known of fp32 on a GPU; precision=bf16 is planned"
     else:
-        rate = SHARE * PEAK / flops
+        share, peak = prices.reached.train, prices.gpus[GPU].tflops
+        rate = share * peak * 1e12 / flops
         hours = samples / (rate * workers) / 3600
         yield (
-            f"at {SHARE:.0%} of an {GPU}'s {PEAK / 1e12:.0f} TFLOP/s (bf16): {rate:,.0f} samples/s a GPU, "
+            f"at {share:.0%} of an {GPU}'s {peak:.0f} TFLOP/s (bf16): {rate:,.0f} samples/s a GPU, "
             f"{rate * workers:,.0f} on {workers}; {_duration(hours)}, {hours * workers:,.1f} GPU hours"
         )
         hour = prices.gpus[GPU].hour

@@ -53,12 +53,15 @@ class PrecisionChoice(Config):
 
 
 class GraphsChoice(Config):
-    """Of configs whose replicas may have GPUs."""
+    """How the kernels of a sampling step are started; the pictures are the same."""
 
     cuda_graphs: bool = runtime(False, "start each sampling step's kernels by one call; needs gpus_per_replica")
+    traced: bool = runtime(False, "record the transformers' operations once and repeat them without Python between")
 
     @model_validator(mode="after")
     def _graphs_need_a_gpu(self) -> "GraphsChoice":
         if self.cuda_graphs and not getattr(self, "gpus_per_replica", 0):
             raise ValueError("cuda_graphs=true needs a GPU: set gpus_per_replica, too")
+        if self.cuda_graphs and self.traced:
+            raise ValueError("traced=true does what cuda_graphs=true does already: take one of the two")
         return self

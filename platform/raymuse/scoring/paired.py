@@ -58,6 +58,11 @@ class Paired:
         return "b" if self.difference.high < 0 else None
 
 
+def half_width(values: Values) -> float:
+    """Half of the 95 % interval (normal) of the mean of values (N,), of two at least."""
+    return 1.96 * float(values.std(ddof=1)) / len(values) ** 0.5
+
+
 def compare(a: Values, b: Values, prompts: Sequence[int], confidence: float, resamples: int) -> Paired:
     """Compare values (N,) in pairs.
 

@@ -12,7 +12,9 @@ from raymuse.scoring.collected import KEPT, LOGITS, Collected
 from raymuse.scoring.distances import codebook_usage, inception_score, kernel_distance, precision_recall
 from raymuse.scoring.frechet import frechet_distance
 from raymuse.scoring.measures import CODES, Row
+from raymuse.scoring.paired import half_width
 from raymuse.scoring.reference import Reference
+from raymuse.scoring.tables import markdown_table, rounded
 
 KINDS = ("truth", "vqgan", "vqgan_low", "base", "cascade", "picture", "a", "b")
 DISTANCES = {"fid": "inception", "clip_fid": "clip", "vqgan_fd": "vqgan"}
@@ -106,10 +108,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
     kinds = list(summary["pictures"])
     table = {kind: flat(figures_of(summary, kind)) for kind in kinds}
     names = list(dict.fromkeys(name for kind in kinds for name in table[kind]))
-    lines = [f"| | {' | '.join(kinds)} |", "|---|" + "---|" * len(kinds)]
-    for name in names:
-        cells = (rounded(table[kind][name]) if name in table[kind] else "" for kind in kinds)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    rows = [[name, *(rounded(table[kind][name]) if name in table[kind] else "" for kind in kinds)] for name in names]
+    lines = [markdown_table([["", *kinds], *rows]).rstrip()]
     if (errors := summary.get("render_error")) is not None:
         lines += ["", "Error against the nearest clean render, in grey levels; below 0 the cascade is nearer:"]
         for name, compared in (("all", errors), *((name, errors.get(name)) for name in ("one_object", "two_objects"))):
@@ -125,11 +125,6 @@ def figures_of(summary: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """All figures of one kind: those of FIGURES by name, and the judge's."""
     said = {name: summary[name][kind] for name in FIGURES if kind in summary.get(name, {})}
     return {**said, **summary.get("accuracy", {}).get(kind, {})}
-
-
-def rounded(value: float) -> str:
-    """Three decimals, or three digits of what is smaller."""
-    return f"{value:.3f}" if abs(value) >= 0.1 or value == 0 else f"{value:.3g}"
 
 
 def _accuracy(rows: list[Row]) -> dict[str, Any]:
@@ -162,7 +157,7 @@ def _pairs(base: list[Row], cascade: list[Row]) -> NDArray[np.float64]:
 def _compare(pairs: NDArray[np.float64]) -> dict[str, Any]:
     """Mean errors, and cascade - base with its 95 % interval (normal, paired): below 0 the cascade is nearer."""
     differences = pairs[:, 1] - pairs[:, 0]
-    middle, half = float(differences.mean()), 1.96 * float(differences.std(ddof=1)) / len(differences) ** 0.5
+    middle, half = float(differences.mean()), half_width(differences)
     return {
         "base": float(pairs[:, 0].mean()),
         "cascade": float(pairs[:, 1].mean()),

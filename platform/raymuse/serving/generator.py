@@ -38,6 +38,7 @@ class GeneratorActor:
         checking: who looks at what is drawn.
         precision: of the transformers.
         cuda_graphs: whether sampling steps are CUDA graphs.
+        traced: whether the transformers' operations are recorded, and repeated without Python between them.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class GeneratorActor:
         checking: CheckingConfig,
         precision: DrawPrecision,
         cuda_graphs: bool,
+        traced: bool,
     ) -> None:
         self.pipeline = Pipeline.load(
             model, device=device, batch_size=batch_size, lora=lora, precision=precision, cuda_graphs=cuda_graphs
@@ -59,7 +61,8 @@ class GeneratorActor:
         self._check = open_checker(checking, device)
         self._identity = identity(model, lora, batch_size, precision, checking, styles)
         self.styles, self.most_styles = styles, most_styles
-        self._plain = Studio(self.pipeline, drawers)
+        self._traced = traced
+        self._plain = Studio(self._drawing(self.pipeline), drawers)
         self._styled: OrderedDict[tuple[str, float], Studio] = OrderedDict()
         self._styling = asyncio.Lock()
 
@@ -139,6 +142,10 @@ class GeneratorActor:
             return drawn
         return await asyncio.to_thread(lambda: [replace(one, refused=check(one.pixels)) for one in drawn])
 
+    def _drawing(self, pipeline: Pipeline) -> Pipeline:
+        """The pipeline that draws, of one with plain weights."""
+        return pipeline.traced() if self._traced else pipeline
+
     @asynccontextmanager
     async def _studio(self, request: DrawRequest) -> AsyncIterator["Studio"]:
         """The model in the request's style, which is made where it is asked for, in place of one that nobody uses."""
@@ -156,7 +163,7 @@ class GeneratorActor:
             if key not in self._styled:
                 adapters = {self.styles[request.style]: request.style_scale}
                 styled = await asyncio.to_thread(self.pipeline.styled, adapters)
-                self._styled[key] = Studio(styled, len(self._plain.drawers))
+                self._styled[key] = Studio(self._drawing(styled), len(self._plain.drawers))
             self._styled.move_to_end(key)
             studio = self._styled[key]
             studio.users += 1

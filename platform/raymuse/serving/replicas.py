@@ -57,7 +57,7 @@ def placed(config: GenerateConfig | ServedModel, checking: CheckingConfig) -> tu
     cpus, gpus = config.cpus_per_replica, config.gpus_per_replica
     drawers, device = batches_at_a_time(cpus, gpus), "cuda" if gpus else "cpu"
     checks = CheckingConfig(**{name: getattr(checking, name) for name in CheckingConfig.model_fields})
-    styles, numerics = (config.styles, config.most_styles), (config.precision, config.cuda_graphs)
+    styles, numerics = (config.styles, config.most_styles), (config.precision, config.cuda_graphs, config.traced)
     return config.model, config.adapters, config.batch_size, drawers, device, *styles, checks, *numerics
 
 

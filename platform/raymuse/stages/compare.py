@@ -26,7 +26,8 @@ from raymuse.scoring.paired import compare as compare_pairs
 from raymuse.scoring.parts import collect_parts, run_parts
 from raymuse.scoring.real_pictures import get_reference, reference_facts
 from raymuse.scoring.rows import read_rows
-from raymuse.scoring.summary import LOWER_IS_BETTER, figures_of, flat, rounded, set_figures, summarise
+from raymuse.scoring.summary import LOWER_IS_BETTER, figures_of, flat, set_figures, summarise
+from raymuse.scoring.tables import markdown_table, rounded
 from raymuse.storage.contact_sheet import Entry, sheet_html, sheet_png
 from raymuse.storage.folder import Folder
 from raymuse.storage.manifest import Manifest, read_finished
@@ -75,7 +76,7 @@ def compare(config: CompareConfig, run: Run) -> str:
         reference = None if wanted is None else get_reference(manifest, config, looks, wanted)
         found = collect_parts(config.output, list(plan), config.kept_features, config.workers)
         rows = {side: _rows(manifest.folder, plan, side) for side in SIDES}
-        pairs = _pairs(config, rows["a"], rows["b"])
+        pairs = _pairs(rows["a"], rows["b"])
         figures = {side: set_figures(found.named(side), reference, config) for side in SIDES}
         summary = summarise([row for side in SIDES for row in rows[side].values()], figures)
         _report(manifest.folder, config, pairs, summary, run)
@@ -159,7 +160,7 @@ def _rows(folder: Folder, plan: Mapping[str, PlannedPart], side: str) -> dict[st
     return {row["key"]: row for part in parts for row in read_rows(folder, part)}
 
 
-def _pairs(config: CompareConfig, a: Mapping[str, Row], b: Mapping[str, Row]) -> list[tuple[Row, Row]]:
+def _pairs(a: Mapping[str, Row], b: Mapping[str, Row]) -> list[tuple[Row, Row]]:
     """Rows of both sides, a pair a key, in the order of the keys.
 
     Raises:
@@ -199,7 +200,7 @@ def _report(
         "by": {name: asdict(result) for name, result in results.items()},
         "figures": figures,
     }
-    text = f"{said}\n\n{_as_markdown(table)}\n{_as_markdown(_figures_table(figures, labels))}"
+    text = f"{said}\n\n{markdown_table(table)}\n{markdown_table(_figures_table(figures, labels))}"
     entries = [_entry(one, other) for one, other in pairs[:PAGE_PAIRS]]
     names, title = (labels["a"], labels["b"]), f"{len(pairs)} pairs"
     sheet, buffer = sheet_png(entries[:SHEET_PAIRS], names, title), io.BytesIO()
@@ -257,11 +258,6 @@ def _figures_table(figures: Mapping[str, Mapping[str, float]], labels: Mapping[s
         cells = [rounded(figures[side][name]) if name in figures[side] else "" for side in SIDES]
         rows.append([f"{name} (lower is better)" if name in LOWER_IS_BETTER else name, *cells])
     return rows
-
-
-def _as_markdown(table: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in table]
-    return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]]) + "\n"
 
 
 def _entry(one: Row, other: Row) -> Entry:

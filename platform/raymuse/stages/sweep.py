@@ -30,12 +30,14 @@ from raymuse.scoring.drawn import (
     sampling_of,
 )
 from raymuse.scoring.measures import Row, extractors, is_judged
+from raymuse.scoring.paired import half_width
 from raymuse.scoring.parts import collect_parts, run_parts
 from raymuse.scoring.real_pictures import get_reference, reference_facts
 from raymuse.scoring.reference import Reference
 from raymuse.scoring.rows import read_rows
-from raymuse.scoring.summary import LOWER_IS_BETTER, figures_of, rounded, set_figures, summarise
+from raymuse.scoring.summary import LOWER_IS_BETTER, figures_of, set_figures, summarise
 from raymuse.scoring.sweep_plot import sweep_plot
+from raymuse.scoring.tables import markdown_table, rounded
 from raymuse.storage.contact_sheet import grid_png
 from raymuse.storage.folder import Folder
 from raymuse.storage.manifest import Manifest, read_finished
@@ -169,7 +171,7 @@ def _point(
 def _half_width(rows: Sequence[Row], column: str) -> float | None:
     """Half of the 95 % interval (normal) of a mean over the rows; None: there are too few."""
     values = [float(row[column]) for row in rows if row[column] is not None]
-    return None if len(values) < 2 else 1.96 * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return None if len(values) < 2 else half_width(np.array(values))
 
 
 def _report(
@@ -235,7 +237,7 @@ def _markdown(points: Sequence[Point], best: int, by: str, options: Sequence[str
     """The table: a row a combination, the best one first, then by quality."""
     figures = list(dict.fromkeys(name for point in points for name in point["figures"]))
     heads = [*options, "pictures/s", by, *(name for name in figures if name != by)]
-    lines = [said, "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    rows = [heads]
     sign = 1 if by in LOWER_IS_BETTER else -1
     for point in sorted(points, key=lambda x: (x is not points[best], sign * float(x["quality"]))):
         half = "" if point["half_width"] is None else f" +- {rounded(point['half_width'])}"
@@ -243,8 +245,8 @@ def _markdown(points: Sequence[Point], best: int, by: str, options: Sequence[str
         cells += [f"{rounded(point['quality'])}{half}"]
         cells += [rounded(point["figures"][name]) if name in point["figures"] else "" for name in figures if name != by]
         bold = "**" if point is points[best] else ""
-        lines.append(f"| {' | '.join(f'{bold}{cell}{bold}' if cell else '' for cell in cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([f"{bold}{cell}{bold}" if cell else "" for cell in cells])
+    return f"{said}\n\n{markdown_table(rows)}"
 
 
 def _value(value: Any) -> str:
