@@ -51,9 +51,14 @@ def test_nodes_come_for_a_job_one_that_crashes_is_replaced_and_idle_they_go(
     config = PretokenizeConfig(**values)
     codes: list[int] = []
     words = ["submit", "pretokenize", "smoke:pretokenize", *(f"{name}={value}" for name, value in values.items())]
-    job = threading.Thread(target=lambda: codes.append(main(words)))
+    job = threading.Thread(target=lambda: codes.append(main(words)), daemon=True)
     job.start()
-    wait_until(lambda: codes or (written(tmp_path / "tokens") and encoding(head)), 300, pause=0.05)
+    try:
+        wait_until(lambda: codes or (written(tmp_path / "tokens") and encoding(head)), 300, pause=0.05)
+    except AssertionError:
+        if agent_was_late(head):
+            pytest.skip("Ray gave up on a new node whose agent did not start in its time: this machine is too busy")
+        raise
     assert not codes, "the job ended before its node could"
     encoding(head)[0].crash()
     assert written(tmp_path / "tokens") < PARTS
@@ -73,6 +78,12 @@ def test_nodes_come_for_a_job_one_that_crashes_is_replaced_and_idle_they_go(
 
 def written(output: Path) -> int:
     return len(list(output.glob("_manifest/part-*")))
+
+
+def agent_was_late(head: Head) -> bool:
+    """Whether a node's raylet ended since its agent had not told its ports in the time that Ray gives it."""
+    logs = (path.read_text(errors="replace") for path in head.folder.rglob("raylet*") if path.is_file())
+    return any("Timed out waiting for file" in log for log in logs)
 
 
 def encoding(head: Head) -> list[Node]:

@@ -16,7 +16,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from processes import wait_until
+from processes import alive, wait_until
 from raymuse.clusters.placement import ROLE, place
 from raymuse.config.errors import UserError
 
@@ -78,7 +78,7 @@ class Working:
 
     def leftovers(self) -> list[psutil.Process]:
         deadline = time.monotonic() + 5
-        while left := [child for child in self.children if child.is_running()]:
+        while left := alive(self.children):
             if time.monotonic() > deadline:
                 break
             time.sleep(0.1)

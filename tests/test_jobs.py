@@ -128,8 +128,8 @@ def test_a_job_takes_its_folder_along_is_stopped_and_goes_on(
     shards_of(output, 1, server, name)
     assert "follow it with `raymuse jobs logs" in said(*words, code=2)
     assert f"{name} is STOPPED; what it finished is kept" in said("jobs", "stop", name)
-    first = sorted(output.glob("train/*.tar"))[0]
-    before, count = first.stat().st_mtime_ns, len(list(output.glob("train/*.tar")))
+    first = output / "train" / f"{min(output.glob('_manifest/train-*.json')).stem.removeprefix('train-')}.tar"
+    before, count = first.stat().st_mtime_ns, len(list(output.glob("_manifest/train-*.json")))
     monkeypatch.chdir(tmp_path)
     said("jobs", "resume", jobs.last(server, name).submission_id, "--no-follow")
     shards_of(output, count + 1, server, name)
@@ -151,9 +151,9 @@ def test_a_job_takes_its_folder_along_is_stopped_and_goes_on(
 
 
 def shards_of(output: Path, count: int, server: JobServer, name: str) -> None:
-    """Wait until a job has written so many."""
+    """Wait until a job has committed so many."""
     deadline = time.monotonic() + 300
-    while len(list(output.glob("train/*.tar"))) < count:
+    while len(list(output.glob("_manifest/train-*.json"))) < count:
         details = jobs.last(server, name)
         assert not JobStatus(details.status).is_terminal(), server.client.get_job_logs(str(details.submission_id))
         assert time.monotonic() < deadline

@@ -60,7 +60,7 @@ class Paired:
 
 def half_width(values: Values) -> float:
     """Half of the 95 % interval (normal) of the mean of values (N,), of two at least."""
-    return 1.96 * float(values.std(ddof=1)) / len(values) ** 0.5
+    return float(1.96 * values.std(ddof=1) / len(values) ** 0.5)
 
 
 def compare(a: Values, b: Values, prompts: Sequence[int], confidence: float, resamples: int) -> Paired:
