@@ -118,7 +118,6 @@ def test_runs_are_found_as_pages_ask_for_them(mlflow: Mlflow, written: str) -> N
     assert {0, STEPS - 1} <= {int(point.get("step", 0)) for point in points}
 
 
-@pytest.mark.soak
 @pytest.mark.skipif(shutil.which(CHROMIUM[0]) is None, reason="there is no Chromium")
 def test_a_browser_shows_the_runs(mlflow: Mlflow, written: str, tmp_path: Path) -> None:
     with Browser(tmp_path) as page:

@@ -23,6 +23,7 @@ HOST = "127.0.0.1"
 START_SECONDS = 120.0
 STOP_SECONDS = 10.0
 GUARD = Path(__file__).with_name("guard.py")
+MARK = "RAYMUSE_MLFLOW_FOLDER"  # in the environment of all that a server starts, from its first moment
 
 
 class Server:
@@ -235,6 +236,7 @@ def _launch(folder: Path, port: int) -> Server:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "PYTHONUNBUFFERED": "1",
+        MARK: str(folder),
     }
     environment.pop("MLFLOW_TRACKING_URI", None)  # a server that is its own client's server would call itself
     with open(folder / "server.log", "ab") as log:
@@ -270,13 +272,16 @@ def _session(leader: int) -> list[psutil.Process]:
 
 
 def _end_session(leader: int) -> None:
-    """Asks the processes of a session to end, and kills those that do not."""
-    for sign, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
-        members = _session(leader)
-        for process in members:
-            with contextlib.suppress(psutil.Error):
-                process.send_signal(sign)
-        if not psutil.wait_procs(members, timeout=seconds)[1]:
+    """Asks the processes of a session to end, and kills those that do not; also those that it starts meanwhile."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        limit, told = time.monotonic() + STOP_SECONDS, set[psutil.Process]()
+        while (members := _session(leader)) and time.monotonic() < limit:
+            for process in set(members) - told:
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(sign)
+            told.update(members)
+            psutil.wait_procs(members, timeout=0.2)
+        if not members:
             return
 
 
@@ -284,6 +289,6 @@ def _end_leftovers(leader: int, folder: Path) -> None:
     """Ends the children of a guard that was itself killed: they would keep the port and the sqlite file."""
     for process in _session(leader):
         with contextlib.suppress(psutil.Error):
-            if process.environ().get("_MLFLOW_SERVER_FILE_STORE") == f"sqlite:///{folder / 'mlflow.db'}":
+            if process.environ().get(MARK) == str(folder):
                 process.kill()
                 process.wait(STOP_SECONDS)
