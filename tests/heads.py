@@ -22,6 +22,7 @@ Grows = Callable[[str, Path], tuple[list[str], dict[str, str]]]
 
 ROOT = Path(__file__).parents[1]
 RAY = Path(sys.executable).with_name("ray")
+PATIENT_RAY = (sys.executable, str(Path(__file__).with_name("patient_ray.py")))
 PORTS = range(20000, 32768)  # above those that Ray gives to workers, below those that the kernel gives
 
 
@@ -112,6 +113,7 @@ def running_head(
             "RAY_metrics_report_interval_ms": "500",
             "RAY_worker_niceness": "0",  # or they would give way to every other process of the tests
             "RAY_raylet_start_wait_time_s": "300",  # whatever else the machine does
+            "RAY_agent_register_timeout_ms": "300000",
             "PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}",  # for `python` in the jobs' command
             **own,
             **(variables or {}),
@@ -120,12 +122,11 @@ def running_head(
         words += ["--object-store-memory=200000000", f"--metrics-export-port={metrics}"]
         words += [f"--port={gcs}", f"--ray-client-server-port={client}", "--dashboard-host=127.0.0.1"]
         words += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
-        # Ports that Ray would choose itself it waits for, fifteen seconds and no longer.
         words += [f"--dashboard-agent-grpc-port={inner}", f"--runtime-env-agent-port={environments}"]
         log = Path(folder) / "head.log"
         with log.open("w") as out:
             process = subprocess.Popen(
-                [RAY, "start", *words], env=environment, stdout=out, stderr=out, start_new_session=True
+                [*PATIENT_RAY, "start", *words], env=environment, stdout=out, stderr=out, start_new_session=True
             )
         try:
             at = f"{get_node_ip_address()}:{gcs}"

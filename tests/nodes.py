@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
-from heads import RAY, Head, free_ports
+from heads import PATIENT_RAY, RAY, Head, free_ports
 
 PATIENCE = 300
 # Workers of Ray's own, and those that wait for work; a worker's title says what it does.
@@ -71,7 +71,6 @@ class Nodes:
         """Start one, and return when the head knows it."""
         wanted = len(nodes_of(self.head)) + 1
         self.made += 1
-        # Those that Ray would choose itself it waits for, fifteen seconds and no longer.
         agent, inner, metrics, environments = free_ports(4)
         words = ["start", f"--address={self.head.gcs}", f"--node-ip-address=127.0.0.{self.made + 1}"]
         words += [
@@ -84,7 +83,7 @@ class Nodes:
         words += [f"--runtime-env-agent-port={environments}"]
         with (self.head.folder / f"node-{self.made}.log").open("w") as log:
             done = subprocess.run(
-                [RAY, *words],
+                [*PATIENT_RAY, *words],
                 env=self.head.environment,
                 stdout=log,
                 stderr=log,
