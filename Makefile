@@ -34,7 +34,7 @@ check: $(STAMP)
 
 test: $(STAMP)
 	@mkdir -p build; $(MAKE) --no-print-directory check > build/check.log 2>&1 & checks=$$!; \
-	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS); tests=$$?; \
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS); tests=$$?; \
 	wait $$checks; checks=$$?; cat build/check.log; exit $$((tests || checks))
 
 soak: $(STAMP)

@@ -23,6 +23,8 @@ Grows = Callable[[str, Path], tuple[list[str], dict[str, str]]]
 ROOT = Path(__file__).parents[1]
 RAY = Path(sys.executable).with_name("ray")
 PATIENT_RAY = (sys.executable, str(Path(__file__).with_name("patient_ray.py")))
+# Watching every process, which agents do every five seconds, would take a tenth of a small machine.
+QUIET = {"REPORTER_UPDATE_INTERVAL_MS": "60000", "RAY_metrics_report_interval_ms": "60000"}
 PORTS = range(20000, 32768)  # above those that Ray gives to workers, below those that the kernel gives
 
 
@@ -110,7 +112,7 @@ def running_head(
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(path),
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_metrics_report_interval_ms": "500",
+            **QUIET,
             "RAY_worker_niceness": "0",  # or they would give way to every other process of the tests
             "RAY_raylet_start_wait_time_s": "300",  # whatever else the machine does
             "RAY_agent_register_timeout_ms": "300000",

@@ -21,6 +21,7 @@ import torch
 from ray.cluster_utils import Cluster
 
 import tiny
+from heads import QUIET
 from raymuse.clusters.local import _reread_authentication
 from raymuse.config.data import DataConfig
 from raymuse.config.export import ExportConfig
@@ -41,6 +42,7 @@ RAY_ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "RAY_prestart_worker_first_driver": "0",  # a test needs few workers
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # no cloud takes this machine away: a process less a training
+    **QUIET,
 }
 
 # Where tests start an S3 server, said to the cluster's workers as a person would say it: in the environment.

@@ -38,7 +38,7 @@ def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def head(mlflow: Server) -> Iterator[Head]:
-    with running_head() as started:
+    with running_head(variables={"RAY_metrics_report_interval_ms": "500"}) as started:
         yield started
 
 

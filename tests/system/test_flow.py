@@ -45,7 +45,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, compilerless: dict[str, s
     """The folder of a smoke flow that was interrupted once and then run to its end."""
     root = tmp_path_factory.mktemp("flow")
     interrupt_in_base_training(root, compilerless)
-    done = subprocess.run(command(root), env=compilerless, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command(root), env=compilerless, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     (root / "stdout").write_text(done.stdout)
     return root
@@ -62,7 +62,7 @@ def interrupt_in_base_training(root: Path, environment: dict[str, str]) -> None:
         command(root), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     checkpoint = root / "work" / "base" / "step-00000010" / "checkpoint.json"
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 1200
     while not checkpoint.exists():
         assert running.poll() is None, running.stdout.read() if running.stdout else ""
         assert time.monotonic() < deadline, "the base training wrote no checkpoint"

@@ -5,30 +5,29 @@ from typing import Annotated, Any, Literal, get_origin
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic.fields import FieldInfo
 
-from raymuse.config.base import Address, AddressMark, Config, StageConfig, runtime
+from raymuse.config.base import Address, Config, StageConfig, runtime
 from raymuse.config.drawing import DrawingConfig, LoraChoice
 from raymuse.config.sampling import given_options, with_options
 
-OptionalAddress = Annotated[str, AddressMark()] | None
 By = Literal["auto", "accuracy", "clip_score", "fid", "kid", "clip_fid", "vqgan_fd", "inception_score"]
 
 
 class MeasuresConfig(Config):
     """What looks at the pictures, and what they are held against."""
 
-    clip: OptionalAddress = Field(
+    clip: Address | None = Field(
         None, description="CLIP with both towers, for CLIP score and CLIP-FID: folder, or hf://OWNER/NAME"
     )
-    inception: OptionalAddress = Field(
+    inception: Address | None = Field(
         None, description="file of FID's Inception weights, for FID, KID, precision, recall and Inception score"
     )
     judge: Literal["auto", "shapes", "none"] = Field(
         "auto", description="the exact judge of drawn shapes; auto: where the captions are of that world"
     )
-    reference: OptionalAddress = Field(
+    reference: Address | None = Field(
         None, description="real pictures that the drawn ones are held against as a set: shards of any kind"
     )
-    statistics: OptionalAddress = Field(
+    statistics: Address | None = Field(
         None,
         description="file of the real pictures' statistics: written from `reference` where it is missing, else read "
         "and checked; or a .npz with mu and sigma",
@@ -61,10 +60,10 @@ class ScoreConfig(StageConfig, MeasuresConfig):
 
     stage: Literal["score"] = "score"
     images: Address = Field(description="output of generate")
-    model: OptionalAddress = Field(
+    model: Address | None = Field(
         None, description="model folder, for the VQGAN's round trip, its features, and how its codebook is used"
     )
-    truth: OptionalAddress = Field(None, description="image shards with the prompts' true pictures")
+    truth: Address | None = Field(None, description="image shards with the prompts' true pictures")
     pictures: int | None = Field(
         None, ge=1, description="how many pictures a protocol asks for: another number is refused; null: any"
     )
@@ -128,8 +127,8 @@ class SweepConfig(DrawnConfig, DrawingConfig):
 class SideConfig(LoraChoice):
     """One of the two that are compared: finished pictures, or a model and how it draws; null: as it says."""
 
-    images: OptionalAddress = Field(None, description="output of generate")
-    model: OptionalAddress = Field(None, description="model folder, to draw the prompts with")
+    images: Address | None = Field(None, description="output of generate")
+    model: Address | None = Field(None, description="model folder, to draw the prompts with")
     label: str | None = Field(None, description="what it is called; null: its address, or what it differs by")
 
     @model_validator(mode="after")
@@ -152,7 +151,7 @@ class CompareConfig(DrawnConfig):
     stage: Literal["compare"] = "compare"
     a: SideConfig
     b: SideConfig
-    prompts: OptionalAddress = Field(None, description="prompts to draw, of sides that are models")
+    prompts: Address | None = Field(None, description="prompts to draw, of sides that are models")
     confidence: float = Field(0.95, gt=0.5, lt=1, description="of the intervals")
     resamples: int = Field(10_000, ge=100, description="bootstrap samples of the prompts")
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from raymuse.config.base import Address, AddressMark, Config, StageConfig, runtime
+from raymuse.config.base import Address, Config, StageConfig, runtime
 from raymuse.config.nodes import NetworkConfig, ShardCacheConfig
 from raymuse.config.pretokenize import StreamConfig
 from raymuse.config.sampling import MaskingSchedule, SamplingConfig
@@ -113,7 +113,7 @@ class PerceptualConfig(Config):
 
     weight: float = Field(1.0, gt=0)
     vgg: Address = Field(description="file: state dict of torchvision's vgg16, .pth or .safetensors")
-    lpips: Annotated[str, AddressMark()] | None = Field(
+    lpips: Address | None = Field(
         None, description="file: LPIPS' linear layers (its weights/v0.1/vgg.pth); None: every feature counts the same"
     )
 
@@ -139,7 +139,7 @@ class VqganConfig(TrainConfig):
     curriculum: tuple[Annotated[int, Field(ge=8)], ...] = Field(
         (), description="sides of the crops before `crop`, each for an equal share of the steps: small ones first"
     )
-    start_from: Annotated[str, AddressMark()] | None = Field(
+    start_from: Address | None = Field(
         None, description="VQGAN folder or Hugging Face id whose weights to start from; `model` is then not used"
     )
     train: Literal["all", "decoder"] = Field(
@@ -224,7 +224,7 @@ class LoraConfig(Config):
 class MaskedConfig(TrainConfig):
     """Training on token shards, or on pictures encoded as it runs, with some ids masked."""
 
-    input: Annotated[str, AddressMark()] = Field(description="token shards")
+    input: Address = Field(description="token shards")
     stream: StreamConfig | None = Field(None, description="pictures to encode as it trains, in place of token shards")
     ids: Literal["image_ids", "low_ids"] = Field("image_ids", description="column of the ids to be learned")
     zero: ZeroConfig = runtime(ZeroConfig(), "DeepSpeed ZeRO")
@@ -238,7 +238,7 @@ class MaskedConfig(TrainConfig):
         0.0, ge=0, le=1, description="share of samples whose masked ids are one rectangle: learns to in- and outpaint"
     )
     masking: MaskingSchedule = Field("cosine", description="schedule of the masking ratio")
-    text_encoder: Annotated[str, AddressMark()] | None = Field(
+    text_encoder: Address | None = Field(
         None, description="folder with text_encoder/; needed where the shards hold text ids, not states"
     )
 
@@ -291,7 +291,7 @@ class SamplesConfig(Config):
 
     prompts: tuple[str, ...] = Field((), description="none: the first captions of the data, under their pictures")
     sampling: SamplingConfig = Field(SamplingConfig(temperature=0.5, guidance=1.0), description="steps, guidance, ...")
-    base: Annotated[str, AddressMark()] | None = Field(
+    base: Address | None = Field(
         None, description="of a super-resolution with prompts: who draws the low-res ids; as the export's base"
     )
 
@@ -310,10 +310,10 @@ class GeneratorConfig(MaskedConfig):
     fed_back_share: float = Field(
         0.9, ge=0, le=1, description="of samples that see the network's own features, where model.self_conditioning is"
     )
-    vqgan: Annotated[str, AddressMark()] | None = Field(None, description="VQGAN folder, to draw samples with")
+    vqgan: Address | None = Field(None, description="VQGAN folder, to draw samples with")
     samples: SamplesConfig = runtime(SamplesConfig(), "what is drawn while it trains")
     evaluation: EvaluationConfig | None = runtime(None, "held-out loss while it trains")
-    start_from: Annotated[str, AddressMark()] | None = Field(
+    start_from: Address | None = Field(
         None, description="model folder or Hugging Face id whose weights to start from; `model` is then not used"
     )
     lora: LoraConfig | None = Field(None, description="train a LoRA of `start_from`, whose weights stay as they are")

@@ -32,7 +32,7 @@ from raymuse.storage.prompts import Prompt, read_prompts
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlannedPicture:
     """One picture that every way draws."""
 
     index: int
@@ -68,7 +68,7 @@ class PlannedPart:
     """A part of a way: pictures to draw, or the name of a part of its folder."""
 
     way: str
-    asked: tuple[Asked, ...] = ()
+    asked: tuple[PlannedPicture, ...] = ()
     source: str = ""
 
 
@@ -96,7 +96,7 @@ def resolved(model: str, own: SamplingConfig, options: Options) -> SamplingConfi
     return sampling
 
 
-def asked_of(config: DrawnConfig, prompts: str) -> list[Asked]:
+def asked_of(config: DrawnConfig, prompts: str) -> list[PlannedPicture]:
     """All pictures, in the order of the prompts, with the seeds that generate would give them.
 
     Raises:
@@ -108,7 +108,9 @@ def asked_of(config: DrawnConfig, prompts: str) -> list[Asked]:
         negative = config.negative if prompt.asked.negative is None else prompt.asked.negative
         for sample in range(prompt.asked.samples or config.samples):
             seed = sample_seed(config.seed, prompt.index, sample, prompt.asked.seed)
-            found.append(Asked(prompt.index, sample, prompt.prompt, negative, seed, prompt.asked.pixels or config.size))
+            found.append(
+                PlannedPicture(prompt.index, sample, prompt.prompt, negative, seed, prompt.asked.pixels or config.size)
+            )
     return found
 
 
@@ -123,12 +125,12 @@ def _require_plain(address: str, prompt: Prompt) -> None:
         raise UserError(f"{where} has its own {', '.join(own)}, and here the command says how all are drawn: drop it.")
 
 
-def asked_sha256(asked: Iterable[Asked]) -> str:
+def asked_sha256(asked: Iterable[PlannedPicture]) -> str:
     """sha256 (hex) of what is drawn, in its order."""
     return hashlib.sha256("\n".join(repr(one) for one in asked).encode()).hexdigest()
 
 
-def plan_drawn(way: str, asked: Sequence[Asked], size: int) -> dict[str, PlannedPart]:
+def plan_drawn(way: str, asked: Sequence[PlannedPicture], size: int) -> dict[str, PlannedPart]:
     """The parts of a way that draws, by name."""
     chunks = [tuple(asked[start : start + size]) for start in range(0, len(asked), size)]
     return {f"{way}-{number:06d}": PlannedPart(way, chunk) for number, chunk in enumerate(chunks)}
@@ -171,7 +173,7 @@ class DrawnPart:
         files = {rows_file(part): rows_bytes(rows), features_file(part): features_bytes({way.kind: features})}
         return written(self.config.output, part, files, len(rows), seconds=seconds)
 
-    def _draw(self, way: Way, asked: Sequence[Asked]) -> tuple[list[Pixels], float]:
+    def _draw(self, way: Way, asked: Sequence[PlannedPicture]) -> tuple[list[Pixels], float]:
         """The pictures, and the seconds that drawing them took."""
         pipeline = self._pipeline(way)
         requests = [pipeline.request(one.prompt, one.seed, one.negative, one.size, **way.options) for one in asked]

@@ -19,9 +19,9 @@ from raymuse.config.sampling import Options
 from raymuse.config.score import SweepConfig
 from raymuse.drawing.model_folder import model_sha256
 from raymuse.scoring.drawn import (
-    Asked,
     DrawnPart,
     PlannedPart,
+    PlannedPicture,
     Way,
     asked_of,
     asked_sha256,
@@ -126,7 +126,7 @@ def _draw_all(
     config: SweepConfig,
     ways: Mapping[str, Way],
     plans: Mapping[str, Mapping[str, PlannedPart]],
-    asked: Sequence[Asked],
+    asked: Sequence[PlannedPicture],
 ) -> None:
     plan = {part: planned for parts in plans.values() for part, planned in parts.items()}
     shown = frozenset(one.key for one in asked[:SHOWN])

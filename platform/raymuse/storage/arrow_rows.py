@@ -46,8 +46,7 @@ def read_shard(shard: Shard, reading: Reading) -> Iterator[Picture | Reject]:
     try:
         with _opened(shard.address) as stream:
             columns = choose_columns(stream.schema, reading, shard.address)
-            folder, _, base = shard.address.rpartition("/")
-            reader = TableReader(columns, reading, shard.name, folder, base.rpartition(".")[0])
+            reader = TableReader.of_file(shard, columns, reading)
             row = 0
             for number, batch in enumerate(_batches(stream, shard)):
                 if isinstance(batch, Reject):

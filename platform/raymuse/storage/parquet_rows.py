@@ -37,8 +37,7 @@ def read_shard(shard: Shard, reading: Reading) -> Iterator[Picture | Reject]:
     try:
         with _opened(shard.address) as file:
             columns = choose_columns(file.schema_arrow, reading, shard.address)
-            folder, _, base = shard.address.rpartition("/")
-            reader = TableReader(columns, reading, shard.name, folder, base.rpartition(".")[0])
+            reader = TableReader.of_file(shard, columns, reading)
             for piece in _batches(file, shard, columns.names):
                 if isinstance(piece, Reject):
                     yield piece

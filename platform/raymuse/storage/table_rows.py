@@ -11,7 +11,7 @@ from raymuse.storage import sources
 from raymuse.storage.captions import clean_captions
 from raymuse.storage.entries import check_picture_size
 from raymuse.storage.rejects import Reason, Reject, Unreadable, printable
-from raymuse.storage.rows import Picture, Reading
+from raymuse.storage.rows import Picture, Reading, Shard
 
 IMAGE_COLUMNS = (
     *("image", "jpg", "jpeg", "png", "webp", "img", "picture", "photo", "image_bytes", "img_bytes", "bytes"),
@@ -78,6 +78,12 @@ class TableReader:
     folder: str
     stem: str
     _keys: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of_file(cls, shard: Shard, columns: Columns, reading: Reading) -> "TableReader":
+        """Paths are relative to the file's folder, and keys begin with its name."""
+        folder, _, base = shard.address.rpartition("/")
+        return cls(columns, reading, shard.name, folder, base.rpartition(".")[0])
 
     def rows(self, batch: pa.RecordBatch, first_row: int) -> Iterator[Picture | Reject]:
         """The rows of a batch; `first_row` is the number of its first in the file. Raises OSError for a network."""
