@@ -76,6 +76,8 @@ def test_two_rounds_chosen_by_hand_and_each_is_resumed(
     assert [one.row.prompt for one in drawn] == [f"{subject} in watercolour style" for subject in SUBJECTS]
     assert Image.open(out / "candidates.png").width > 100
     made = {path: path.stat().st_mtime_ns for path in out.glob("first/**/*.safetensors")}
+    with pytest.raises(UserError, match="caption was 'a house in watercolour style' and is now 'a cat in ink'"):
+        styledrop(config_of(tmp_path, parts, caption="a cat in ink"), Run.off(), None)
     with pytest.raises(UserError, match=r"there is no candidate 13; candidates\.png has 1 to 12"):
         styledrop(config_of(tmp_path, parts, kept=[13]), Run.off(), None)
     images = styledrop(config_of(tmp_path, parts, kept=[5, 2]), Run.off(), None)

@@ -470,8 +470,11 @@ def counts(leader: int, wanted: int) -> bool:
 
 
 def test_importing_is_cheap() -> None:
-    code = "import sys, raymuse.tracking.run, raymuse.tracking.server; print({'mlflow', 'PIL'} & set(sys.modules))"
-    assert run_python(code).communicate(timeout=300)[0] == "set()\n"
+    """Of a driver, and of a rank: DeepSpeed alone would bring MLflow."""
+    driver = "import sys, raymuse.tracking.run, raymuse.tracking.server; print({'mlflow', 'PIL'} & set(sys.modules))"
+    assert run_python(driver).communicate(timeout=300)[0] == "set()\n"
+    rank = "import sys; from raymuse.training import zero; zero._import_deepspeed(); print('mlflow' in sys.modules)"
+    assert run_python(rank).communicate(timeout=300)[0].endswith("False\n")
 
 
 TRACE_TO_NOBODY = """

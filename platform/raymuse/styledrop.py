@@ -9,6 +9,7 @@ output/images/           what the second LoRA draws of the same prompts
 Every stage knows what it has finished, so that the same command goes on where it stopped.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from raymuse.stages.train import train
 from raymuse.storage.contact_sheet import Entry, sheet_png
 from raymuse.storage.folder import Folder
 from raymuse.storage.generated import Generated, read_part
-from raymuse.storage.manifest import read_finished
+from raymuse.storage.manifest import Manifest, read_finished
 from raymuse.storage.pictures import png_bytes
 from raymuse.storage.rejects import Unreadable
 from raymuse.tracking.run import Run, finishing
@@ -43,17 +44,27 @@ def styledrop(config: StyledropConfig, run: Run, uri: str | None) -> str:
         uri: of the MLflow server that has it, where there is one.
 
     Raises:
-        UserError: for whatever a stage finds wrong, before that stage writes anything.
+        UserError: the output is of another picture or caption; for whatever a stage finds wrong, before that stage
+            writes anything.
     """
     root = Path(config.output).resolve()
     Folder(str(root)).require_local("the pictures of both rounds are put together there")
-    flow = _Flow(config, root, run, uri)
-    _write_pictures(root / "style", [(_read(config.picture), config.told)], Path(config.picture).suffix)
+    picture = _read(config.picture)
+    style = {"picture": hashlib.sha256(picture).hexdigest(), "caption": config.told}
+    manifest = Manifest.open(str(root), {"stage": "styledrop", **style})
+    try:
+        _write_pictures(root / "style", [(picture, config.told)], Path(config.picture).suffix)
+        return _both_rounds(config, root, _Flow(config, root, run, uri))
+    finally:
+        manifest.release()
+
+
+def _both_rounds(config: StyledropConfig, root: Path, flow: "_Flow") -> str:
     lora = flow.learn("first", root / "style")
     candidates = read_candidates(flow.draw("candidates", lora))
     sheet = _sheet(candidates, config.told)
     sheet.save(root / SHEET)
-    run.picture("candidates", sheet, 0)
+    flow.run.picture("candidates", sheet, 0)
     chosen = choose(config, candidates)
     if not chosen:
         print(f"look at {root / SHEET} and go on with the numbers that you keep: kept=[1,5,7]", flush=True)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -195,15 +196,15 @@ def _cut_apart(parameters: list[Any], world: int) -> list[Place]:
 
 
 def _import_deepspeed() -> Any:
-    """DeepSpeed without MLflow, which its autotuner imports where it can: a second or two and 100 MiB a rank."""
-    hide = "mlflow" not in sys.modules
-    if hide:
-        sys.modules["mlflow"] = None  # type: ignore[assignment]
-    try:
-        import deepspeed
-    finally:
-        if hide:
-            del sys.modules["mlflow"]
+    """DeepSpeed without its autotuner, which imports MLflow where it can: a second or two and 100 MiB a rank.
+
+    MLflow itself stays importable: a thread that sends records may ask for it meanwhile.
+    """
+    unused = ModuleType("deepspeed.autotuning.autotuner")
+    unused.Autotuner = None  # type: ignore[attr-defined]
+    sys.modules.setdefault(unused.__name__, unused)
+    import deepspeed
+
     return deepspeed
 
 
