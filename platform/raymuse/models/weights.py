@@ -94,7 +94,7 @@ def tokenizer_folder(root: Path) -> Path:
 
 
 def without_bars() -> None:
-    """No progress bar of transformers for a load from disk in this process; downloads keep theirs."""
+    """No progress bar of transformers for a folder on a disk in this process; downloads keep theirs."""
     import huggingface_hub
     import transformers
 

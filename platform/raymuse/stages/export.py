@@ -26,7 +26,7 @@ from raymuse.models.lora import adapter_sha256
 from raymuse.models.network_files import save_network
 from raymuse.models.variants import write_variant
 from raymuse.models.vqgan import Vqgan
-from raymuse.models.weights import HUB, require_safetensors, tokenizer_folder, weights_sha256
+from raymuse.models.weights import HUB, require_safetensors, tokenizer_folder, weights_sha256, without_bars
 from raymuse.pipeline import Pipeline
 from raymuse.recording import Made
 from raymuse.storage.folder import Folder
@@ -188,6 +188,7 @@ def _merge(folder: Path, adapters: dict[str, float]) -> None:
         shutil.rmtree(folder / part)
         save_network(network, record, folder / part, network.state_dict())
     shutil.rmtree(folder / "text_encoder")
+    without_bars()
     pipeline.text.network.save_pretrained(folder / "text_encoder", safe_serialization=True)
 
 

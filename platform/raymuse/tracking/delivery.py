@@ -263,6 +263,7 @@ class Delivery:
             run_id=run_id,
             tags={RECORD_TAG: record["id"], ADDRESS_TAG: record["source"], **made_by},
             description=self._named(segment.identity, description.strip()),
+            await_creation_for=0,  # it is there at once
         )
         return str(version.version)
 

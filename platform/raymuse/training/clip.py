@@ -24,6 +24,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModelWithProjection, CLI
 from raymuse.config.errors import ConfigError
 from raymuse.config.training import ClipConfig, Precision
 from raymuse.models.clip import Clip, normalise
+from raymuse.models.weights import without_bars
 from raymuse.training.pictures import PictureStream
 from raymuse.training.task import Batch, Loss, Stateless, network_weights, sheet
 
@@ -115,6 +116,7 @@ class ClipTask(Stateless):
 
     def save(self, weights: dict[str, Tensor], folder: Path) -> dict[str, Any]:
         """`clip/` (both towers), `text_encoder/` and `tokenizer/`, as a model folder holds them."""
+        without_bars()
         network = self._network_with(weights)
         network.save_pretrained(folder / "clip", safe_serialization=True)
         text = CLIPTextModelWithProjection(network.config.text_config)
