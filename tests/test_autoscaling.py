@@ -47,7 +47,7 @@ def test_a_job_makes_a_node_appear_and_idle_it_goes(
     assert main(words) == 0
     assert (output / "_SUCCESS").exists()
     assert "Adding 1 node(s) of type decoders." in capfd.readouterr().out
-    wait_until(lambda: not types(head, "ALIVE"), 900, pause=0.5)
+    wait_until(lambda: not types(head, "ALIVE"), 300, pause=0.5)
     assert set(types(head, "DEAD")) == {"decoders"}
 
 
@@ -62,11 +62,11 @@ def test_a_node_that_crashes_loses_and_changes_nothing(head: Head, tmp_path: Pat
     words = ["submit", "pretokenize", "smoke:pretokenize", *(f"{name}={value}" for name, value in values.items())]
     job = threading.Thread(target=lambda: codes.append(main(words)))
     job.start()
-    wait_until(lambda: codes or (written(tmp_path / "tokens") and encoding(head)), 900, pause=0.05)
+    wait_until(lambda: codes or (written(tmp_path / "tokens") and encoding(head)), 300, pause=0.05)
     assert not codes, "the job ended before its node could"
     encoding(head)[0].crash()
     assert written(tmp_path / "tokens") < PARTS
-    job.join(900)
+    job.join(400)
     assert codes == [0]
     assert check_tokens(config.output).problems == []
     store, encoder = TokenStore(config.output), ChunkEncoder(config)
@@ -75,7 +75,7 @@ def test_a_node_that_crashes_loses_and_changes_nothing(head: Head, tmp_path: Pat
         (chunk,) = decode_chunks(shard, config)
         ids = encoder(chunk).tokens["image_ids"].combine_chunks().flatten().to_numpy()
         np.testing.assert_array_equal(store.part(name).image_ids.reshape(-1), ids)
-    wait_until(lambda: not types(head, "ALIVE"), 900, pause=0.5)
+    wait_until(lambda: not types(head, "ALIVE"), 300, pause=0.5)
 
 
 def written(output: Path) -> int:

@@ -41,11 +41,18 @@ def compilerless(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, compilerless: dict[str, str]) -> Path:
-    """The folder of a smoke flow that was interrupted once and then run to its end."""
+def interrupted(tmp_path_factory: pytest.TempPathFactory, compilerless: dict[str, str]) -> Path:
+    """The folder of a smoke flow that was stopped in its base's training."""
     root = tmp_path_factory.mktemp("flow")
     interrupt_in_base_training(root, compilerless)
-    done = subprocess.run(command(root), env=compilerless, capture_output=True, text=True, timeout=1500)
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(interrupted: Path, compilerless: dict[str, str]) -> Path:
+    """The same folder, the flow run to its end."""
+    root = interrupted
+    done = subprocess.run(command(root), env=compilerless, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     (root / "stdout").write_text(done.stdout)
     return root
@@ -62,7 +69,7 @@ def interrupt_in_base_training(root: Path, environment: dict[str, str]) -> None:
         command(root), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     checkpoint = root / "work" / "base" / "step-00000010" / "checkpoint.json"
-    deadline = time.monotonic() + 1200
+    deadline = time.monotonic() + 400
     while not checkpoint.exists():
         assert running.poll() is None, running.stdout.read() if running.stdout else ""
         assert time.monotonic() < deadline, "the base training wrote no checkpoint"
@@ -74,6 +81,13 @@ def interrupt_in_base_training(root: Path, environment: dict[str, str]) -> None:
     assert "goes on from there" in output
     _, alive = psutil.wait_procs(family, timeout=20)
     assert [process.cmdline() for process in alive] == []
+
+
+def test_an_interrupted_flow_keeps_what_it_has_and_tells_no_result(interrupted: Path) -> None:
+    work = interrupted / "work"
+    assert (work / "tokens" / "_SUCCESS").exists()
+    assert not (work / "base" / "_SUCCESS").exists()
+    assert not (interrupted / "demo.json").exists()
 
 
 def test_the_json_holds_every_figure(finished: Path) -> None:
