@@ -23,8 +23,13 @@ Grows = Callable[[str, Path], tuple[list[str], dict[str, str]]]
 ROOT = Path(__file__).parents[1]
 RAY = Path(sys.executable).with_name("ray")
 PATIENT_RAY = (sys.executable, str(Path(__file__).with_name("patient_ray.py")))
-# Watching every process, which agents do every five seconds, would take a tenth of a small machine.
-QUIET = {"REPORTER_UPDATE_INTERVAL_MS": "60000", "RAY_metrics_report_interval_ms": "60000"}
+# Watching every process, which agents do every five seconds, would take a tenth of a small machine; and a test needs
+# few workers, where Ray starts one a core.
+QUIET = {
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+    "RAY_metrics_report_interval_ms": "60000",
+    "RAY_prestart_worker_first_driver": "0",
+}
 PORTS = range(20000, 32768)  # above those that Ray gives to workers, below those that the kernel gives
 
 

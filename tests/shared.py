@@ -40,7 +40,6 @@ RAY_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "OMP_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",
-    "RAY_prestart_worker_first_driver": "0",  # a test needs few workers
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # no cloud takes this machine away: a process less a training
     **QUIET,
 }

@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 
 from raymuse.config.errors import UserError
 from raymuse.datasets.blobs import Picture
-from raymuse.datasets.judge import compare, judge, nearest_render, see
+from raymuse.datasets.judge import Seen, compare, judge, nearest_render, see
 from raymuse.datasets.sample import Sample
 from raymuse.datasets.scenes import (
     BACKGROUNDS,
@@ -34,6 +34,12 @@ COUNT = 600  # pictures for each resolution and split, half of them with two thi
 @cache
 def drawn(resolution: int, held_out: bool) -> list[Sample]:
     return list(samples(COUNT, seed=11, resolution=resolution, held_out=held_out))
+
+
+@cache
+def seen_of(resolution: int, held_out: bool) -> list[tuple[Seen, str]]:
+    """What is in each picture drawn, and its caption."""
+    return [(see(np.asarray(sample.image)), sample.caption) for sample in drawn(resolution, held_out)]
 
 
 def round_trip(image: Image.Image, rng: np.random.Generator) -> Picture:
@@ -84,7 +90,7 @@ both = pytest.mark.parametrize(("resolution", "held_out"), list(product((32, 64)
 
 @both
 def test_agrees_with_what_was_drawn(resolution: int, held_out: bool) -> None:
-    verdicts = [judge(np.asarray(s.image), s.caption) for s in drawn(resolution, held_out)]
+    verdicts = [compare(seen, words) for seen, words in seen_of(resolution, held_out)]
     assert np.mean([v.correct for v in verdicts]) >= 0.99
 
 
@@ -100,9 +106,8 @@ def test_rejects_each_swapped_attribute_and_names_it(resolution: int, held_out: 
     rng = np.random.default_rng(1)
     rejected: dict[str, list[bool]] = {}
     named: dict[str, list[bool]] = {}
-    for sample in drawn(resolution, held_out):
-        seen = see(np.asarray(sample.image))
-        for kind, scene in swapped(parse(sample.caption), rng).items():
+    for seen, words in seen_of(resolution, held_out):
+        for kind, scene in swapped(parse(words), rng).items():
             verdict = compare(seen, caption(scene))
             rejected.setdefault(kind, []).append(not verdict.correct)
             named.setdefault(kind, []).append(not verdict.attributes[kind])
@@ -114,9 +119,8 @@ def test_rejects_each_swapped_attribute_and_names_it(resolution: int, held_out: 
 def test_other_attributes_stay_right_when_one_is_swapped() -> None:
     rng = np.random.default_rng(2)
     spared = []
-    for sample in drawn(64, False):
-        seen = see(np.asarray(sample.image))
-        for kind, scene in swapped(parse(sample.caption), rng).items():
+    for seen, words in seen_of(64, False):
+        for kind, scene in swapped(parse(words), rng).items():
             if kind != "count":  # a missing thing has no attribute right
                 attributes = compare(seen, caption(scene)).attributes
                 spared += [right for name, right in attributes.items() if name != kind]

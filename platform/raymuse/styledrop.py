@@ -149,9 +149,9 @@ def _sheet(candidates: Sequence[Generated], title: str) -> Image.Image:
 
 def _read(address: str) -> bytes:
     """The bytes of a picture that can be decoded. Raises UserError."""
-    folder, _, name = address.rpartition("/")
+    folder, name = Folder.holding(address)
     try:
-        data = Folder(folder or ".").read(name)
+        data = folder.read(name)
         decode(data)
     except (OSError, Unreadable) as error:
         raise UserError(f"{address}: cannot be read as a picture: {error}.") from error

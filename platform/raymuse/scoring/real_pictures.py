@@ -20,8 +20,8 @@ from raymuse.scoring.reference import (
     pictures_fingerprint,
     read_file,
     read_statistics,
-    split_address,
 )
+from raymuse.storage.folder import Folder
 from raymuse.storage.images import Picture, Shard, list_shards, read_shard
 from raymuse.storage.manifest import Manifest
 from raymuse.storage.rejects import Unreadable
@@ -89,7 +89,7 @@ def _compute(
         raise UserError(f"{config.reference} has {rows} pictures that can be read ({refused} cannot): two are needed.")
     print(f"reference: {rows} pictures" + (f", {refused} could not be read" if refused else ""), flush=True)
     found = collect_parts(manifest.folder.address, names, config.kept_features, config.workers).named(KIND)
-    folder, name = split_address(address)
+    folder, name = Folder.holding(address)
     folder.create()
     folder.write(name, Reference.of(found, {**wanted, "refused": refused}).to_bytes())
 
@@ -131,5 +131,5 @@ class _ReferencePart:
 
 
 def _exists(address: str) -> bool:
-    folder, name = split_address(address)
+    folder, name = Folder.holding(address)
     return folder.exists(name)

@@ -74,16 +74,10 @@ def read_statistics(address: str, trust: bool) -> Reference:
 
 def read_file(address: str) -> bytes:
     """The bytes of a file of statistics. Raises UserError where it is missing."""
-    folder, name = split_address(address)
+    folder, name = Folder.holding(address)
     if not folder.exists(name):
         raise UserError(f"the statistics {address} do not exist. Give reference=PICTURES to have them computed.")
     return folder.read(name)
-
-
-def split_address(address: str) -> tuple[Folder, str]:
-    """A file's folder and name."""
-    folder, slash, name = address.rpartition("/")
-    return Folder((folder or "/") if slash else "."), name
 
 
 def _from_safetensors(address: str, data: bytes) -> Reference:

@@ -23,6 +23,12 @@ class Folder:
 
     address: str
 
+    @classmethod
+    def holding(cls, address: str) -> tuple["Folder", str]:
+        """The folder of a file, and the file's name in it."""
+        folder, slash, name = address.rpartition("/")
+        return cls(folder or slash or "."), name
+
     def __truediv__(self, name: str) -> "Folder":
         return Folder(f"{self.address.rstrip('/')}/{name}")
 

@@ -157,10 +157,10 @@ class DenyList:
         """
         if address is None:
             return cls()
-        folder, name = _split(address)
-        if not Folder(folder).exists(name):
+        folder, name = Folder.holding(address)
+        if not folder.exists(name):
             raise UserError(f"the deny list {address} does not exist.")
-        with Folder(folder).open(name) as file:
+        with folder.open(name) as file:
             lines = [line.strip().lower() for line in _lines(address, file)]
         phrases = tuple(line for line in lines if line and not line.startswith("#"))
         if wordless := [phrase for phrase in phrases if not _WORDS.search(phrase)]:
@@ -184,10 +184,10 @@ def read_beside(prompts: str, name: str, anywhere: bool = False) -> bytes:
     """
     if not anywhere and (":" in name or name.startswith("/") or ".." in name.split("/")):
         raise UserError(f"{name} does not lie beside the prompts; pictures_anywhere=true allows it")
-    address = address_within(_split(prompts)[0], name)
-    folder, file = _split(address)
+    address = address_within(Folder.holding(prompts)[0].address, name)
+    folder, file = Folder.holding(address)
     try:
-        return Folder(folder).read(file)
+        return folder.read(file)
     except Exception as error:  # every store has errors of its own
         raise UserError(f"{address} cannot be read: {error}") from error
 
@@ -198,14 +198,8 @@ def _plain(text: str) -> str:
     return f" {' '.join(_WORDS.findall(text.lower()))} "
 
 
-def _split(address: str) -> tuple[str, str]:
-    """Folder and name."""
-    folder, slash, name = address.rpartition("/")
-    return (folder or "/" if slash else "."), name
-
-
 def _rows(address: str) -> Iterator[dict[str, Any]]:
-    folder, name = _split(address)
+    folder, name = Folder.holding(address)
     if Folder(address).exists("state.json"):
         yield from _saved(address)
         return
@@ -214,9 +208,9 @@ def _rows(address: str) -> Iterator[dict[str, Any]]:
             f"{address}: prompts come as .txt (one a line), .jsonl, .csv or .parquet with a column `prompt`, or as a "
             "folder that `Dataset.save_to_disk` wrote."
         )
-    if not Folder(folder).exists(name):
+    if not folder.exists(name):
         raise UserError(f"the prompt file {address} does not exist.")
-    with Folder(folder).open(name) as file:
+    with folder.open(name) as file:
         if address.endswith(".parquet"):
             yield from _table(address, file)
         elif address.endswith(".csv"):

@@ -60,8 +60,7 @@ def write_tar(path: str | Path, members: Iterable[tuple[str, bytes]]) -> None:
 
     Locally a temporary file in the same folder, synced, then renamed; elsewhere a single upload.
     """
-    parent, _, name = str(path).rpartition("/")
-    folder = Folder(parent or ("/" if str(path).startswith("/") else "."))
+    folder, name = Folder.holding(str(path))
     folder.write_with(name, lambda partial: _fill(partial, members))
 
 
