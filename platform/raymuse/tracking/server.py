@@ -5,7 +5,6 @@ import fcntl
 import http.client
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -23,7 +22,6 @@ HOST = "127.0.0.1"
 START_SECONDS = 120.0
 STOP_SECONDS = 10.0
 GUARD = Path(__file__).with_name("guard.py")
-MARK = "RAYMUSE_MLFLOW_FOLDER"  # in the environment of all that a server starts, from its first moment
 
 
 class Server:
@@ -92,11 +90,15 @@ class Server:
         return _is_ours(self._pid, self.folder)
 
     def stop(self) -> None:
-        """Ends the process and its children, if this process started them; may be called twice."""
+        """Ends the process, if this process started it: asks, then kills; may be called twice."""
         if self._process is None:
             return
-        _end_session(self._pid)
-        self._process.wait()
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     def serve_forever(self) -> None:
         """Blocks until the server ends or Ctrl-C; for `raymuse ui`."""
@@ -186,13 +188,12 @@ def _is_ours(pid: int, folder: Path) -> bool:
 
 
 def _join(folder: Path, port: int | None) -> Server | None:
-    """The server that already runs on this folder; clears away what a killed one left."""
+    """The server that already runs on this folder."""
     state = _recorded(folder)
     if not state.get("pid"):
         return None
     pid, running = int(state["pid"]), int(state["port"])
     if not _is_ours(pid, folder):
-        _end_leftovers(pid, folder)
         return None
     if port is not None and port != running:
         raise UserError(
@@ -236,7 +237,6 @@ def _launch(folder: Path, port: int) -> Server:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "PYTHONUNBUFFERED": "1",
-        MARK: str(folder),
     }
     environment.pop("MLFLOW_TRACKING_URI", None)  # a server that is its own client's server would call itself
     with open(folder / "server.log", "ab") as log:
@@ -259,36 +259,3 @@ def _arguments(folder: Path, port: int) -> list[str]:
         "--uvicorn-opts": "--log-level warning",  # otherwise each logged step writes a line
     }
     return ["server", *(word for pair in options.items() for word in pair)]
-
-
-def _session(leader: int) -> list[psutil.Process]:
-    """The living processes of a session."""
-    members = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(OSError, psutil.Error):
-            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
-                members.append(process)
-    return members
-
-
-def _end_session(leader: int) -> None:
-    """Asks the processes of a session to end, and kills those that do not; also those that it starts meanwhile."""
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        limit, told = time.monotonic() + STOP_SECONDS, set[psutil.Process]()
-        while (members := _session(leader)) and time.monotonic() < limit:
-            for process in set(members) - told:
-                with contextlib.suppress(psutil.Error):
-                    process.send_signal(sign)
-            told.update(members)
-            psutil.wait_procs(members, timeout=0.2)
-        if not members:
-            return
-
-
-def _end_leftovers(leader: int, folder: Path) -> None:
-    """Ends the children of a guard that was itself killed: they would keep the port and the sqlite file."""
-    for process in _session(leader):
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get(MARK) == str(folder):
-                process.kill()
-                process.wait(STOP_SECONDS)
