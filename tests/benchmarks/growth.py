@@ -46,7 +46,7 @@ def main(words: list[str]) -> None:
     rows: list[Row] = []
     try:
         if "data" in wanted:
-            rows.append(data_growth(root))
+            rows.append(data_growth(root / "data"))
         if set(wanted) - {"data"}:
             with session(num_cpus=2 * max(WORKERS), object_store_gib=0.5, dashboard=False):
                 shards = write_pictures(root / "shards", max(WORK), PICTURES, (96, 64))
@@ -68,6 +68,7 @@ def main(words: list[str]) -> None:
 def data_growth(root: Path) -> Row:
     """An epoch of token shards, one part a unit of work; seconds of processor time, which other work does not touch."""
     torch.set_num_threads(1)
+    root.mkdir()
     write_text_encoder(root)
     seconds: dict[int, float] = {}
     for work in WORK:
