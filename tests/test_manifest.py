@@ -87,6 +87,20 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     assert folder.read("a.bin") == b"old"
 
 
+@pytest.mark.parametrize(
+    ("address", "folder", "name"),
+    [
+        ("a.png", ".", "a.png"),
+        ("/a.png", "/", "a.png"),
+        ("b/a.png", "b", "a.png"),
+        ("/c/b/a.png", "/c/b", "a.png"),
+        ("s3://bucket/a.png", "s3://bucket", "a.png"),
+    ],
+)
+def test_a_file_is_held_by_its_folder(address: str, folder: str, name: str) -> None:
+    assert Folder.holding(address) == (Folder(folder), name)
+
+
 def test_a_folder_reads_lists_and_removes_what_it_wrote(address: str) -> None:
     folder = Folder(address)
     assert folder.names() == []

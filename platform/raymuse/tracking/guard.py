@@ -47,6 +47,8 @@ def main() -> None:
     from mlflow import server
     from mlflow.cli import cli
 
+    if not hasattr(server, "_exec_cmd"):
+        raise SystemExit("This MLflow starts its server in a way that is not known here: install mlflow>=3.16,<3.18.")
     server._exec_cmd = serve_here
     cli.main(args=sys.argv[cut + 1 :], prog_name="mlflow")
 
