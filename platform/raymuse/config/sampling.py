@@ -17,6 +17,7 @@ from raymuse.config.base import Config
 MaskingSchedule = Literal["cosine", "linear", "arccos", "square", "root", "power", "sigmoid"]
 GuidanceSchedule = Literal["constant", "linear", "cosine"]
 Order = Literal["confidence", "critic", "halton", "random"]
+Decode = Literal["drawn", "mean"]
 
 
 class SamplingConfig(Config):
@@ -36,6 +37,9 @@ class SamplingConfig(Config):
         1, ge=1, description="2: what guidance adds is computed at every second step that has it, and kept in between"
     )
     masked_only: bool = Field(False, description="compute what only unknown ids need for these alone")
+    decode: Decode = Field(
+        "drawn", description="of each cell the code that was drawn, or the mean of all by their probabilities then"
+    )
 
     @model_validator(mode="after")
     def _span_has_an_inside(self) -> Self:
@@ -60,6 +64,7 @@ class Options(TypedDict, total=False):
     order: Order
     guidance_every: int
     masked_only: bool
+    decode: Decode
 
 
 RUN_ALONE = frozenset({"guidance_every", "masked_only"})

@@ -107,10 +107,11 @@ class Draws:
     top_k: int = 0
     order: str = "confidence"
     masked_only: bool = False
+    decode: str = "drawn"
 
     @classmethod
     def of(cls, sampling: SamplingConfig) -> "Draws":
-        return cls(sampling.top_p, sampling.top_k, sampling.order, sampling.masked_only)
+        return cls(sampling.top_p, sampling.top_k, sampling.order, sampling.masked_only, sampling.decode)
 
 
 class _Kind(NamedTuple):
@@ -174,9 +175,12 @@ class Rows:
         critic: where `draws.order` is "critic": a network with one logit an id.
         parts: how many a pass is done in; None: as it turns out.
         graphs: whether steps are CUDA graphs.
+        vectors: where `draws.decode` is "mean": what each id stands for, (C, V).
 
     Attributes:
         ids: (B, h, w), the mask id where still unknown.
+        means: (B, L, V), with vectors: of each id that was drawn the mean of all vectors by the probabilities that it
+            was drawn from, before `top_p` and `top_k`; of the others their own.
     """
 
     def __init__(
@@ -190,13 +194,17 @@ class Rows:
         at_once: int | None = None,
         parts: Parts | None = None,
         graphs: bool = False,
+        vectors: Tensor | None = None,
     ) -> None:
         self.network, self.critic, self.draws, self.streams = network, critic, draws or Draws(), streams
         assert (self.draws.order == "critic") == (critic is not None)
+        assert (self.draws.decode == "mean") == (vectors is not None)
         count, length = shape[0], math.prod(shape[1:])
         self.at_once = at_once or count
         assert count % self.at_once == 0
         self.ids = torch.zeros(tuple(shape), dtype=torch.int64, device=device)
+        self._vectors = vectors
+        self.means = None if vectors is None else vectors.new_zeros(count, length, vectors.shape[1])
         self._parts = parts or Parts("a sampling step")
         self._courses, self._at = [Course([], [], [])] * count, [0] * count
         self._unknown = [list[int]()] * count  # by step, where `masked_only`
@@ -263,6 +271,8 @@ class Rows:
             self._judged.put(index, self.critic.precompute(judged))
         self._fed.forget(torch.cat([told, told + self.at_once]))
         self.ids[index], self._steps[index], self._finite[index] = ids, 0, True
+        if self.means is not None and self._vectors is not None:
+            self.means[index] = self._vectors[ids.flatten(1).clamp(max=len(self._vectors) - 1)]
         length = self._priority.shape[1]
         masked = (ids == int(self.network.config.mask_id)).flatten(1).sum(1).tolist() if self.draws.masked_only else []
         for place, (row, course) in enumerate(zip(rows, courses, strict=True)):
@@ -331,7 +341,8 @@ class Rows:
         self._fed.turn(2 * first, 2 * self.at_once)
 
     def _changing(self) -> list[Tensor]:
-        return [self.ids, self._steps, self._finite, *([] if self._added is None else [self._added])]
+        kept = [tensor for tensor in (self._added, self.means) if tensor is not None]
+        return [self.ids, self._steps, self._finite, *kept]
 
     def _stepped(self, part: slice, kind: _Kind) -> Tensor:
         """The ids (b, h, w) of some rows after the step. Doing it twice does no harm."""
@@ -344,7 +355,7 @@ class Rows:
         if self._half:
             self._finite[part] &= logits.isfinite().flatten(1).all(1)
         ordered = self.draws.order not in ("confidence", "critic")
-        return reveal(
+        revealed = reveal(
             logits,
             known,
             self._choice.now(self._steps, part),
@@ -357,7 +368,19 @@ class Rows:
             priority=self._priority[part] if ordered else None,
             critic=None if self.critic is None else lambda drawn: self._judge(part, drawn.view(-1, *grid)),
             at=at,
-        ).view(-1, *grid)
+        )
+        if self.means is not None:
+            self._keep_means(part, logits, at, (known == mask_id) & (revealed != mask_id))
+        return revealed.view(-1, *grid)
+
+    def _keep_means(self, part: slice, logits: Tensor, at: Tensor | None, drawn: Tensor) -> None:
+        """Of the ids that the step has `drawn`, bool (b, L), the mean vectors."""
+        assert self.means is not None
+        assert self._vectors is not None
+        means, kept = logits.softmax(dim=-1) @ self._vectors, self.means[part]
+        if at is not None:
+            means = kept.scatter(1, at[:, :, None].expand_as(means), means)
+        self.means[part] = torch.where(drawn[:, :, None], means, kept)
 
     def _predict(self, part: slice, ids: Tensor, at: Tensor | None, kind: _Kind) -> Tensor:
         """Logits (b, L, C) for the ids (b, h, w) of some rows; (b, M, C), of the ids `at` (b, M) alone."""

@@ -139,6 +139,7 @@ class _Begun:
     states: Tensor
     free_states: Tensor | None
     base_ids: Tensor | None = None
+    base_means: Tensor | None = None  # of what the super-resolution reads ids as
     base_pixels: NDArray[np.uint8] | None = None
 
 
@@ -150,8 +151,11 @@ class _Lane:
         self.open: dict[Ticket, None] = {}  # asked for and not done
         self.waiting, self.between = _Queue(), deque[_Begun]()
         self.critic = networks.critic if like.base.draws.order == "critic" else None
+        vectors = [networks.vqgan.codebook]
+        if networks.superres is not None:
+            vectors.append(networks.superres.low_embed.weight[: networks.vqgan.codes])
         self.base = _Seats(
-            _rows(networks, networks.base, like.base, (CHOICE, CONFIDENCE), self.critic, parts, "step"),
+            _rows(networks, networks.base, like.base, (CHOICE, CONFIDENCE), self.critic, parts, "step", vectors),
             networks.vqgan,
             networks.group,
             parts,
@@ -160,8 +164,9 @@ class _Lane:
         self.high = None
         if like.high is not None and networks.superres is not None and networks.superres_vqgan is not None:
             streams, name = (HIGH_CHOICE, HIGH_CONFIDENCE), "super-resolution step"
-            high = _rows(networks, networks.superres, like.high, streams, None, parts, name)
-            self.high = _Seats(high, networks.superres_vqgan, networks.group, parts, tells=False)
+            own = networks.superres_vqgan
+            high = _rows(networks, networks.superres, like.high, streams, None, parts, name, [own.codebook])
+            self.high = _Seats(high, own, networks.group, parts, tells=False)
         self.micro = _micro(networks, like.base.ids.shape)
 
     @property
@@ -178,12 +183,12 @@ class _Lane:
         if self.high is not None:
             for rows in self.high.free():
                 self._begin_high(self.high, rows)
-            for begun, ids, pixels in self.high.step():
+            for begun, ids, _, pixels in self.high.step():
                 done.append((begun.ticket, _picture(begun, ids, pixels)))
         for rows in self.base.free():
             self._begin_base(rows)
-        for begun, ids, pixels in self.base.step():
-            begun.base_ids, begun.base_pixels = ids, pixels
+        for begun, ids, means, pixels in self.base.step():
+            begun.base_ids, begun.base_means, begun.base_pixels = ids, means, pixels
             if self.high is None:
                 done.append((begun.ticket, _picture(begun, ids, pixels)))
             else:
@@ -222,7 +227,8 @@ class _Lane:
         assert superres is not None
         stages = [one.ticket.request.high for one in begun if one.ticket.request.high is not None]
         states, low = self._group([one.states for one in begun]), self._group([one.base_ids for one in begun])
-        conditional, free = superres.condition(states, low), None
+        means = None if begun[0].base_means is None else self._group([one.base_means for one in begun])
+        conditional, free = superres.condition(states, low, means), None
         if any(stage.course.guided for stage in stages):
             free = superres.retold(conditional, self._group([one.free_states for one in begun]))
         high.begin(rows, begun, stages, conditional, free)
@@ -280,8 +286,11 @@ class _Seats:
         for row, one in zip(rows, begun, strict=True):
             self.begun[row] = one
 
-    def step(self) -> Iterator[tuple[_Begun, Tensor, NDArray[np.uint8]]]:
-        """One step. Those whose course ended with it, with their ids (h, w) and pixels, leave their rows."""
+    def step(self) -> Iterator[tuple[_Begun, Tensor, Tensor | None, NDArray[np.uint8]]]:
+        """One step. Those whose course ended with it leave their rows, with their ids (h, w) and pixels.
+
+        Between these, where means are decoded, those (h, w, V - D) of the vectors beside the codes.
+        """
         held = [(row, begun) for row, begun in enumerate(self.begun) if begun is not None]
         if going := [(row, begun) for row, begun in held if not self.rows.ended(row)]:
             self.rows.step()
@@ -292,15 +301,20 @@ class _Seats:
         for first in range(0, len(ended), self.group):
             some = ended[first : first + self.group]
             rows = [row for row, _ in some]
-            ids = self.rows.ids[[*rows, *rows[:1] * (self.group - len(rows))]]
+            group = [*rows, *rows[:1] * (self.group - len(rows))]
+            ids = self.rows.ids[group]
             self.rows.require_finite(rows)
-            pixels = to_bytes(self.parts.run(len(ids), partial(self._decoded, ids)))
+            codes, means = self.vqgan.codebook[ids], None
+            if self.rows.means is not None:
+                codes, means = self.rows.means[group].view(*ids.shape, -1).tensor_split([codes.shape[-1]], dim=-1)
+            pixels = to_bytes(self.parts.run(len(ids), partial(self._decoded, codes)))
             for row in rows:
                 self.begun[row] = None
-            yield from ((begun, ids[place], pixels[place]) for place, (_, begun) in enumerate(some))
+            for place, (_, begun) in enumerate(some):
+                yield begun, ids[place], None if means is None else means[place], pixels[place]
 
-    def _decoded(self, ids: Tensor, part: slice) -> Tensor:
-        return self.vqgan.decode_unit(ids[part])
+    def _decoded(self, codes: Tensor, part: slice) -> Tensor:
+        return self.vqgan.decode_codes(codes[part])
 
 
 class _AllParts(dict[str, Parts]):
@@ -319,12 +333,19 @@ def _rows(
     critic: TokenTransformer | None,
     parts: dict[str, Parts],
     name: str,
+    vectors: Sequence[Tensor],
 ) -> Rows:
-    """Rows of a stage's shape; `name` is what its step is called where it does not fit into memory."""
+    """Rows of a stage's shape.
+
+    Args:
+        name: what its step is called where it does not fit into memory.
+        vectors: what an id stands for, side by side, where their means are wanted.
+    """
     count, device, (height, width) = networks.batch_size, networks.vqgan.network.device, like.ids.shape
     at_once, known = rows_at_once(count, like.ids.size, device), parts[f"a {name} of {height} x {width} ids"]
     shape, graphs = (count, height, width), networks.cuda_graphs
-    return Rows(network, shape, like.draws, streams, critic, device, at_once, known, graphs)
+    told = torch.cat([each.float() for each in vectors], dim=1) if like.draws.decode == "mean" else None
+    return Rows(network, shape, like.draws, streams, critic, device, at_once, known, graphs, told)
 
 
 class _Queue:

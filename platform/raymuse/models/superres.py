@@ -124,10 +124,17 @@ class SuperRes(nn.Module):
         self.mlm_head = MuseHead(width, config.codebook_size, eps)
         self.self_conditioning = SelfConditioning(width, eps) if config.self_conditioning else None
 
-    def condition(self, text_states_BTE: Tensor, low_ids_Bhw: Tensor) -> Condition:
-        """From text states and the low-res ids. Raises ValueError for a grid larger than the config's."""
+    def condition(
+        self, text_states_BTE: Tensor, low_ids_Bhw: Tensor, low_means_BhwD: Tensor | None = None
+    ) -> Condition:
+        """From text states and the low-res ids. Raises ValueError for a grid larger than the config's.
+
+        Args:
+            low_means_BhwD: in place of the ids' own embeddings, e.g. the mean of all by how likely each is; None: them.
+        """
         _check_side("low-res", low_ids_Bhw, self.config.low_grid)
-        embedded = self.low_embed(low_ids_Bhw) + self.positions(low_ids_Bhw, coarse=True)
+        own = self.low_embed(low_ids_Bhw) if low_means_BhwD is None else low_means_BhwD.to(self.low_embed.weight)
+        embedded = own + self.positions(low_ids_Bhw, coarse=True)
         low_BhwD = run_blocks(self.low_layers, embedded, (), recompute=self.gradient_checkpointing)
         return Condition(self._read(text_states_BTE), self.low_norm(low_BhwD))
 
