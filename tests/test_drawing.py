@@ -25,6 +25,7 @@ from raymuse.drawing.model_folder import local_folder, model_sha256
 from raymuse.drawing.sampler import Course, Draws, Rows
 from raymuse.drawing.scheduler import MOST_LANES, Scheduler, Ticket
 from raymuse.masking import fresh_steps, guide, reveal
+from raymuse.models.vqgan import to_bytes
 from raymuse.pipeline import Pipeline
 from raymuse.serving.generator import draws_as, identity
 from raymuse.serving.limit import measure
@@ -216,6 +217,7 @@ STEPS: list[dict[str, Any]] = [
     {"order": "halton"},
     {"guidance_every": 2},
     {"masked_only": True, "guidance_every": 3},
+    {"masked_only": True, "decode": "mean"},
 ]
 
 
@@ -282,7 +284,7 @@ def test_steps_that_are_graphs_draw_the_same_in_place(
     scheduler, tickets, done = Scheduler(graphed), [], {}
     for _ in range(2):
         for prompt, seed in zip(PROMPTS, SEEDS, strict=True):
-            span: Any = {"guidance_span": (0.0, 0.5), "guidance_every": 2}
+            span: Any = {"guidance_span": (0.0, 0.5), "guidance_every": 2, "decode": "mean"}
             tickets.append(Ticket(graphed.request(prompt, seed, **span)))
             scheduler.submit(tickets[-1])
         places = set()
@@ -294,9 +296,10 @@ def test_steps_that_are_graphs_draw_the_same_in_place(
         assert len(places) == 1
         captures = len(RecordedGraphs.captured)
     assert captures == len(RecordedGraphs.captured) == 3 + 1  # fresh, kept and no guidance; the super-resolution's
-    wanted = pipeline(PROMPTS, seeds=SEEDS, **span).ids
+    wanted = pipeline(PROMPTS, seeds=SEEDS, **span)
     for number, ticket in enumerate(tickets):
-        assert np.array_equal(done[ticket].ids, wanted[number % len(PROMPTS)])
+        assert np.array_equal(done[ticket].ids, wanted.ids[number % len(PROMPTS)])
+        assert np.array_equal(done[ticket].base_pixels, wanted.base_pixels[number % len(PROMPTS)])
     longer = Ticket(graphed.request(PROMPTS[0], SEEDS[0], steps=9))  # its steps' values lie elsewhere
     scheduler.submit(longer)
     while scheduler.busy:
@@ -448,6 +451,57 @@ def test_unknown_ids_alone_are_computed_where_that_is_enough(
     assert np.mean(once == again) > 0.9
     with pytest.raises(UserError, match="masked_only has steps of other shapes, each of which would be compiled"):
         pipeline.compiled("aot_eager")(PROMPTS[:1], seeds=[1], masked_only=True)
+
+
+# --- means of the codes
+
+
+@pytest.mark.parametrize("masked_only", [False, True])
+def test_a_mean_is_of_all_vectors_by_the_probabilities_that_an_id_was_drawn_from(masked_only: bool) -> None:
+    """By hand, in two steps; what was known keeps its own vector, to the bit."""
+    network, random = Toy(), torch.Generator().manual_seed(1)
+    said, vectors = torch.randn(1, 6, generator=random), torch.randn(6, 4, generator=random)
+    draws = Draws(top_k=1, masked_only=masked_only, decode="mean")
+    rows, ids = Rows(network, (1, 3, 3), draws, vectors=vectors), torch.full((1, 3, 3), 6)
+    ids[0, 1, 1] = 2
+    rows.admit([0], said, None, ids=ids, seeds=[0], courses=[Course([4, 0], [0.0] * 2, [1.0] * 2)])
+    wanted, unknown = torch.zeros(1, 9, 4), (ids == 6).flatten(1)
+    for left in (4, 0):
+        probabilities = network.features(rows.ids, (said,)).flatten(1, 2).softmax(dim=-1)
+        rows.step()
+        drawn = unknown & (rows.ids != 6).flatten(1)
+        wanted[drawn] = (probabilities @ vectors)[drawn]
+        unknown &= ~drawn
+        assert int(unknown.sum()) == left
+    assert rows.means is not None
+    torch.testing.assert_close(rows.means[:, [0, 1, 2, 3, 5, 6, 7, 8]], wanted[:, [0, 1, 2, 3, 5, 6, 7, 8]])
+    assert torch.equal(rows.means[0, 4], vectors[2])
+
+
+def test_means_are_decoded_and_told_to_the_super_resolution(pipeline: Pipeline) -> None:
+    """Both stages by hand, in one step each; the ids are those that are drawn without."""
+    once: Any = {"steps": 1, "guidance": 1.0, "decode": "mean"}
+    drawn = pipeline(PROMPTS, seeds=SEEDS, superres=once, **once)
+    plain: Any = {**once, "decode": "drawn"}
+    assert np.array_equal(drawn.base_ids, pipeline(PROMPTS, seeds=SEEDS, superres=plain, **plain).base_ids)
+    base, superres, vqgan = pipeline.base, pipeline.superres, pipeline.superres_vqgan
+    assert superres is not None
+    assert vqgan is not None
+    with torch.no_grad():
+        states, pooled = pipeline.text(PROMPTS)
+        micro = torch.tensor([[*pipeline.settings.micro_conditioning]] * len(PROMPTS))
+        ids = torch.from_numpy(drawn.base_ids)
+        unknown = torch.full_like(ids, base.config.mask_id)
+        likely = base(unknown, states, pooled, micro).softmax(dim=-1)
+        low = pipeline.vqgan.decode_codes(likely @ pipeline.vqgan.codebook)
+        told = superres.condition(states, ids, likely @ superres.low_embed.weight[: pipeline.vqgan.codes])
+        high_ids = torch.full(drawn.ids.shape, superres.config.mask_id)
+        high = superres.head(superres.features(high_ids, told)).softmax(dim=-1)
+        wanted = vqgan.decode_codes(high @ vqgan.codebook)
+    for pixels, by_hand in ((drawn.base_pixels, low), (drawn.pixels, wanted)):
+        assert np.abs(pixels.astype(int) - to_bytes(by_hand)).max() <= 1
+        assert np.abs(pixels.astype(int) - to_bytes(by_hand).mean()).max() > 10
+    assert not np.array_equal(drawn.base_pixels, pipeline.vqgan.decode(drawn.base_ids))
 
 
 # --- the super-resolution's options

@@ -32,7 +32,7 @@ from raymuse.models.superres import SuperRes, SuperResConfig
 
 Shape = BaseShape | SuperResConfig
 CLIP_TOKENS, T5_TOKENS, CLIP_WIDTHS = 77, 256, (768, 1024, 1280)
-SHALLOW = 2, 3  # layers of the networks that are run
+SHALLOW = 1, 2  # layers of the networks that are run
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,8 @@ class _Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._seen = {tensor.untyped_storage()._cdata for tensor in held}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # more than half of all calls are autocast's, which asks where each is
+            return args[0].fake_device
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
