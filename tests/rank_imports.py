@@ -6,6 +6,7 @@ The last lines are what DeepSpeed's engine and pyarrow import when they are firs
 import pandas  # noqa: F401
 from PIL import Image
 
+import tiny  # noqa: F401
 import trainings  # noqa: F401
 from raymuse.training.zero import _import_deepspeed
 

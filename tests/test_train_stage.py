@@ -79,7 +79,7 @@ def _storm(output: Path, sent: list[str], environments: list[dict[str, str]]) ->
     """To three groups of workers in turn, each as soon as it has committed something."""
     known: set[int] = set()
     for deed in ("kill a worker", "tell a worker", "tell the driver"):
-        wait_until(lambda: len(_new_workers(known)) == 2, 300)
+        wait_until(lambda: len(_new_workers(known)) == 2, 300, pause=0.1)  # it looks at every process
         workers = _new_workers(known)
         environments.extend(worker.environ() for worker in workers)
         committed = len(list(output.glob("step-*/checkpoint.json")))  # the group before has ended by now
