@@ -6,4 +6,4 @@ thousand, of which none is garbage, and through which Python's collector goes ag
 
 import gc
 
-gc.set_threshold(100_000, 20, 100)
+gc.set_threshold(500_000, 20, 100)

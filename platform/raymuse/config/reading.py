@@ -64,10 +64,11 @@ def parse(text: str, name: str) -> Document:
     """
     document = Document(name, {})
     try:
-        root = yaml.compose(text, Loader=_Loader)
+        loader = _Loader(text)
+        root = loader.get_single_node()
         if isinstance(root, yaml.MappingNode):
             _walk(root, (), document)
-            document.values = _plain_keys(yaml.load(text, Loader=_Loader))
+            document.values = _plain_keys(loader.construct_document(root))
         elif root is not None:
             raise ConfigError(name, ["must be lines of `key: value`, and is something else"])
     except yaml.YAMLError as error:
