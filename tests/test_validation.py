@@ -284,6 +284,7 @@ def test_prompts_of_another_length_than_the_captions_are_refused_at_the_start(da
             "set samples.base, which draws their low-res ids",
         ),
         ("train-base", {"samples": {"sampling": {"order": "critic"}}}, "samples have no critic"),
+        ("train-base", {"samples": {"sampling": {"decode": "mean"}}}, "samples show the codes that are drawn"),
         ("train-base", {"evaluation": {"input": "x", "mask_ratios": [0.0]}}, "must be above 0.0, was 0.0"),
     ],
 )

@@ -296,9 +296,11 @@ class SamplesConfig(Config):
     )
 
     @model_validator(mode="after")
-    def _no_critic(self) -> "SamplesConfig":
+    def _plainly_drawn(self) -> "SamplesConfig":
         if self.sampling.order == "critic":
             raise ValueError("sampling.order: samples have no critic, so take another order")
+        if self.sampling.decode == "mean":
+            raise ValueError("sampling.decode: samples show the codes that are drawn, so leave it at drawn")
         return self
 
 

@@ -176,9 +176,7 @@ class _Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._seen = {tensor.untyped_storage()._cdata for tensor in held}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (
-            func is torch.ops.prim.device.default
-        ):  # more than half of all calls are autocast's, which asks where each is
+        if func is torch.ops.prim.device.default:  # autocast asks it of every tensor: more than half of all calls
             return args[0].fake_device
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
