@@ -1,6 +1,7 @@
 """What a training would take: the work of a pass, memory by ZeRO stage, without shards, weights or a GPU."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,10 @@ def test_the_work_of_muses_passes_follows_from_its_matrices() -> None:
 
 
 def test_activations_grow_with_the_batch_and_shrink_by_recomputation() -> None:
-    kept = [activations(AMUSED, Sizes(batch, (16, 16), 77), None, False, "bf16") for batch in (4, 8, 12)]
+    few = replace(AMUSED, num_res_blocks=1)
+    kept = [activations(few, Sizes(batch, (16, 16), 77), None, False, "bf16") for batch in (4, 8, 12)]
     assert kept[2] - kept[1] == pytest.approx(kept[1] - kept[0], rel=0.01)
-    assert activations(AMUSED, Sizes(8, (16, 16), 77), None, True, "bf16") < 0.4 * kept[1]
+    assert activations(few, Sizes(8, (16, 16), 77), None, True, "bf16") < 0.4 * kept[1]
 
 
 def test_saved_tensors_are_the_activations() -> None:

@@ -46,6 +46,7 @@ OPTIONS: dict[str, Options] = {
     "guidance every 3rd step": {"guidance_every": 3},
     "masked only": {"masked_only": True},
     "order: critic": {"order": "critic"},
+    "decode: drawn": {"decode": "drawn"},
     "decode: mean": {"decode": "mean"},
 }
 HIGH_OPTIONS: dict[str, Options] = {
@@ -61,6 +62,7 @@ HIGH_OPTIONS: dict[str, Options] = {
     "2 steps": {"steps": 2},
     "16 steps": {"steps": 16},
     "masked only": {"masked_only": True},
+    "decode: drawn": {"decode": "drawn"},
     "decode: mean": {"decode": "mean"},
 }
 
