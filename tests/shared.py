@@ -18,6 +18,7 @@ import psutil
 import pytest
 import ray
 import torch
+from ray._private import auto_init_hook
 from ray.cluster_utils import Cluster
 
 import tiny
@@ -79,6 +80,8 @@ def ray_cluster() -> Iterator[Cluster]:
     finally:
         ours = psutil.Process().children(recursive=True)
         logging.getLogger("ray").setLevel(logging.CRITICAL)  # it reports its own end as failures
+        # A thread of Serve's that has not ended would connect to the cluster once more, and keep it from ending.
+        auto_init_hook.enable_auto_connect = False
         ray.shutdown()
         cluster.shutdown()
         for process in ours:
