@@ -139,7 +139,7 @@ def test_other_captions_are_wrong_and_a_base_alone_has_one_kind(config: ScoreCon
 
 def test_without_a_judge_only_clip_scores(config: ScoreConfig, truth: list[Picture]) -> None:
     write_generated(Path(config.images), truth, [one.captions[0] for one in truth])
-    scores = read_scores(score(changed(config, judge="none", workers=0), Run.off()))
+    scores = read_scores(score(changed(config, judge="none"), Run.off()))
     assert "accuracy" not in scores
     assert set(scores["clip_score"]) == {"base"}
     assert "| clip_score | " in markdown(scores)
