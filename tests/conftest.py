@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Ray's workers would give way to every other process of the tests, and those that wait for them would wait long.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray spells it so
+
+# For all processes that are started from here on, those that run the tests among them: see there.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parent / "startup"), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 # Files go to the processes one by one, these first: none that takes long must be the last one running.
 LONGEST = ("test_flow", "test_train_stage", "test_pretokenize", "test_generate", "test_tracking", "test_serving")

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from ray.util import get_node_ip_address
 
 Grows = Callable[[str, Path], tuple[list[str], dict[str, str]]]
@@ -141,12 +141,19 @@ def running_head(
             wait_until_it_takes_jobs(found, agent, process, log)
             yield found
         finally:
-            process.send_signal(signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=20)
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            # Asked to end, Ray waits longer for its own processes than anybody here would.
+            _kill_family(process.pid)
             process.wait()
+
+
+def _kill_family(pid: int) -> None:
+    """That process and all that descend from it."""
+    with suppress(psutil.NoSuchProcess):
+        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family[1:], timeout=20)
 
 
 def wait_until_it_takes_jobs(head: Head, agent: int, process: "subprocess.Popen[bytes]", log: Path) -> None:

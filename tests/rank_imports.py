@@ -13,7 +13,7 @@ from raymuse.training.zero import _import_deepspeed
 _import_deepspeed()
 import deepspeed.module_inject.auto_ep_layer  # noqa: E402
 import deepspeed.ops.op_builder.all_ops  # noqa: E402
-import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: E402
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401
+import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: E402, F401
+import torch._dynamo  # noqa: E402, F401
 
 Image.preinit()

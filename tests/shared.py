@@ -6,6 +6,7 @@ cluster of its own; data and models are made once for all.
 
 import contextlib
 import fcntl
+import gc
 import logging
 import os
 import secrets
@@ -42,6 +43,7 @@ RAY_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # no cloud takes this machine away: a process less a training
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # it notices that workers are done, or gone, as often as this
     **QUIET,
 }
 
@@ -80,7 +82,9 @@ def ray_cluster() -> Iterator[Cluster]:
     finally:
         ours = psutil.Process().children(recursive=True)
         logging.getLogger("ray").setLevel(logging.CRITICAL)  # it reports its own end as failures
-        # A thread of Serve's that has not ended would connect to the cluster once more, and keep it from ending.
+        # A thread of Serve's that has not ended would connect to the cluster once more, and keep it from ending: those
+        # of handles that nobody holds end as these are collected, and no other thread may connect.
+        gc.collect()
         auto_init_hook.enable_auto_connect = False
         ray.shutdown()
         cluster.shutdown()

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import VQModel
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -585,6 +584,8 @@ def test_the_nearest_code_is_the_one_of_least_distortion_and_price() -> None:
 
 
 def test_a_priced_vqgan_spends_fewer_bits_and_stays_a_plain_vqmodel(data: Data, tmp_path: Path) -> None:
+    from diffusers import VQModel  # here: every rank imports this file
+
     entropies = []
     for rate in (0.0, 2.0):
         config = vqgan(tmp_path / str(rate), data, rate_weight=rate, **logged(40))

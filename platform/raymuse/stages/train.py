@@ -42,8 +42,8 @@ from raymuse.training.streamed import Pieces
 from raymuse.training.surveying import HERE, Surveyor
 
 RESIZE_SECONDS = 30
-STARTS = 3  # of a group whose machines are not ready
 """How often an elastic training looks whether the cluster has room for more workers: each change is a restart."""
+STARTS = 3  # of a group whose machines are not ready
 
 
 def train(config: TrainConfig, run: Run) -> str:

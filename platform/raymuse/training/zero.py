@@ -14,6 +14,13 @@ from raymuse.training.engine import rank_and_world, unscale
 from raymuse.training.muon import Muon, Place, Shards
 from raymuse.training.optimizers import build_optimizer
 
+# Module -> what DeepSpeed takes from it. It asks of every optimizer whether it is that Muon: ours never is.
+_UNUSED = {
+    "deepspeed.autotuning.autotuner": "Autotuner",
+    "deepspeed.runtime.zero.muon.muon_optimizer": "MuonWithAuxAdam",
+    "deepspeed.runtime.zero.muon.original_muon": "muon_update",
+}
+
 
 class DeepSpeedEngine:
     """DeepSpeed with ZeRO 0 to 3; the model code knows nothing of it."""
@@ -196,13 +203,15 @@ def _cut_apart(parameters: list[Any], world: int) -> list[Place]:
 
 
 def _import_deepspeed() -> Any:
-    """DeepSpeed without its autotuner, which imports MLflow where it can: a second or two and 100 MiB a rank.
+    """DeepSpeed without two of its parts, which it imports at every start and of which we use none.
 
-    MLflow itself stays importable: a thread that sends records may ask for it meanwhile.
+    Its autotuner imports MLflow where it can: a second or two and 100 MiB a rank. Its Muon imports torch's compiler,
+    another second. MLflow itself stays importable: a thread that sends records may ask for it meanwhile.
     """
-    unused = ModuleType("deepspeed.autotuning.autotuner")
-    unused.Autotuner = None  # type: ignore[attr-defined]
-    sys.modules.setdefault(unused.__name__, unused)
+    for name, kind in _UNUSED.items():
+        unused = ModuleType(name)
+        setattr(unused, kind, type(kind, (), {}))
+        sys.modules.setdefault(name, unused)
     import deepspeed
 
     return deepspeed
