@@ -474,8 +474,8 @@ def test_a_mean_is_of_all_vectors_by_the_probabilities_that_an_id_was_drawn_from
         unknown &= ~drawn
         assert int(unknown.sum()) == left
     assert rows.means is not None
-    torch.testing.assert_close(rows.means[:, [0, 1, 2, 3, 5, 6, 7, 8]], wanted[:, [0, 1, 2, 3, 5, 6, 7, 8]])
-    assert torch.equal(rows.means[0, 4], vectors[2])
+    torch.testing.assert_close(rows.means.values[:, [0, 1, 2, 3, 5, 6, 7, 8]], wanted[:, [0, 1, 2, 3, 5, 6, 7, 8]])
+    assert torch.equal(rows.means.values[0, 4], vectors[2])
 
 
 def test_means_are_decoded_and_told_to_the_super_resolution(pipeline: Pipeline) -> None:

@@ -18,7 +18,7 @@ from raymuse.config.errors import UserError
 from raymuse.config.sampling import SamplingConfig
 from raymuse.drawing.graphs import StepGraphs
 from raymuse.drawing.parts import Parts
-from raymuse.drawing.tables import Conditions, FedBack, Table
+from raymuse.drawing.tables import Conditions, FedBack, Means, Table
 from raymuse.masking import (
     CHOICE,
     CONFIDENCE,
@@ -179,8 +179,7 @@ class Rows:
 
     Attributes:
         ids: (B, h, w), the mask id where still unknown.
-        means: (B, L, V), with vectors: of each id that was drawn the mean of all vectors by the probabilities that it
-            was drawn from, before `top_p` and `top_k`; of the others their own.
+        means: with vectors: what is decoded in the place of each id.
     """
 
     def __init__(
@@ -203,8 +202,7 @@ class Rows:
         self.at_once = at_once or count
         assert count % self.at_once == 0
         self.ids = torch.zeros(tuple(shape), dtype=torch.int64, device=device)
-        self._vectors = vectors
-        self.means = None if vectors is None else vectors.new_zeros(count, length, vectors.shape[1])
+        self.means = None if vectors is None else Means(vectors, count, length)
         self._parts = parts or Parts("a sampling step")
         self._courses, self._at = [Course([], [], [])] * count, [0] * count
         self._unknown = [list[int]()] * count  # by step, where `masked_only`
@@ -271,8 +269,8 @@ class Rows:
             self._judged.put(index, self.critic.precompute(judged))
         self._fed.forget(torch.cat([told, told + self.at_once]))
         self.ids[index], self._steps[index], self._finite[index] = ids, 0, True
-        if self.means is not None and self._vectors is not None:
-            self.means[index] = self._vectors[ids.flatten(1).clamp(max=len(self._vectors) - 1)]
+        if self.means is not None:
+            self.means.begin(index, ids.flatten(1))
         length = self._priority.shape[1]
         masked = (ids == int(self.network.config.mask_id)).flatten(1).sum(1).tolist() if self.draws.masked_only else []
         for place, (row, course) in enumerate(zip(rows, courses, strict=True)):
@@ -341,8 +339,8 @@ class Rows:
         self._fed.turn(2 * first, 2 * self.at_once)
 
     def _changing(self) -> list[Tensor]:
-        kept = [tensor for tensor in (self._added, self.means) if tensor is not None]
-        return [self.ids, self._steps, self._finite, *kept]
+        means = None if self.means is None else self.means.values
+        return [self.ids, self._steps, self._finite, *(kept for kept in (self._added, means) if kept is not None)]
 
     def _stepped(self, part: slice, kind: _Kind) -> Tensor:
         """The ids (b, h, w) of some rows after the step. Doing it twice does no harm."""
@@ -370,17 +368,8 @@ class Rows:
             at=at,
         )
         if self.means is not None:
-            self._keep_means(part, logits, at, (known == mask_id) & (revealed != mask_id))
+            self.means.keep(part, logits, at, (known == mask_id) & (revealed != mask_id))
         return revealed.view(-1, *grid)
-
-    def _keep_means(self, part: slice, logits: Tensor, at: Tensor | None, drawn: Tensor) -> None:
-        """Of the ids that the step has `drawn`, bool (b, L), the mean vectors."""
-        assert self.means is not None
-        assert self._vectors is not None
-        means, kept = logits.softmax(dim=-1) @ self._vectors, self.means[part]
-        if at is not None:
-            means = kept.scatter(1, at[:, :, None].expand_as(means), means)
-        self.means[part] = torch.where(drawn[:, :, None], means, kept)
 
     def _predict(self, part: slice, ids: Tensor, at: Tensor | None, kind: _Kind) -> Tensor:
         """Logits (b, L, C) for the ids (b, h, w) of some rows; (b, M, C), of the ids `at` (b, M) alone."""

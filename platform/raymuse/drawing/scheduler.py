@@ -306,7 +306,8 @@ class _Seats:
             self.rows.require_finite(rows)
             codes, means = self.vqgan.codebook[ids], None
             if self.rows.means is not None:
-                codes, means = self.rows.means[group].view(*ids.shape, -1).tensor_split([codes.shape[-1]], dim=-1)
+                kept = self.rows.means.values[group].view(*ids.shape, -1)
+                codes, means = kept.tensor_split([codes.shape[-1]], dim=-1)
             pixels = to_bytes(self.parts.run(len(ids), partial(self._decoded, codes)))
             for row in rows:
                 self.begun[row] = None

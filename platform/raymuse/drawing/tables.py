@@ -58,6 +58,33 @@ class Table:
         return self.values.new_full((steps, rows, *self.values.shape[2:]), self.after)
 
 
+class Means:
+    """What is decoded in the place of each id of B rows: of one that was drawn, the mean of all vectors by the
+    probabilities that it was drawn from, before `top_p` and `top_k`; any other stands for itself.
+
+    Args:
+        vectors: what each id stands for, (C, V).
+
+    Attributes:
+        values: (B, L, V).
+    """
+
+    def __init__(self, vectors: Tensor, rows: int, length: int) -> None:
+        self.vectors = vectors
+        self.values = vectors.new_zeros(rows, length, vectors.shape[1])
+
+    def begin(self, index: Tensor, ids: Tensor) -> None:
+        """Other pictures begin in the rows `index`, with ids (N, L); the mask id is above all, and stands for any."""
+        self.values[index] = self.vectors[ids.clamp(max=len(self.vectors) - 1)]
+
+    def keep(self, part: slice, logits: Tensor, at: Tensor | None, drawn: Tensor) -> None:
+        """Once a step has `drawn` ids (bool, (b, L)) from logits (b, L, C), or from those `at` (b, M) alone."""
+        means, kept = logits.softmax(dim=-1) @ self.vectors, self.values[part]
+        if at is not None:
+            means = kept.scatter(1, at[:, :, None].expand_as(means), means)
+        self.values[part] = torch.where(drawn[:, :, None], means, kept)
+
+
 class FedBack:
     """Of a self-conditioned network: the features (S, h, w, D) that its next step reads, and those that this one does.
 
