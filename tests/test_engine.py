@@ -5,6 +5,7 @@ With every optimizer, Muon having the three matrices of the toy; those that need
 
 import math
 import shutil
+import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, get_args
@@ -25,6 +26,7 @@ HAS_8BIT = find_spec("bitsandbytes") is not None  # the machine of the tests may
 NAMES = [name for name in get_args(OptimizerName) if name != "adamw-8bit" or HAS_8BIT]
 CONFIGS = {name: OptimizerConfig(name=name, lr=1e-3 if name == "lion" else 1e-2, clip_norm=0.5) for name in NAMES}
 TOLERANCE = 1e-5  # Muon magnifies rounding up to 3.4445 ** 5 times, where a gradient is nearly of lower rank
+COMPILER = "torch._inductor.lowering"  # what takes long to import of it
 ENGINES = ("plain", "0", "1", "2", "3")
 OFFLOADED = " in the CPU's memory"
 CELLS = [(f"{stage}{OFFLOADED}", "adamw") for stage in (1, 2)]
@@ -184,7 +186,8 @@ def resume(kind: str, optimizer: str, half: State) -> State:
 def train_all() -> dict[str, Any]:
     assert shutil.which("g++") is shutil.which("ninja") is shutil.which("cc") is None
     trained: dict[str, Any] = {f"{kind} {optimizer}": train(kind, optimizer) for kind, optimizer in CELLS}
-    return {**trained, **{f"{kind} scaled": scaled(kind) for kind in ENGINES}}
+    imported = {"compiler": COMPILER in sys.modules}
+    return {**trained, **{f"{kind} scaled": scaled(kind) for kind in ENGINES}, **imported}
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +284,10 @@ def test_a_factor_on_the_loss_changes_nothing_but_what_overflows(
         close(half.tensors, alone["adamw"].half.tensors, TOLERANCE)
         close(half.ema, alone["adamw"].half.ema, TOLERANCE)
         identical(overflowed, half)
+
+
+def test_no_stage_and_no_optimizer_imports_torchs_compiler(pair: list[dict[str, Any]]) -> None:
+    assert [rank["compiler"] for rank in pair] == [False, False]
 
 
 def test_weight_decay_is_on_matrices_alone() -> None:
