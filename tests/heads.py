@@ -18,6 +18,8 @@ from pathlib import Path
 import psutil
 from ray.util import get_node_ip_address
 
+from processes import kill_family
+
 Grows = Callable[[str, Path], tuple[list[str], dict[str, str]]]
 
 ROOT = Path(__file__).parents[1]
@@ -142,18 +144,9 @@ def running_head(
             yield found
         finally:
             # Asked to end, Ray waits longer for its own processes than anybody here would.
-            _kill_family(process.pid)
-            process.wait()
-
-
-def _kill_family(pid: int) -> None:
-    """That process and all that descend from it."""
-    with suppress(psutil.NoSuchProcess):
-        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-        for process in family:
             with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(family[1:], timeout=20)
+                kill_family(psutil.Process(process.pid))
+            process.wait()
 
 
 def wait_until_it_takes_jobs(head: Head, agent: int, process: "subprocess.Popen[bytes]", log: Path) -> None:

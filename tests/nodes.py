@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 import psutil
 
 from heads import PATIENT_RAY, RAY, Head, free_ports
+from processes import kill_family
 
 PATIENCE = 300
 # Workers of Ray's own, and those that wait for work; a worker's title says what it does.
@@ -35,11 +36,7 @@ class Node:
 
     def crash(self) -> None:
         """All of its processes at once, without notice."""
-        family = [self.raylet, *self.raylet.children(recursive=True)]
-        for process in family:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(family, timeout=60)
+        kill_family(self.raylet)
 
     def drain(self, head: Head, seconds: int) -> None:
         """A cloud's notice that the machine goes."""

@@ -47,6 +47,15 @@ def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
     return found
 
 
+def kill_family(process: psutil.Process) -> None:
+    """It and all that descends from it, at once and without notice."""
+    family = [process, *process.children(recursive=True)]
+    for one in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    psutil.wait_procs(family, timeout=60)
+
+
 def wait_until(true: Callable[[], object], seconds: float, pause: float = 0.002) -> None:
     """Return as soon as `true()` is, asked every `pause` seconds; fail after `seconds`."""
     deadline = time.monotonic() + seconds
