@@ -28,11 +28,14 @@ class Record(Run):
 
 
 def losses_of(
-    config: TrainConfig, task: Task, report: Callable[[dict[str, float], Path | None], None] = lambda *_: None
+    config: TrainConfig,
+    task: Task,
+    report: Callable[[dict[str, float], Path | None], None] = lambda *_: None,
+    device: str = "cpu",
 ) -> list[float]:
     """Train the task; the loss of every step that is logged."""
     run = Record(None, Path(), [])
-    Loop(config, task, build_engine(config, task), run, report, lambda line: None).fit()
+    Loop(config, task, build_engine(config, task, device), run, report, lambda line: None).fit()
     return run.losses
 
 

@@ -133,18 +133,25 @@ class ClipTask(Stateless):
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary: int, length: int) -> CLIPTokenizer:
-    """Byte-level BPE as CLIP's: 256 bytes, 256 bytes that end a word, merges, start and end; no text is unknown."""
+    """Byte-level BPE as CLIP's: 256 bytes, 256 bytes that end a word, merges, start and end; no text is unknown.
+
+    The same for the same captions, in every process: of pairs that are equally frequent the trainer takes the one whose
+    parts it numbered first, and bytes that end a word, unless told of them, are numbered in the order of a hash map.
+    """
     trained = CLIPTokenizer().backend_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trained.train_from_iterator(
-        captions,
-        trainers.BpeTrainer(
-            vocab_size=vocabulary, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
-        ),
+    ends = [byte + "</w>" for byte in alphabet]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        end_of_word_suffix="</w>",
+        initial_alphabet=alphabet,
+        special_tokens=ends,
+        show_progress=False,
     )
+    trained.train_from_iterator(captions, trainer)
     merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
-    merges = merges[: max(0, vocabulary - 2 * len(alphabet) - 2)]
-    words = [*alphabet, *(byte + "</w>" for byte in alphabet), *("".join(pair) for pair in merges), START, END]
+    merges = merges[: max(0, vocabulary - len(alphabet) - len(ends) - 2)]
+    words = [*alphabet, *ends, *("".join(pair) for pair in merges), START, END]
     vocab = {word: number for number, word in enumerate(dict.fromkeys(words))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
 
