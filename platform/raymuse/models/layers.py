@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from raymuse.models.norms import rms_norm
+
 Prepared = tuple[Tensor, ...]
 """What a block derives from its context alone: keys, values, modulations. First axes are the batch."""
 
@@ -32,6 +34,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":  # which has no fused kernel
+            return rms_norm(x, self.weight, self.eps)
         # The fused kernel wants one dtype, and accumulates in fp32 whatever it is.
         weight = None if self.weight is None else self.weight.to(x.dtype)
         return F.rms_norm(x, (self.width,), weight, self.eps)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raymuse.models.layers import Attention, Block, FeedForward, Prepared, RMSNorm
+from raymuse.models.norms import response_norm
 from raymuse.models.uvit_shape import UVitConfig
 
 _FIXED_EPS = 1e-6  # of the attention blocks' norms: upstream does not take it from the config
@@ -128,11 +129,7 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
 
     def forward(self, x_BhwC: Tensor) -> Tensor:
-        # The sum of squares by hand: vector_norm over inner axes is 15 times slower on a CPU.
-        strength = x_BhwC.float().square().sum(dim=(1, 2), keepdim=True).clamp(min=1e-24).sqrt()
-        relative = strength / (strength.mean(dim=-1, keepdim=True) + 1e-6)
-        # One multiply-add over the big tensor: x (1 + gamma relative) + beta.
-        return torch.addcmul(self.beta.to(x_BhwC.dtype), x_BhwC, (1 + self.gamma * relative).to(x_BhwC.dtype))
+        return response_norm(x_BhwC, self.gamma, self.beta)
 
 
 class CrossAttentionBlock(Block):
