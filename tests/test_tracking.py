@@ -455,6 +455,8 @@ def test_it_is_one_process_and_a_killed_one_leaves_its_folder_to_the_next(tmp_pa
         with Server.start(tmp_path, wait=False) as second:
             assert second.owned
             fresh = leader_of(tmp_path)
+            with socket.socket() as other, pytest.raises(OSError, match="in use"):
+                other.bind(("127.0.0.1", second.port))  # though nothing listens there yet
         assert session(fresh) == []
         server.stop()
         server.stop()

@@ -33,9 +33,16 @@ class Server:
         owned: whether this process started it. One that was joined is left running by `stop`.
     """
 
-    def __init__(self, folder: Path, port: int, pid: int, process: "subprocess.Popen[bytes] | None") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        port: int,
+        pid: int,
+        process: "subprocess.Popen[bytes] | None",
+        held: socket.socket | None = None,
+    ) -> None:
         self.folder, self.port = folder, port
-        self._pid, self._process = pid, process
+        self._pid, self._process, self._held = pid, process, held
 
     @classmethod
     def start(
@@ -55,7 +62,7 @@ class Server:
         folder = folder.expanduser().resolve()
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder):
-            server = _join(folder, port) or _launch(folder, _choose_port(folder, port))
+            server = _join(folder, port) or _launch(folder, _hold_port(folder, port))
         if wait:
             server.wait(timeout)
         return server
@@ -82,6 +89,7 @@ class Server:
             if time.monotonic() > limit:
                 self._give_up(f"did not answer within {timeout:.0f} seconds")
             time.sleep(0.1)
+        self._let_go()
 
     def alive(self) -> bool:
         """Whether its process runs (it may not answer yet)."""
@@ -91,6 +99,7 @@ class Server:
 
     def stop(self) -> None:
         """Ends the process, if this process started it: asks, then kills; may be called twice."""
+        self._let_go()
         if self._process is None:
             return
         self._process.terminate()
@@ -117,6 +126,11 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+    def _let_go(self) -> None:
+        """Of the port, once the server listens on it."""
+        if self._held is not None:
+            self._held.close()
 
     def _give_up(self, what: str) -> None:
         self.stop()
@@ -203,35 +217,44 @@ def _join(folder: Path, port: int | None) -> Server | None:
     return Server(folder, running, pid, None)
 
 
-def _choose_port(folder: Path, asked: int | None) -> int:
-    """The asked-for port, the last one, or a free one, in this order."""
+def _hold_port(folder: Path, asked: int | None) -> socket.socket:
+    """A socket on the asked-for port, the last one, or a free one, in this order.
+
+    It is held until the server listens, seconds later, so that no one else gets the port meanwhile: beside a socket
+    that does not listen, Linux binds another if both ask for it (SO_REUSEADDR), as the server's does.
+    """
     if asked is not None:
-        if not _is_free(asked):
+        if (held := _bound(asked)) is None:
             raise UserError(
                 f"Port {asked} on {HOST} is taken by another program: choose another, or none to get a free one"
             )
-        return asked
+        return held
     last = _recorded(folder).get("port")
-    if isinstance(last, int) and _is_free(last):
-        return last
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+    again = _bound(last) if isinstance(last, int) else None
+    free = again or _bound(0)
+    if free is None:
+        raise UserError(f"There is no free port on {HOST}: end what holds them.")
+    return free
 
 
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        # As the server does: connections of a server that just ended must not count.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            return False
-    return True
+def _bound(port: int) -> socket.socket | None:
+    """A socket bound to a port of loopback (0: to a free one), as the server's will be; None where it is taken."""
+    held = socket.socket()
+    beside = (socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        if port:
+            held.setsockopt(*beside)  # connections of a server that just ended must not count
+        held.bind((HOST, port))
+        held.setsockopt(*beside)  # after a free one is found: before, another's that is held would do
+    except OSError:
+        held.close()
+        return None
+    return held
 
 
-def _launch(folder: Path, port: int) -> Server:
+def _launch(folder: Path, held: socket.socket) -> Server:
     """Starts the guard in a session of its own, so that Ctrl-C in our terminal does not reach it before us."""
+    port = int(held.getsockname()[1])
     command = [sys.executable, "-P", str(GUARD), str(os.getpid()), str(folder), "--", *_arguments(folder, port)]
     environment = os.environ | {
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -246,7 +269,7 @@ def _launch(folder: Path, port: int) -> Server:
     state = folder / "server.json.new"
     state.write_text(json.dumps({"pid": process.pid, "port": port}) + "\n")
     state.replace(folder / "server.json")
-    return Server(folder, port, process.pid, process)
+    return Server(folder, port, process.pid, process, held)
 
 
 def _arguments(folder: Path, port: int) -> list[str]:

@@ -136,17 +136,13 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int, length: int) -> CL
     """Byte-level BPE as CLIP's: 256 bytes, 256 bytes that end a word, merges, start and end; no text is unknown.
 
     The same for the same captions, in every process: of pairs that are equally frequent the trainer takes the one whose
-    parts it numbered first, and bytes that end a word, unless told of them, are numbered in the order of a hash map.
+    parts it numbered first, and unless told of bytes that end a word it numbers these in the order of a hash map.
     """
     trained = CLIPTokenizer().backend_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     ends = [byte + "</w>" for byte in alphabet]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        end_of_word_suffix="</w>",
-        initial_alphabet=alphabet,
-        special_tokens=ends,
-        show_progress=False,
+        vocab_size=vocabulary, end_of_word_suffix="</w>", special_tokens=[*alphabet, *ends], show_progress=False
     )
     trained.train_from_iterator(captions, trainer)
     merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
