@@ -80,6 +80,19 @@ def wide_superres(root: Path, data: Data, **changes: Any) -> TrainConfig:
     return superres(root, data, **{"model": {**tiny.SUPERRES, "intermediate_size": 8192}, **changes})
 
 
+def exact(root: Path, data: Data, **changes: Any) -> TrainConfig:
+    """Sums of three rows at a time, which do not divide the batch of eight."""
+    return base(root, data, **{"exact_rows": 3, **changes})
+
+
+def exact_muon(root: Path, data: Data, **changes: Any) -> TrainConfig:
+    return exact(root, data, **{"optimizer": {"name": "muon", "lr": 2e-3, "clip_norm": 0.1}, **changes})
+
+
+def exact_superres(root: Path, data: Data, **changes: Any) -> TrainConfig:
+    return superres(root, data, **{"exact_rows": 2, **changes})
+
+
 def vqgan(root: Path, data: Data, **changes: Any) -> TrainConfig:
     return tiny.vqgan_config(root, data.shards, **changes)
 
@@ -102,7 +115,8 @@ TRAININGS: dict[str, Callable[..., TrainConfig]] = {
     "gan": gan,
     "clip": clip,
 }
-KINDS = {**TRAININGS, "wide": wide, "muse": muse, "wide superres": wide_superres}
+EXACT = {"exact": exact, "exact muon": exact_muon, "exact superres": exact_superres}
+KINDS = {**TRAININGS, **EXACT, "wide": wide, "muse": muse, "wide superres": wide_superres}
 
 
 class WorkerLostError(Exception):
@@ -187,15 +201,15 @@ def train_everywhere(root: Path, data: Data, names: list[str], changes: dict[str
 
 
 WORLDS = {
-    2: ["superres", "vqgan", "gan", "clip", "base@2", "wide@3", "muse@3"],
-    3: ["base", "vqgan", "gan", "clip", "base@2"],
-    4: ["wide@1"],
+    2: ["superres", "vqgan", "gan", "clip", "base@2", "wide@3", "muse@3", "exact@2", "exact muon@1"],
+    3: ["base", "vqgan", "gan", "clip", "base@2", "exact@1", "exact muon@2", "exact superres@0"],
+    4: ["wide@1", "exact@2", "exact superres@1"],
 }
 
 
 @pytest.fixture(scope="module")
 def one(data: Data, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return train_everywhere(tmp_path_factory.mktemp("one"), data, [*TRAININGS, "wide", "muse"], {})
+    return train_everywhere(tmp_path_factory.mktemp("one"), data, [*TRAININGS, *EXACT, "wide", "muse"], {})
 
 
 @pytest.fixture(scope="module", params=WORLDS)
@@ -213,6 +227,15 @@ def test_losses_and_weights_do_not_depend_on_the_world_size(one: dict[str, Any],
         assert tensors.keys() == weights.keys()
         worst = max(float((tensors[key] - value).abs().max()) for key, value in weights.items())
         assert worst < 1e-3, name
+
+
+def test_exact_sums_give_the_same_bits_in_every_world(one: dict[str, Any], world: list[dict[str, Any]]) -> None:
+    found = {name: trained for name, trained in world[0].items() if name.startswith("exact")}
+    assert len(found) >= 2
+    for name, (losses, tensors, _) in found.items():
+        wanted, weights, _ = one[name.partition("@")[0]]
+        assert losses == pytest.approx(wanted, rel=1e-6)  # their own sum is in the order of the ranks
+        assert_same(tensors, weights)
 
 
 LONG = logged(40)

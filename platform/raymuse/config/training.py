@@ -231,6 +231,12 @@ class MaskedConfig(TrainConfig):
     shard_cache: ShardCacheConfig | None = runtime(
         None, "copies of token shards on each machine's disk; None: a part is read from `input` each time"
     )
+    exact_rows: int | None = runtime(
+        None,
+        "rows whose gradients are computed together and then summed exactly, so that the number of workers changes no "
+        "bit of the weights; None: each worker's share, and sums as they come",
+        ge=1,
+    )
     gradient_checkpointing: bool = runtime(False, "recompute activations in the backward pass")
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of samples whose caption becomes the empty one")
     min_masking_ratio: float = Field(0.0, ge=0, lt=1)
@@ -262,6 +268,18 @@ class MaskedConfig(TrainConfig):
     def _reads_something(self) -> "MaskedConfig":
         if not self.input and self.stream is None:
             raise ValueError("input: name the token shards, or give `stream` with pictures to encode as it trains")
+        return self
+
+    @model_validator(mode="after")
+    def _sums_where_it_can(self) -> "MaskedConfig":
+        if self.exact_rows is None:
+            return self
+        if self.workers > 0 and (self.zero.stage == 3 or self.zero.offload):
+            raise ValueError("exact_rows: needs zero.stage 0, 1 or 2 and no zero.offload: workers sum whole gradients")
+        if self.micro_batch_size is not None:
+            raise ValueError("exact_rows: is the micro batch already; leave micro_batch_size out")
+        if self.stream is not None:
+            raise ValueError("exact_rows: reads token shards; pictures that are encoded as it trains go out otherwise")
         return self
 
     @model_validator(mode="after")

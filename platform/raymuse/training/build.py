@@ -17,7 +17,7 @@ from raymuse.config.training import (
 from raymuse.models.precision import multiplies_bf16
 from raymuse.tracking.run import Run
 from raymuse.training.engine import Engine, PlainEngine, global_sum, rank_and_world
-from raymuse.training.loop import Loop, micro_batches
+from raymuse.training.loop import Loop, exact_rows, micro_batches
 from raymuse.training.profile import tracing
 from raymuse.training.saving import Report
 from raymuse.training.stopping import Stopping, never
@@ -54,8 +54,13 @@ def build_task(config: TrainConfig, device: str = "cpu", pieces: "Pieces | None"
 
 
 def build_engine(config: TrainConfig, task: Task, device: str = "cpu") -> Engine:
-    """DeepSpeed ZeRO for the transformers where workers train together; plain data parallelism otherwise."""
-    if isinstance(config, MaskedConfig) and config.workers > 0:
+    """DeepSpeed ZeRO for the transformers where workers train together; plain data parallelism otherwise.
+
+    Exact sums need nothing of DeepSpeed's at stage 0, and take its place.
+    """
+    rows = exact_rows(config)
+    pieces = None if rows is None else -(-config.batch_size // rows)
+    if isinstance(config, MaskedConfig) and config.workers > 0 and not (pieces and config.zero.stage == 0):
         from raymuse.training.zero import DeepSpeedEngine
 
         micro, accumulation = micro_batches(config, rank_and_world()[1])
@@ -66,8 +71,9 @@ def build_engine(config: TrainConfig, task: Task, device: str = "cpu") -> Engine
             micro_batch=micro,
             accumulation=accumulation,
             offload=config.zero.offload,
+            pieces=pieces,
         )
-    return PlainEngine(task.module, config.optimizer, device)
+    return PlainEngine(task.module, config.optimizer, device, pieces)
 
 
 def train_here(

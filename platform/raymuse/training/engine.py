@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from raymuse.config.training import OptimizerConfig
 from raymuse.training import moments
+from raymuse.training.exact import ExactSums
 from raymuse.training.optimizers import build_optimizer
 
 
@@ -74,17 +75,24 @@ def global_sum(values: Tensor) -> Tensor:
 
 
 class PlainEngine:
-    """Plain data parallelism (every rank holds all): also one process, without any process group."""
+    """Plain data parallelism (every rank holds all): also one process, without any process group.
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, device: str = "cpu") -> None:
+    Args:
+        pieces: micro batches of a step, over all ranks, whose gradients are to be summed exactly; None: as they come.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: OptimizerConfig, device: str = "cpu", pieces: int | None = None
+    ) -> None:
         self.rank, self.world = rank_and_world()
         self.loss_scale = 1.0
         self.module = model.to(device)
-        self.optimizer = build_optimizer(model, config)
+        self.optimizer = build_optimizer(model, config, fused=pieces is None)
         self._moments = moments.moments(self.optimizer)
         self.clip_norm = config.clip_norm
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.exact = None if pieces is None else ExactSums(list(self.parameters.values()), pieces)
         for parameter in self.module.state_dict().values():
             if self.world > 1:
                 dist.broadcast(parameter, 0)
@@ -94,13 +102,13 @@ class PlainEngine:
         return loss, metrics
 
     def backward(self, loss: Tensor) -> None:
-        (loss * self.loss_scale).backward()  # type: ignore[no-untyped-call]
+        if self.exact is not None:
+            self.exact.backward(loss, self.loss_scale)
+        else:
+            (loss * self.loss_scale).backward()  # type: ignore[no-untyped-call]
 
     def step(self, lr_scale: float) -> float:
-        self._sum_gradients()
-        unscale(self.parameters.values(), self.loss_scale)
-        bound = self.clip_norm if self.clip_norm is not None else float("inf")
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), bound)
+        norm = self._summed() if self.exact is None else self._take(self.exact)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * lr_scale
         if norm.isfinite():
@@ -138,6 +146,20 @@ class PlainEngine:
         if not self.optimizer.state[parameter]:
             moments.begin(self.optimizer, parameter, self._moments[parameter])
         return parameter
+
+    def _take(self, exact: ExactSums) -> Tensor:
+        """Let the parameters have the step's gradients, clipped; their norm before."""
+        gradients, norm = exact.take(self.clip_norm)
+        for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
+            parameter.grad = gradient
+        return norm
+
+    def _summed(self) -> Tensor:
+        """The same of gradients that were summed as they came."""
+        self._sum_gradients()
+        unscale(self.parameters.values(), self.loss_scale)
+        bound = self.clip_norm if self.clip_norm is not None else float("inf")
+        return nn.utils.clip_grad_norm_(self.parameters.values(), bound)
 
     def _sum_gradients(self) -> None:
         """One all-reduce for all gradients: they are small here, and one message beats hundreds."""

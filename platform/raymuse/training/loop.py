@@ -22,7 +22,7 @@ from raymuse.training.engine import Engine, full_weights, global_sum
 from raymuse.training.evaluation import Evaluation, evaluation_of
 from raymuse.training.lineage import lineage, write_record
 from raymuse.training.optimizers import learning_rate_scale
-from raymuse.training.order import share
+from raymuse.training.order import share, share_size
 from raymuse.training.saving import Report, Saver, agreed, barrier
 from raymuse.training.scaling import LossScale
 from raymuse.training.stopping import Stopping, never
@@ -210,7 +210,8 @@ class Loop:
         return {}
 
     def _batches(self, step: int) -> list[dict[str, Tensor]]:
-        positions, weights = share(step, self.config.batch_size, self.engine.rank, self.engine.world)
+        rows = exact_rows(self.config) or 1
+        positions, weights = share(step, self.config.batch_size, self.engine.rank, self.engine.world, rows)
         cuts = range(0, self.micro_batch * self.accumulation, self.micro_batch)
         pad = self.micro_batch * self.accumulation - len(positions)
         positions = np.concatenate([positions, np.repeat(positions[-1:], pad)])
@@ -335,6 +336,12 @@ class Clock:
 
 def micro_batches(config: TrainConfig, world: int) -> tuple[int, int]:
     """(rows a worker holds at once, micro batches a step)."""
-    share_size = -(-config.batch_size // world)
-    micro = min(config.micro_batch_size or share_size, share_size)
-    return micro, -(-share_size // micro)
+    rows = exact_rows(config)
+    size = share_size(config.batch_size, world, rows or 1)
+    micro = min(rows or config.micro_batch_size or size, size)
+    return micro, -(-size // micro)
+
+
+def exact_rows(config: TrainConfig) -> int | None:
+    """Rows whose gradients are computed together whatever the number of workers; None: that is left to it."""
+    return config.exact_rows if isinstance(config, MaskedConfig) else None

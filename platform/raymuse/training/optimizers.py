@@ -23,8 +23,12 @@ FIRST_AND_LAST = (
 embeddings."""
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool = True) -> torch.optim.Optimizer:
     """The optimizer that the config names; weight decay on matrices and kernels only: not on biases, norms, embeddings.
+
+    Args:
+        fused: take PyTorch's fused AdamW. On a CPU it rounds the last few numbers of a tensor otherwise than the rest:
+            where a shard ends changes bits.
 
     Raises:
         UserError: for one that is not installed.
@@ -45,7 +49,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         return Lion(groups, lr=config.lr, betas=betas)
     if config.name == "adamw-8bit":
         return build_adamw_8bit(groups, lr=config.lr, betas=betas, eps=config.epsilon)
-    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.epsilon, fused=True)
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.epsilon, fused=fused)
     if config.name == "adamw":
         return adamw
     matrices = [p for p in kept if id(p) in hidden]

@@ -65,13 +65,20 @@ class SampleOrder:
         return np.random.Generator(np.random.Philox(counter=counter, key=np.array([self.seed, 0], dtype=np.uint64)))
 
 
-def share(step: int, batch_size: int, rank: int, world: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def share_size(batch_size: int, world: int, rows: int = 1) -> int:
+    """Rows of a step that each rank holds, padding included: so many `rows` at a time as it takes."""
+    return -(-batch_size // (rows * world)) * rows
+
+
+def share(
+    step: int, batch_size: int, rank: int, world: int, rows: int = 1
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """This rank's stream positions of a step, and their weights.
 
     Where the world size does not divide the batch, the last ranks are padded with rows of weight 0, so that every
-    rank holds equally many.
+    rank holds equally many. The step is cut between `rows` of it, the same ones in every world.
     """
-    size = -(-batch_size // world)
+    size = share_size(batch_size, world, rows)
     places = np.arange(rank * size, (rank + 1) * size)
     weights = (places < batch_size).astype(np.float32)
     return step * batch_size + np.minimum(places, batch_size - 1), weights

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from raymuse.config.training import OptimizerConfig
 from raymuse.training import moments
 from raymuse.training.engine import rank_and_world, unscale
+from raymuse.training.exact import ExactSums
 from raymuse.training.muon import Muon, Place, Shards
 from raymuse.training.optimizers import build_optimizer
 
@@ -23,7 +24,12 @@ _UNUSED = {
 
 
 class DeepSpeedEngine:
-    """DeepSpeed with ZeRO 0 to 3; the model code knows nothing of it."""
+    """DeepSpeed with ZeRO 0 to 3; the model code knows nothing of it.
+
+    Args:
+        pieces: at stage 1 or 2, micro batches of a step, over all ranks, whose gradients are to be summed exactly;
+            None: as they come.
+    """
 
     def __init__(
         self,
@@ -34,6 +40,7 @@ class DeepSpeedEngine:
         micro_batch: int,
         accumulation: int,
         offload: bool = False,
+        pieces: int | None = None,
     ) -> None:
         deepspeed = _import_deepspeed()
         # Its shared-memory collectives are built with a C++ compiler at start; gloo and NCCL need none.
@@ -43,7 +50,8 @@ class DeepSpeedEngine:
         self.loss_scale = 1.0
         self.zero_stage = zero_stage
         self.accumulation = accumulation
-        optimizer = build_optimizer(model, config)
+        self.clip_norm = config.clip_norm
+        optimizer = build_optimizer(model, config, fused=pieces is None)
         self._moments = moments.moments(optimizer)
         self.rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
@@ -58,12 +66,18 @@ class DeepSpeedEngine:
         self._start_moments()
         if isinstance(optimizer, Muon) and zero_stage > 0:
             optimizer.layout = self._layout()
+        self.exact = None if pieces is None else ExactSums([self.parameters[name] for name in self.names], pieces)
+        if self.exact is not None:
+            self.optimizer.clip_grad = 0.0  # its norm depends on how many ranks add to it
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, metrics = self.engine(batch)
+        loss, metrics = self.engine(batch) if self.exact is None else self.module(batch)
         return loss, metrics
 
     def backward(self, loss: Tensor) -> None:
+        if self.exact is not None:
+            self.exact.backward(loss, self.loss_scale)
+            return
         # DeepSpeed averages over ranks and micro batches; ours is a sum, normalised by the global count already.
         factor = float(self.world * self.accumulation)
         if self.zero_stage > 0:
@@ -77,6 +91,8 @@ class DeepSpeedEngine:
     def step(self, lr_scale: float) -> float:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * lr_scale
+        if self.exact is not None:
+            return self._exact_step(self.exact)
         if self.zero_stage > 0:
             self.engine.step()  # its own check leaves everything as it is where the norm is not finite
             return float(self.engine.get_global_grad_norm())
@@ -88,6 +104,20 @@ class DeepSpeedEngine:
             self.optimizer.step = lambda: None  # hides the optimizer's own: the engine counts and clears as ever
             self.engine.step()
             del self.optimizer.step
+        return float(norm)
+
+    def _exact_step(self, exact: ExactSums) -> float:
+        """Hand DeepSpeed this rank's share of the gradients where its own sums would have left them."""
+        gradients, norm = exact.take(self.clip_norm)
+        if norm.isfinite():
+            found = dict(zip(exact.parameters, gradients, strict=True))
+            zero = self.optimizer
+            for group, (shard, parameters) in enumerate(self._flat_shards()):
+                whole = shard.new_zeros(self.world * len(shard))
+                for parameter, start in zip(parameters, zero.round_robin_bit16_offsets[group], strict=True):
+                    whole[start : start + parameter.numel()] = found[parameter].flatten()
+                zero.averaged_gradients[group] = [whole[self.rank * len(shard) :][: len(shard)]]
+            zero.step()
         return float(norm)
 
     def shards(self) -> list[Tensor]:
