@@ -2,7 +2,7 @@
 
 from raymuse.config.flow import FlowConfig
 from raymuse.config.recipe import SECTIONS, stage_of
-from raymuse.config.training import TrainConfig
+from raymuse.config.training import MaskedConfig, TrainConfig
 
 
 def flow_plan(config: FlowConfig) -> str:
@@ -16,4 +16,12 @@ def flow_plan(config: FlowConfig) -> str:
 
 
 def _amount(config: TrainConfig) -> str:
-    return f"  {config.steps:,} steps x {config.batch_size:,} = {config.steps * config.batch_size:,} samples"
+    samples = f"{config.steps * config.batch_size:,} samples"
+    return f"  {config.steps:,} steps x {config.batch_size:,} = {samples}{longer(config)}"
+
+
+def longer(config: TrainConfig) -> str:
+    """What a budget adds to a training's steps, as the end of a sentence."""
+    if not isinstance(config, MaskedConfig) or (budget := config.stretch) is None:
+        return ""
+    return f", up to {budget.max_steps:,} steps where they fit into {budget.minutes:g} minutes"

@@ -6,6 +6,7 @@ from dataclasses import asdict
 import numpy as np
 from torch.utils.flop_counter import FlopCounterMode
 
+from raymuse.cli.plans import longer
 from raymuse.clusters import costs
 from raymuse.clusters.prices import Prices, read_prices
 from raymuse.config.recipe import stage_of
@@ -40,7 +41,8 @@ def _work(plan: Plan) -> list[str]:
     config, sizes = plan.config, plan.sizes
     what = f"{plan.trained:,} parameters" + (f" to train and {plan.still:,} that stay" if plan.still else "")
     stage = stage_of(type(config))
-    lines = [f"{stage}: {what}, {config.steps:,} steps of {config.batch_size:,} on {config.workers} workers"]
+    steps = f"{config.steps:,} steps of {config.batch_size:,} on {config.workers} workers{longer(config)}"
+    lines = [f"{stage}: {what}, {steps}"]
     grid = f"grid {sizes.grid[0]} x {sizes.grid[1]}, {sizes.text_tokens} text tokens"
     if plan.rows is None:
         missing = "there are no token shards at" if config.stream is None else "there is no survey yet of"

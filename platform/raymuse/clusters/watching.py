@@ -65,7 +65,7 @@ class Meter:
 
     Args:
         stage: name of the stage.
-        steps: of a training in all; None: the stage is no training, and its steps are parts.
+        steps: of a training in all, or at least; None: the stage is no training, and its steps are parts.
         images_per_step: of a training.
     """
 
@@ -95,7 +95,7 @@ class Meter:
                 self.gauges[SHOWN[name]].set(float(value), self.tags)
         if self.steps is not None and "loss" in values:
             self._count("steps", float(step))
-            self.gauges["queue"].set(float(self.steps - step), self.tags)
+            self.gauges["queue"].set(max(0.0, float(self.steps - step)), self.tags)
 
     def paid(self, dollars: float) -> None:
         """What the cluster's machines cost since the last call."""

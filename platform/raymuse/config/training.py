@@ -108,6 +108,20 @@ class TrainConfig(StageConfig):
         return self
 
 
+TIMED_STEPS = 40
+"""Steps by which a training with a budget knows its machine."""
+
+
+class BudgetConfig(Config):
+    """Minutes that a quick machine uses up: as many more steps than `steps` as fit into them, timed at the start.
+
+    A training of fewer steps than are timed, or of `max_steps` and more, is as long as it says.
+    """
+
+    minutes: float = Field(gt=0, description="that all steps may take; `steps` are taken however long they need")
+    max_steps: int = Field(ge=1, description="enough, however quick the machine is")
+
+
 class PerceptualConfig(Config):
     """LPIPS (Zhang et al., arXiv 1801.03924) as a loss, by weights from files on every worker's disk."""
 
@@ -231,6 +245,7 @@ class MaskedConfig(TrainConfig):
     shard_cache: ShardCacheConfig | None = runtime(
         None, "copies of token shards on each machine's disk; None: a part is read from `input` each time"
     )
+    budget: BudgetConfig | None = Field(None, description="more steps than `steps`, where they fit into some minutes")
     exact_rows: int | None = runtime(
         None,
         "rows whose gradients are computed together and then summed exactly, so that the number of workers changes no "
@@ -268,6 +283,18 @@ class MaskedConfig(TrainConfig):
     def _reads_something(self) -> "MaskedConfig":
         if not self.input and self.stream is None:
             raise ValueError("input: name the token shards, or give `stream` with pictures to encode as it trains")
+        return self
+
+    @property
+    def stretch(self) -> BudgetConfig | None:
+        """The budget, where the training may be longer by it."""
+        may = self.budget is not None and TIMED_STEPS <= self.steps < self.budget.max_steps
+        return self.budget if may else None
+
+    @model_validator(mode="after")
+    def _length_known(self) -> "MaskedConfig":
+        if self.budget is not None and self.stream is not None:
+            raise ValueError("budget: the pictures that `stream` encodes are laid out for a known number of steps")
         return self
 
     @model_validator(mode="after")

@@ -40,12 +40,12 @@ def lineage_params(config: TrainConfig) -> dict[str, Any]:
     return {f"lineage.{name}": value for name, value in lineage(config).items()}
 
 
-def write_record(config: TrainConfig, world: int, worker_seconds: float, loss: float | None) -> None:
+def write_record(config: TrainConfig, steps: int, world: int, worker_seconds: float, loss: float | None) -> None:
     """`training.json` of the output: for the model card, and for whoever finds the folder."""
     record = {
         "stage": type(config).model_fields["stage"].default,
         **lineage(config),
-        "steps": config.steps,
+        "steps": steps,
         "batch_size": config.batch_size,
         "precision": config.precision,
         "workers": world,

@@ -20,6 +20,7 @@ from raymuse.tracking.run import Run
 from raymuse.training.ema import Ema
 from raymuse.training.engine import Engine, full_weights, global_sum
 from raymuse.training.evaluation import Evaluation, evaluation_of
+from raymuse.training.length import Length
 from raymuse.training.lineage import lineage, write_record
 from raymuse.training.optimizers import learning_rate_scale
 from raymuse.training.order import share, share_size
@@ -66,6 +67,7 @@ class Loop:
         self.ema = Ema(engine, config.ema_decay) if config.ema_decay is not None else None
         self.scaling = LossScale(config.precision)
         self.clock = Clock(config.batch_size)
+        self.length = Length(config, say)
         self.utilisation = Utilisation(config, task)
         self.worker_seconds = 0.0
         self.lineage = {**lineage(config), **({} if run.id is None else {"run": run.id})} if engine.rank == 0 else {}
@@ -80,7 +82,7 @@ class Loop:
         self.saver = Saver(config, task, engine, self.ema, report, say, best_by)
 
     def fit(self) -> bool:
-        """Train to `config.steps`, from the newest checkpoint where there is one, and save the model.
+        """Train to the end, from the newest checkpoint where there is one, and save the model.
 
         Returns:
             False where the training was asked to stop before its end: a checkpoint then holds what was done.
@@ -89,11 +91,12 @@ class Loop:
         self.run.begin(start)
         if start == 0 and isinstance(self.config, MaskedConfig) and agreed(self.run.identity is not None):
             self._sample(0)  # MLflow's grid of pictures opens on step 0
-        for step in range(start, self.config.steps):
+        done = start
+        while done < self.length.steps:
             self.held_out = None
-            metrics = self._step(step)
+            metrics = self._step(done)
             self.next_step()
-            done, last = step + 1, step + 1 == self.config.steps
+            done, last = done + 1, done + 1 == self.length.steps
             if done % self.config.log_every == 0 or last:
                 self._log(metrics, done)
             if self.evaluation is not None and self._measures(self.evaluation, done, last):
@@ -121,7 +124,9 @@ class Loop:
         self.scaling.load(found.state.get("loss_scale") if found is not None else None)
         self.worker_seconds = found.state.get("worker_seconds", 0.0) if found is not None else 0.0
         self.lineage["resumed_from"] = found.step if found is not None else None
-        return found.step if found is not None else 0
+        done = found.step if found is not None else 0
+        self.length.resume(done)
+        return done
 
     def _stop(self, done: int) -> bool:
         self.saver.finish()
@@ -144,12 +149,13 @@ class Loop:
             self.engine.backward(loss * finite / count)
             for name, value in {"loss": loss.detach(), **extra}.items():
                 sums[name] = sums.get(name, 0.0) + value / count
-        scale = learning_rate_scale(step, self.config.steps, self.config.optimizer)
+        scale = learning_rate_scale(step, self.length.steps, self.config.optimizer)
         norm = self.engine.step(scale)
         if math.isfinite(norm):
             self.loss_since, self.steps_since = self.loss_since + float(sums["loss"]), self.steps_since + 1
         care = self._cared_for(step) if math.isfinite(norm) else self._not_taken(step, float(sums["loss"]))
-        self.worker_seconds += self.clock.stop() * self.engine.world
+        self.worker_seconds += (seconds := self.clock.stop()) * self.engine.world
+        self.length.took(seconds, step + 1)
         same = {**care, "grad_norm": norm, "lr_scale": scale, "skipped_steps": self.skipped}
         if self.scaling.scales:
             same["loss_scale"] = self.engine.loss_scale
@@ -228,9 +234,9 @@ class Loop:
         values.update(self.utilisation.of(self.clock.seconds_per_step))
         if self.engine.rank == 0:
             self.run.metrics(values, done)
-            left = (self.config.steps - done) * self.clock.seconds_per_step
+            left = (self.length.steps - done) * self.clock.seconds_per_step
             self.say(
-                f"step {done}/{self.config.steps}  loss {values['loss']:.4f}  "
+                f"step {done}/{self.length.steps}  loss {values['loss']:.4f}  "
                 f"{values['samples_per_second']:.0f} samples/s  {left:.0f} s left"
             )
 
@@ -259,7 +265,7 @@ class Loop:
         self.held_out = values["eval_loss"]
         if self.engine.rank == 0:
             self.run.metrics(values, done)
-            self.say(f"step {done}/{self.config.steps}  held-out loss {values['eval_loss']:.4f}")
+            self.say(f"step {done}/{self.length.steps}  held-out loss {values['eval_loss']:.4f}")
         self.clock.restart()
 
     def _best_weights(self) -> dict[str, Tensor]:
@@ -289,11 +295,11 @@ class Loop:
         best = self._best_weights()
         if self.engine.rank == 0:
             facts = self.task.save(best, self.root / "model")
-            write_record(self.config, self.engine.world, self.worker_seconds, self.last_loss)
+            write_record(self.config, self.length.steps, self.engine.world, self.worker_seconds, self.last_loss)
             if self.ema is not None:
                 self.task.save(raw, self.root / "model_raw")
             numbers = {name: float(value) for name, value in facts.items() if isinstance(value, int | float)}
-            self.run.metrics(numbers, self.config.steps)
+            self.run.metrics(numbers, self.length.steps)
             self.run.flush(10)
         barrier()
 

@@ -1,0 +1,119 @@
+"""A training with a budget of minutes: as long as its machine allows, decided once, and the same for all ranks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+import tiny
+from ranks import run_ranks
+from raymuse.config.training import TIMED_STEPS, BaseConfig
+from raymuse.storage.checkpoint import newest
+from raymuse.training.build import build_task
+from raymuse.training.length import FILE, ROUND, Length
+from trainings import fit_all, losses_of
+
+FEWEST, MOST = TIMED_STEPS, TIMED_STEPS + 12
+AMPLE, NONE = 10.0, 1e-6
+
+
+class LostError(Exception):
+    """The platform takes the worker away."""
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("data")
+    shards = tiny.write_shards(root / "shards")
+    return tiny.write_tokens(root / "tokens", shards, tiny.write_encoders(root / "encoders", shards))
+
+
+def config_of(root: Path, tokens: str, minutes: float | None, **changes: Any) -> BaseConfig:
+    budget = None if minutes is None else {"minutes": minutes, "max_steps": MOST}
+    often = {"log_every": 1, "checkpoint": {"every": 4, "keep": 3}}
+    return tiny.base_config(root, tokens, **{"steps": FEWEST, "budget": budget, **often, **changes})
+
+
+def trained(config: BaseConfig, stop_at: int | None = None) -> list[float]:
+    def report(metrics: dict[str, float], folder: Path | None) -> None:
+        if metrics["step"] == stop_at:
+            raise LostError
+
+    return losses_of(config, build_task(config), report)
+
+
+def test_a_quick_machine_trains_for_longer_and_a_slow_one_as_long_as_it_must(tokens: str, tmp_path: Path) -> None:
+    quick, slow = (config_of(tmp_path / str(minutes), tokens, minutes) for minutes in (AMPLE, NONE))
+    assert len(trained(quick)) == MOST
+    assert len(trained(slow)) == FEWEST
+    for config, steps in ((quick, MOST), (slow, FEWEST)):
+        assert json.loads((Path(config.output) / "training.json").read_text())["steps"] == steps
+        assert json.loads((Path(config.output) / FILE).read_text())["steps"] == steps
+
+
+def test_what_is_not_stretched_is_a_training_without_a_budget(tokens: str, tmp_path: Path) -> None:
+    plain, slow = (config_of(tmp_path / str(minutes), tokens, minutes) for minutes in (None, NONE))
+    assert trained(slow) == trained(plain)
+    assert not (Path(plain.output) / FILE).exists()
+
+
+@pytest.mark.parametrize("lost_at", [TIMED_STEPS - 4, TIMED_STEPS, TIMED_STEPS + 4])
+def test_a_restart_ends_with_the_bits_of_a_training_that_was_not_disturbed(
+    lost_at: int, tokens: str, tmp_path: Path
+) -> None:
+    straight, broken = (config_of(tmp_path / name, tokens, AMPLE) for name in ("straight", "broken"))
+    trained(straight)
+    with pytest.raises(LostError):
+        trained(broken, stop_at=lost_at)
+    trained(broken)
+    ours, wanted = newest(Path(broken.output)), newest(Path(straight.output))
+    assert ours is not None
+    assert wanted is not None
+    assert ours.step == MOST
+    found = ours.tensors()
+    assert [name for name, value in wanted.tensors().items() if not torch.equal(found[name], value)] == []
+
+
+def test_what_was_decided_holds_though_the_machine_is_another(tokens: str, tmp_path: Path) -> None:
+    config = config_of(tmp_path, tokens, AMPLE)
+    Path(config.output).mkdir(parents=True)
+    (Path(config.output) / FILE).write_text(json.dumps({"steps": FEWEST + 5}))
+    assert len(trained(config)) == FEWEST + 5
+
+
+def test_two_workers_take_equally_many_steps(tokens: str, tmp_path: Path) -> None:
+    config = config_of(tmp_path, tokens, AMPLE, workers=2)
+    found = run_ranks(fit_all, 2, tmp_path, [config])
+    assert [len(losses) for ((losses, _),) in found] == [MOST, 0]  # rank 0 logs
+    assert all(torch.equal(found[0][0][1][name], value) for name, value in found[1][0][1].items())
+
+
+def test_as_many_steps_as_fit_in_round_numbers(tokens: str, tmp_path: Path) -> None:
+    said: list[str] = []
+    budget = {"minutes": 2.0, "max_steps": 10_000}
+    length = Length(config_of(tmp_path, tokens, None, budget=budget), said.append)
+    for done in range(1, TIMED_STEPS + 1):
+        assert length.steps == FEWEST
+        length.took(5.0 if done <= 10 else 0.25, done)  # the first ones are slow: they do not count
+    assert length.steps == 450  # of 480
+    assert length.steps % ROUND == 0
+    assert said == ["a step takes 0.250 s: 450 steps (40 to 10000)"]
+
+
+@pytest.mark.parametrize("steps", [TIMED_STEPS - 1, MOST, MOST + 1])
+def test_a_training_that_is_too_short_to_be_timed_or_long_enough_is_as_long_as_it_says(
+    steps: int, tokens: str, tmp_path: Path
+) -> None:
+    config = config_of(tmp_path, tokens, AMPLE, steps=steps)
+    assert len(trained(config)) == steps
+    assert not (Path(config.output) / FILE).exists()
+
+
+def test_pictures_that_are_encoded_as_it_trains_are_laid_out_for_a_known_length(tmp_path: Path) -> None:
+    stream = {"input": "pictures", "vqgan": "encoders", "text_encoder": "encoders"}
+    with pytest.raises(ValidationError, match="laid out for a known number of steps"):
+        config_of(tmp_path, "", AMPLE, stream=stream)
