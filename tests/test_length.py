@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 import tiny
 from ranks import run_ranks
+from raymuse.config.errors import UserError
 from raymuse.config.training import TIMED_STEPS, BaseConfig
 from raymuse.storage.checkpoint import newest
 from raymuse.training.build import build_task
@@ -85,6 +85,15 @@ def test_what_was_decided_holds_though_the_machine_is_another(tokens: str, tmp_p
     assert len(trained(config)) == FEWEST + 5
 
 
+def test_a_length_that_is_gone_is_asked_for(tokens: str, tmp_path: Path) -> None:
+    config = config_of(tmp_path, tokens, AMPLE)
+    with pytest.raises(LostError):
+        trained(config, stop_at=TIMED_STEPS + 4)
+    (Path(config.output) / FILE).unlink()
+    with pytest.raises(UserError, match=r"length\.json is missing: .* 44 are done"):
+        trained(config)
+
+
 def test_two_workers_take_equally_many_steps(tokens: str, tmp_path: Path) -> None:
     config = config_of(tmp_path, tokens, AMPLE, workers=2)
     found = run_ranks(fit_all, 2, tmp_path, [config])
@@ -115,5 +124,5 @@ def test_a_training_that_is_too_short_to_be_timed_or_long_enough_is_as_long_as_i
 
 def test_pictures_that_are_encoded_as_it_trains_are_laid_out_for_a_known_length(tmp_path: Path) -> None:
     stream = {"input": "pictures", "vqgan": "encoders", "text_encoder": "encoders"}
-    with pytest.raises(ValidationError, match="laid out for a known number of steps"):
-        config_of(tmp_path, "", AMPLE, stream=stream)
+    assert config_of(tmp_path, "tokens", AMPLE).stretch is not None
+    assert config_of(tmp_path, "", AMPLE, stream=stream).stretch is None

@@ -115,7 +115,8 @@ TIMED_STEPS = 40
 class BudgetConfig(Config):
     """Minutes that a quick machine uses up: as many more steps than `steps` as fit into them, timed at the start.
 
-    A training of fewer steps than are timed, or of `max_steps` and more, is as long as it says.
+    A training of fewer steps than are timed, of `max_steps` and more, or of pictures that it encodes itself (they are
+    laid out for a known number of steps) is as long as it says.
     """
 
     minutes: float = Field(gt=0, description="that all steps may take; `steps` are taken however long they need")
@@ -288,14 +289,8 @@ class MaskedConfig(TrainConfig):
     @property
     def stretch(self) -> BudgetConfig | None:
         """The budget, where the training may be longer by it."""
-        may = self.budget is not None and TIMED_STEPS <= self.steps < self.budget.max_steps
+        may = self.budget is not None and TIMED_STEPS <= self.steps < self.budget.max_steps and self.stream is None
         return self.budget if may else None
-
-    @model_validator(mode="after")
-    def _length_known(self) -> "MaskedConfig":
-        if self.budget is not None and self.stream is not None:
-            raise ValueError("budget: the pictures that `stream` encodes are laid out for a known number of steps")
-        return self
 
     @model_validator(mode="after")
     def _sums_where_it_can(self) -> "MaskedConfig":

@@ -6,6 +6,7 @@ from statistics import median
 
 import torch
 
+from raymuse.config.errors import UserError
 from raymuse.config.training import TIMED_STEPS, MaskedConfig, TrainConfig
 from raymuse.storage.folder import Folder
 from raymuse.training.engine import global_sum, rank_and_world
@@ -33,9 +34,19 @@ class Length:
         self._seconds: list[float] = []
 
     def resume(self, done: int) -> None:
-        """The training goes on after so many steps."""
-        if self.budget is not None and done >= TIMED_STEPS:
-            self.steps = self._decided() or self.fewest
+        """The training goes on after so many steps.
+
+        Raises:
+            UserError: it was decided how long it is, and what was written down is gone.
+        """
+        if self.budget is None or done < TIMED_STEPS:
+            return
+        if (decided := self._decided()) is None:
+            raise UserError(
+                f"{self.folder.address}/{FILE} is missing: it says how many steps this training takes, of which {done} "
+                'are done. Write it anew, as {"steps": N}, or train into another output.'
+            )
+        self.steps = decided
 
     def took(self, seconds: float, done: int) -> None:
         """A step took that long, and so many are done. Collective where they are `TIMED_STEPS`."""
