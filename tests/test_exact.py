@@ -1,10 +1,17 @@
 """Gradients summed as integers: in any order the same bits, as exact as the sum itself, and none that is no number."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
+import tiny
+from raymuse.config.errors import UserError
+from raymuse.training.build import build_engine, build_task
 from raymuse.training.exact import LARGEST, UNIT, ExactSums
 
 PIECES = 7
@@ -110,3 +117,27 @@ def test_the_largest_that_all_pieces_may_have_together_fits(parameters: list[nn.
     found, norm = sums.take(None)
     assert norm.isfinite()
     assert found[1] == pytest.approx(torch.full((17,), 0.99 * LARGEST), rel=1e-6)
+
+
+def test_dropout_which_differs_between_workers_is_refused(tmp_path: Path) -> None:
+    shards = tiny.write_shards(tmp_path / "shards")
+    tokens = tiny.write_tokens(tmp_path / "tokens", shards, tiny.write_encoders(tmp_path / "encoders", shards))
+    model = {**tiny.UVIT, "hidden_dropout": 0.1}
+    config = tiny.base_config(tmp_path, tokens, exact_rows=2, model=model)
+    with pytest.raises(UserError, match="drops numbers at random"):
+        build_engine(config, build_task(config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"workers": 2, "zero": {"stage": 3}}, "needs zero.stage 0, 1 or 2"),
+        ({"workers": 2, "zero": {"stage": 2, "offload": True}}, "no zero.offload"),
+        ({"micro_batch_size": 2}, "is the micro batch already"),
+        ({"exact_rows": 9}, "more than the rows of a step"),
+        ({"stream": {"input": "a", "vqgan": "b", "text_encoder": "c"}}, "reads token shards"),
+    ],
+)
+def test_what_cannot_be_summed_exactly_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=message):
+        tiny.base_config(tmp_path, "tokens", **{"exact_rows": 2, **changes})

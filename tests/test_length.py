@@ -9,11 +9,14 @@ import torch
 
 import tiny
 from ranks import run_ranks
-from raymuse.config.errors import UserError
-from raymuse.config.training import TIMED_STEPS, BaseConfig
+from raymuse.config.flow import FlowConfig
+from raymuse.config.load import load
+from raymuse.config.training import TIMED_STEPS, BaseConfig, OptimizerConfig
 from raymuse.storage.checkpoint import newest
+from raymuse.training import loop
 from raymuse.training.build import build_task
 from raymuse.training.length import FILE, ROUND, Length
+from raymuse.training.optimizers import learning_rate_scale
 from trainings import fit_all, losses_of
 
 FEWEST, MOST = TIMED_STEPS, TIMED_STEPS + 12
@@ -55,10 +58,23 @@ def test_a_quick_machine_trains_for_longer_and_a_slow_one_as_long_as_it_must(tok
         assert json.loads((Path(config.output) / FILE).read_text())["steps"] == steps
 
 
-def test_what_is_not_stretched_is_a_training_without_a_budget(tokens: str, tmp_path: Path) -> None:
-    plain, slow = (config_of(tmp_path / str(minutes), tokens, minutes) for minutes in (None, NONE))
-    assert trained(slow) == trained(plain)
-    assert not (Path(plain.output) / FILE).exists()
+@pytest.mark.parametrize("minutes", [AMPLE, NONE])
+def test_the_learning_rate_never_rises_and_ends_where_it_should(
+    minutes: float, tokens: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path, tokens, minutes, optimizer={"lr": 2e-3, "warmup_steps": 3})
+    scales: list[float] = []
+
+    def scale(step: int, steps: int, optimizer: OptimizerConfig) -> float:
+        scales.append(learning_rate_scale(step, steps, optimizer))
+        return scales[-1]
+
+    monkeypatch.setattr(loop, "learning_rate_scale", scale)
+    steps = len(trained(config))
+    assert scales[2:] == sorted(scales[2:], reverse=True)
+    assert scales[TIMED_STEPS:] == [
+        learning_rate_scale(one, steps, config.optimizer) for one in range(TIMED_STEPS, steps)
+    ]
 
 
 @pytest.mark.parametrize("lost_at", [TIMED_STEPS - 4, TIMED_STEPS, TIMED_STEPS + 4])
@@ -83,15 +99,6 @@ def test_what_was_decided_holds_though_the_machine_is_another(tokens: str, tmp_p
     Path(config.output).mkdir(parents=True)
     (Path(config.output) / FILE).write_text(json.dumps({"steps": FEWEST + 5}))
     assert len(trained(config)) == FEWEST + 5
-
-
-def test_a_length_that_is_gone_is_asked_for(tokens: str, tmp_path: Path) -> None:
-    config = config_of(tmp_path, tokens, AMPLE)
-    with pytest.raises(LostError):
-        trained(config, stop_at=TIMED_STEPS + 4)
-    (Path(config.output) / FILE).unlink()
-    with pytest.raises(UserError, match=r"length\.json is missing: .* 44 are done"):
-        trained(config)
 
 
 def test_two_workers_take_equally_many_steps(tokens: str, tmp_path: Path) -> None:
@@ -126,3 +133,12 @@ def test_pictures_that_are_encoded_as_it_trains_are_laid_out_for_a_known_length(
     stream = {"input": "pictures", "vqgan": "encoders", "text_encoder": "encoders"}
     assert config_of(tmp_path, "tokens", AMPLE).stretch is not None
     assert config_of(tmp_path, "", AMPLE, stream=stream).stretch is None
+    assert config_of(tmp_path, "tokens", AMPLE, exact_rows=2).stretch is None
+
+
+@pytest.mark.parametrize("recipe", ["smoke", "demo-full", "emoji"])
+def test_a_recipe_that_says_its_length_has_it(recipe: str) -> None:
+    flow = load(recipe, ["base.steps=400", "superres.steps=400"])
+    assert isinstance(flow, FlowConfig)
+    assert flow.base.stretch is None
+    assert flow.superres.stretch is None

@@ -89,6 +89,14 @@ def exact_muon(root: Path, data: Data, **changes: Any) -> TrainConfig:
     return exact(root, data, **{"optimizer": {"name": "muon", "lr": 2e-3, "clip_norm": 0.1}, **changes})
 
 
+def exact_lion(root: Path, data: Data, **changes: Any) -> TrainConfig:
+    return exact(root, data, **{"optimizer": {"name": "lion", "lr": 5e-4}, **changes})
+
+
+def exact_adafactor(root: Path, data: Data, **changes: Any) -> TrainConfig:
+    return exact(root, data, **{"optimizer": {"name": "adafactor", "lr": 1e-2}, **changes})
+
+
 def exact_superres(root: Path, data: Data, **changes: Any) -> TrainConfig:
     return superres(root, data, **{"exact_rows": 2, **changes})
 
@@ -115,7 +123,13 @@ TRAININGS: dict[str, Callable[..., TrainConfig]] = {
     "gan": gan,
     "clip": clip,
 }
-EXACT = {"exact": exact, "exact muon": exact_muon, "exact superres": exact_superres}
+EXACT = {
+    "exact": exact,
+    "exact muon": exact_muon,
+    "exact lion": exact_lion,
+    "exact adafactor": exact_adafactor,
+    "exact superres": exact_superres,
+}
 KINDS = {**TRAININGS, **EXACT, "wide": wide, "muse": muse, "wide superres": wide_superres}
 
 
@@ -201,8 +215,8 @@ def train_everywhere(root: Path, data: Data, names: list[str], changes: dict[str
 
 
 WORLDS = {
-    2: ["superres", "vqgan", "gan", "clip", "base@2", "wide@3", "muse@3", "exact@2", "exact muon@1"],
-    3: ["base", "vqgan", "gan", "clip", "base@2", "exact@1", "exact muon@2", "exact superres@0"],
+    2: ["superres", "vqgan", "gan", "clip", "base@2", "wide@3", "muse@3", "exact@2", "exact muon@1", "exact lion@2"],
+    3: ["base", "vqgan", "gan", "clip", "base@2", "exact@1", "exact muon@2", "exact superres@0", "exact adafactor@0"],
     4: ["wide@1", "exact@2", "exact superres@1"],
 }
 

@@ -115,8 +115,8 @@ TIMED_STEPS = 40
 class BudgetConfig(Config):
     """Minutes that a quick machine uses up: as many more steps than `steps` as fit into them, timed at the start.
 
-    A training of fewer steps than are timed, of `max_steps` and more, or of pictures that it encodes itself (they are
-    laid out for a known number of steps) is as long as it says.
+    As long as it says is a training of fewer steps than are timed or of `max_steps` and more; of pictures that it
+    encodes itself, which are laid out for a known number of steps; and with `exact_rows`, to end alike everywhere.
     """
 
     minutes: float = Field(gt=0, description="that all steps may take; `steps` are taken however long they need")
@@ -289,8 +289,9 @@ class MaskedConfig(TrainConfig):
     @property
     def stretch(self) -> BudgetConfig | None:
         """The budget, where the training may be longer by it."""
-        may = self.budget is not None and TIMED_STEPS <= self.steps < self.budget.max_steps and self.stream is None
-        return self.budget if may else None
+        if self.budget is None or self.stream is not None or self.exact_rows is not None:
+            return None
+        return self.budget if TIMED_STEPS <= self.steps < self.budget.max_steps else None
 
     @model_validator(mode="after")
     def _sums_where_it_can(self) -> "MaskedConfig":
@@ -298,6 +299,10 @@ class MaskedConfig(TrainConfig):
             return self
         if self.workers > 0 and (self.zero.stage == 3 or self.zero.offload):
             raise ValueError("exact_rows: needs zero.stage 0, 1 or 2 and no zero.offload: workers sum whole gradients")
+        if self.exact_rows > self.batch_size:
+            raise ValueError(
+                f"exact_rows: {self.exact_rows} are more than the rows of a step, batch_size ({self.batch_size})"
+            )
         if self.micro_batch_size is not None:
             raise ValueError("exact_rows: is the micro batch already; leave micro_batch_size out")
         if self.stream is not None:

@@ -4,12 +4,10 @@ import json
 from collections.abc import Callable
 from statistics import median
 
-import torch
-
-from raymuse.config.errors import UserError
 from raymuse.config.training import TIMED_STEPS, MaskedConfig, TrainConfig
 from raymuse.storage.folder import Folder
-from raymuse.training.engine import global_sum, rank_and_world
+from raymuse.training.engine import rank_and_world
+from raymuse.training.saving import agreed
 
 FILE = "length.json"
 ROUND = 50
@@ -19,8 +17,8 @@ ROUND = 50
 class Length:
     """The steps of one training, on one rank.
 
-    The first `TIMED_STEPS` are of a training of `config.steps`; then it is decided, once, and written down: a training
-    that goes on later is as long as it was to be.
+    With a budget `TIMED_STEPS` are timed, then it is decided, once, and written down: a training that goes on later is
+    as long as it was to be. Until then the learning rate's schedule is the longest one's, so that it never rises.
 
     Args:
         say: rank 0's progress.
@@ -28,44 +26,36 @@ class Length:
 
     def __init__(self, config: TrainConfig, say: Callable[[str], None]) -> None:
         self.budget = config.stretch if isinstance(config, MaskedConfig) else None
-        self.fewest = self.steps = config.steps
+        self.steps = config.steps
+        self.horizon = config.steps if self.budget is None else self.budget.max_steps  # of the schedule
         self.folder = Folder(config.output)
         self.say = say
         self._seconds: list[float] = []
 
-    def resume(self, done: int) -> None:
-        """The training goes on after so many steps.
-
-        Raises:
-            UserError: it was decided how long it is, and what was written down is gone.
-        """
-        if self.budget is None or done < TIMED_STEPS:
-            return
-        if (decided := self._decided()) is None:
-            raise UserError(
-                f"{self.folder.address}/{FILE} is missing: it says how many steps this training takes, of which {done} "
-                'are done. Write it anew, as {"steps": N}, or train into another output.'
-            )
-        self.steps = decided
+    def resume(self) -> None:
+        """Be as long as was decided, where it was. Collective."""
+        if self.budget is not None:
+            self._be(agreed(self._decided() if rank_and_world()[0] == 0 else None))
 
     def took(self, seconds: float, done: int) -> None:
-        """A step took that long, and so many are done. Collective where they are `TIMED_STEPS`."""
-        if self.budget is None or done > TIMED_STEPS:
+        """A step took that long, and so many are done. Collective where it is the last that is timed."""
+        if self.horizon == self.steps:  # it is decided, or there is nothing to decide
             return
         self._seconds.append(seconds)
-        if done == TIMED_STEPS:
-            mine = float(self._decide()) if rank_and_world()[0] == 0 else 0.0
-            self.steps = int(global_sum(torch.tensor([mine], dtype=torch.float64)))
+        if len(self._seconds) == TIMED_STEPS or done == self.steps:
+            self._be(agreed(self._decide() if rank_and_world()[0] == 0 else None))
+
+    def _be(self, decided: int | None) -> None:
+        if decided is not None:
+            self.steps = self.horizon = decided
 
     def _decide(self) -> int:
         assert self.budget is not None
-        if (known := self._decided()) is not None:
-            return known
         step = median(self._seconds[len(self._seconds) // 4 :])
         fitting = int(60 * self.budget.minutes / step) // ROUND * ROUND
-        steps = min(max(fitting, self.fewest), self.budget.max_steps)
+        steps = min(max(fitting, self.steps), self.budget.max_steps)
         self.folder.write(FILE, json.dumps({"steps": steps, "seconds_per_step": step}).encode())
-        self.say(f"a step takes {step:.3f} s: {steps} steps ({self.fewest} to {self.budget.max_steps})")
+        self.say(f"a step takes {step:.3f} s: {steps} steps ({self.steps} to {self.budget.max_steps})")
         return steps
 
     def _decided(self) -> int | None:

@@ -124,9 +124,8 @@ class Loop:
         self.scaling.load(found.state.get("loss_scale") if found is not None else None)
         self.worker_seconds = found.state.get("worker_seconds", 0.0) if found is not None else 0.0
         self.lineage["resumed_from"] = found.step if found is not None else None
-        done = found.step if found is not None else 0
-        self.length.resume(done)
-        return done
+        self.length.resume()
+        return found.step if found is not None else 0
 
     def _stop(self, done: int) -> bool:
         self.saver.finish()
@@ -149,12 +148,13 @@ class Loop:
             self.engine.backward(loss * finite / count)
             for name, value in {"loss": loss.detach(), **extra}.items():
                 sums[name] = sums.get(name, 0.0) + value / count
-        scale = learning_rate_scale(step, self.length.steps, self.config.optimizer)
+        scale = learning_rate_scale(step, self.length.horizon, self.config.optimizer)
         norm = self.engine.step(scale)
         if math.isfinite(norm):
             self.loss_since, self.steps_since = self.loss_since + float(sums["loss"]), self.steps_since + 1
         care = self._cared_for(step) if math.isfinite(norm) else self._not_taken(step, float(sums["loss"]))
-        self.worker_seconds += (seconds := self.clock.stop()) * self.engine.world
+        seconds = self.clock.stop()
+        self.worker_seconds += seconds * self.engine.world
         self.length.took(seconds, step + 1)
         same = {**care, "grad_norm": norm, "lr_scale": scale, "skipped_steps": self.skipped}
         if self.scaling.scales:

@@ -116,7 +116,7 @@ class DeepSpeedEngine:
                 whole = shard.new_zeros(self.world * len(shard))
                 for parameter, start in zip(parameters, zero.round_robin_bit16_offsets[group], strict=True):
                     whole[start : start + parameter.numel()] = found[parameter].flatten()
-                zero.averaged_gradients[group] = [whole[self.rank * len(shard) :][: len(shard)]]
+                zero.averaged_gradients[group] = [whole[self.rank * len(shard) :][: len(shard)].clone()]
             zero.step()
         return float(norm)
 
