@@ -129,7 +129,8 @@ def last_tensors(config: BaseConfig) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("rows", "exact_rows"),
     [
-        ("tokens", 2),  # 96 rows: the training magnifies rounding, so that only sums without any stay together
+        ("tokens", None),  # 96 rows: the training magnifies rounding, and leaves 1e-5 after some 110 steps
+        ("tokens", 2),  # the same with sums that do not round
         ("new_rows", None),  # each seen once
     ],
 )
