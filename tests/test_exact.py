@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 import tiny
-from raymuse.config.errors import UserError
-from raymuse.training.build import build_engine, build_task
+from raymuse.config.training import MaskedConfig
+from raymuse.training import alone
 from raymuse.training.exact import LARGEST, UNIT, ExactSums
 
 PIECES = 7
@@ -119,15 +119,6 @@ def test_the_largest_that_all_pieces_may_have_together_fits(parameters: list[nn.
     assert found[1] == pytest.approx(torch.full((17,), 0.99 * LARGEST), rel=1e-6)
 
 
-def test_dropout_which_differs_between_workers_is_refused(tmp_path: Path) -> None:
-    shards = tiny.write_shards(tmp_path / "shards")
-    tokens = tiny.write_tokens(tmp_path / "tokens", shards, tiny.write_encoders(tmp_path / "encoders", shards))
-    model = {**tiny.UVIT, "hidden_dropout": 0.1}
-    config = tiny.base_config(tmp_path, tokens, exact_rows=2, model=model)
-    with pytest.raises(UserError, match="drops numbers at random"):
-        build_engine(config, build_task(config))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -141,3 +132,39 @@ def test_dropout_which_differs_between_workers_is_refused(tmp_path: Path) -> Non
 def test_what_cannot_be_summed_exactly_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match=message):
         tiny.base_config(tmp_path, "tokens", **{"exact_rows": 2, **changes})
+
+
+ELASTIC = {"workers": {"min": 1, "max": 3}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        ({}, 1),  # of 8 two would give three workers 4 each, and 3 are enough
+        ({"batch_size": 64}, 11),  # 66, 33 and 22 rows; of 13 two would have 39
+        ({"batch_size": 64, "workers": {"min": 2, "max": 2}}, 32),
+        ({"batch_size": 64, "workers": {"min": 3, "max": 4}}, 8),
+        ({"batch_size": 64, "micro_batch_size": 5}, 4),  # no more than a worker holds
+        ({"batch_size": 64, "exact_rows": 16}, 16),
+        ({"exact_rows": None}, None),
+        ({"workers": 2}, None),
+        ({"use_gpu": True}, None),
+        ({"zero": {"stage": 3}}, None),
+        ({"zero": {"stage": 2, "offload": True}}, None),
+        ({"stream": {"input": "a", "vqgan": "b", "text_encoder": "c"}}, None),
+    ],
+)
+def test_where_workers_are_a_range_sums_are_exact_by_themselves(
+    changes: dict[str, Any], rows: int | None, tmp_path: Path
+) -> None:
+    assert tiny.base_config(tmp_path, "tokens", **{**ELASTIC, **changes}).exact == rows
+
+
+def test_torchrun_sums_a_recipe_for_a_range_as_ray_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    config = alone.config_of(
+        "base-256", ["use_gpu=false", "workers={min: 2, max: 4}", "batch_size=64", "input=a", "output=b"]
+    )
+    assert (config.workers, config.min_workers) == (3, None)
+    assert isinstance(config, MaskedConfig)
+    assert config.exact_rows == config.exact == 8

@@ -97,6 +97,15 @@ def exact_adafactor(root: Path, data: Data, **changes: Any) -> TrainConfig:
     return exact(root, data, **{"optimizer": {"name": "adafactor", "lr": 1e-2}, **changes})
 
 
+def exact_low(root: Path, data: Data, **changes: Any) -> TrainConfig:
+    return exact(root, data, **{"precision": "bf16", **changes})
+
+
+def exact_dropped(root: Path, data: Data, **changes: Any) -> TrainConfig:
+    """Features are dropped, other ones at every step."""
+    return exact(root, data, **{"model": {**tiny.UVIT, "hidden_dropout": 0.3, "attention_dropout": 0.2}, **changes})
+
+
 def exact_superres(root: Path, data: Data, **changes: Any) -> TrainConfig:
     return superres(root, data, **{"exact_rows": 2, **changes})
 
@@ -128,6 +137,8 @@ EXACT = {
     "exact muon": exact_muon,
     "exact lion": exact_lion,
     "exact adafactor": exact_adafactor,
+    "exact low": exact_low,
+    "exact dropped": exact_dropped,
     "exact superres": exact_superres,
 }
 KINDS = {**TRAININGS, **EXACT, "wide": wide, "muse": muse, "wide superres": wide_superres}
@@ -167,10 +178,10 @@ def assert_same(ours: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 # --- restarts
 
 
-@pytest.mark.parametrize("name", TRAININGS)
+@pytest.mark.parametrize("name", [*TRAININGS, "exact dropped"])
 def test_a_training_that_lost_its_worker_ends_with_the_same_bits(name: str, data: Data, tmp_path: Path) -> None:
-    straight = TRAININGS[name](tmp_path / "straight", data, checkpoint={"every": 6, "keep": 2})
-    broken = TRAININGS[name](tmp_path / "broken", data, checkpoint={"every": 6, "keep": 2})
+    straight = KINDS[name](tmp_path / "straight", data, checkpoint={"every": 6, "keep": 2})
+    broken = KINDS[name](tmp_path / "broken", data, checkpoint={"every": 6, "keep": 2})
     fit(straight)
     with pytest.raises(WorkerLostError):
         fit(broken, stop_at=6)
@@ -217,7 +228,7 @@ def train_everywhere(root: Path, data: Data, names: list[str], changes: dict[str
 WORLDS = {
     2: ["superres", "vqgan", "gan", "clip", "base@2", "wide@3", "muse@3", "exact@2", "exact muon@1", "exact lion@2"],
     3: ["base", "vqgan", "gan", "clip", "base@2", "exact@1", "exact muon@2", "exact superres@0", "exact adafactor@0"],
-    4: ["wide@1", "exact@2", "exact superres@1"],
+    4: ["wide@1", "exact@2", "exact superres@1", "exact low@2", "exact dropped@1"],
 }
 
 

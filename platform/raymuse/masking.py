@@ -36,7 +36,7 @@ GUIDANCE_SCHEDULES: dict[str, Callable[[float], float]] = {
 
 # Streams keep draws for different purposes apart under one seed.
 MASK, DROPOUT, LOW_NOISE, CAPTION, ORDER, CHOICE, CONFIDENCE, HIGH_CHOICE, HIGH_CONFIDENCE, SEED, START = range(11)
-RECTANGLE, CRITIC, FED_BACK = 11, 12, 13
+RECTANGLE, CRITIC, FED_BACK, NETWORK = 11, 12, 13, 14
 
 _KEY = 0x7261796D757365
 _LOW = np.uint64(0xFFFFFFFF)

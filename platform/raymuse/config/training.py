@@ -116,7 +116,7 @@ class BudgetConfig(Config):
     """Minutes that a quick machine uses up: as many more steps than `steps` as fit into them, timed at the start.
 
     As long as it says is a training of fewer steps than are timed or of `max_steps` and more; of pictures that it
-    encodes itself, which are laid out for a known number of steps; and with `exact_rows`, to end alike everywhere.
+    encodes itself, which are laid out for a known number of steps; and with exact sums, to end alike everywhere.
     """
 
     minutes: float = Field(gt=0, description="that all steps may take; `steps` are taken however long they need")
@@ -247,11 +247,10 @@ class MaskedConfig(TrainConfig):
         None, "copies of token shards on each machine's disk; None: a part is read from `input` each time"
     )
     budget: BudgetConfig | None = Field(None, description="more steps than `steps`, where they fit into some minutes")
-    exact_rows: int | None = runtime(
-        None,
+    exact_rows: Annotated[int, Field(ge=1)] | Literal["auto"] | None = runtime(
+        "auto",
         "rows whose gradients are computed together and then summed exactly, so that the number of workers changes no "
-        "bit of the weights; None: each worker's share, and sums as they come",
-        ge=1,
+        "bit of the weights; auto: where it is a range, on CPUs; null: each worker's share, and sums as they come",
     )
     gradient_checkpointing: bool = runtime(False, "recompute activations in the backward pass")
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of samples whose caption becomes the empty one")
@@ -289,15 +288,40 @@ class MaskedConfig(TrainConfig):
     @property
     def stretch(self) -> BudgetConfig | None:
         """The budget, where the training may be longer by it."""
-        if self.budget is None or self.stream is not None or self.exact_rows is not None:
+        if self.budget is None or self.stream is not None or self.exact is not None:
             return None
         return self.budget if TIMED_STEPS <= self.steps < self.budget.max_steps else None
 
+    @property
+    def exact(self) -> int | None:
+        """`exact_rows` as a number: what `auto` stands for where it is that.
+
+        The batch is cut into the fewest equal pieces that leave no number of workers with over an eighth more rows than
+        its share.
+        """
+        if self.exact_rows != "auto":
+            return self.exact_rows
+        if self.min_workers is None or self.use_gpu or self.stream is not None or not self._holds_whole_gradients:
+            return None
+        worlds = range(self.min_workers, self.workers + 1)
+
+        def most(rows: int, world: int) -> int:
+            return -(-self.batch_size // (rows * world)) * rows
+
+        pieces = range(-(-self.batch_size // (self.micro_batch_size or self.batch_size)), self.batch_size + 1)
+        sizes = (-(-self.batch_size // count) for count in pieces)
+        return next(rows for rows in sizes if all(8 * most(rows, world) <= 9 * most(1, world) for world in worlds))
+
+    @property
+    def _holds_whole_gradients(self) -> bool:
+        return self.workers == 0 or (self.zero.stage < 3 and not self.zero.offload)
+
     @model_validator(mode="after")
     def _sums_where_it_can(self) -> "MaskedConfig":
-        if self.exact_rows is None:
+        if self.exact_rows in (None, "auto"):
             return self
-        if self.workers > 0 and (self.zero.stage == 3 or self.zero.offload):
+        assert isinstance(self.exact_rows, int)
+        if not self._holds_whole_gradients:
             raise ValueError("exact_rows: needs zero.stage 0, 1 or 2 and no zero.offload: workers sum whole gradients")
         if self.exact_rows > self.batch_size:
             raise ValueError(

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from raymuse.config.errors import UserError
 from raymuse.config.load import load
 from raymuse.config.stages import STAGES
-from raymuse.config.training import TrainConfig
+from raymuse.config.training import MaskedConfig, TrainConfig
 from raymuse.recording import recorded, run_of
 from raymuse.storage.folder import Folder
 from raymuse.storage.manifest import Manifest
@@ -81,14 +81,8 @@ def main(words: Sequence[str]) -> int:
     if not words:
         print("usage: torchrun ... -m raymuse.training RECIPE [KEY=VALUE ...]", file=sys.stderr)
         return 2
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        config = load(
-            words[0],
-            [*words[1:], f"workers={world}", "min_workers=null"],
-            {name for name in STAGES if name.startswith("train-")},
-        )
-        assert isinstance(config, TrainConfig)
+        config = config_of(words[0], words[1:])
         manifest = opened(config) if os.environ.get("RANK", "0") == "0" else None
         _join(config)
         run = _run(config)
@@ -101,6 +95,19 @@ def main(words: Sequence[str]) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0
+
+
+def config_of(recipe: str, changes: Sequence[str]) -> TrainConfig:
+    """The recipe for as many workers as torchrun has started; one for a range of them sums as it does under Ray."""
+    stages = {name for name in STAGES if name.startswith("train-")}
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    config = load(recipe, [*changes, f"workers={world}", "min_workers=null"], stages)
+    assert isinstance(config, TrainConfig)
+    if isinstance(config, MaskedConfig):
+        asked = load(recipe, changes, stages)
+        assert isinstance(asked, MaskedConfig)
+        config = config.model_copy(update={"exact_rows": asked.exact})
+    return config
 
 
 def _join(config: TrainConfig) -> None:

@@ -4,9 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
-from raymuse.config.errors import UserError
 from raymuse.config.training import (
     BaseConfig,
     ClipConfig,
@@ -59,14 +57,9 @@ def build_engine(config: TrainConfig, task: Task, device: str = "cpu") -> Engine
     """DeepSpeed ZeRO for the transformers where workers train together; plain data parallelism otherwise.
 
     Exact sums need nothing of DeepSpeed's at stage 0, and take its place.
-
-    Raises:
-        UserError: exact sums are asked for of a network that has dropout.
     """
     rows = exact_rows(config)
     pieces = None if rows is None else -(-config.batch_size // rows)
-    if pieces and any(isinstance(part, nn.Dropout) and part.p > 0 for part in task.module.modules()):
-        raise UserError("exact_rows: the network drops numbers at random, other ones on other workers")
     if isinstance(config, MaskedConfig) and config.workers > 0 and not (pieces and config.zero.stage == 0):
         from raymuse.training.zero import DeepSpeedEngine
 
@@ -94,7 +87,9 @@ def train_here(
     """Run this rank's part of the training, in whatever process group it finds; False where it was asked to stop."""
     device = f"cuda:{torch.cuda.current_device()}" if config.use_gpu else "cpu"
     config = _with_number_type(config, torch.device(device).type, say)
-    if exact_rows(config):
+    if rows := exact_rows(config):
+        if isinstance(config, MaskedConfig) and config.exact_rows == "auto" and rank_and_world()[0] == 0:
+            say(f"exact_rows: {rows} of the batch's {config.batch_size}, since the number of workers may change")
         torch.set_num_threads(max(1, int(config.cpus_per_worker)))  # by which products round; also without Ray
     task = build_task(config, device, pieces)
     engine = build_engine(config, task, device)

@@ -33,15 +33,14 @@ class ExactSums:
         self.sums = torch.zeros(sum(self.sizes) + 1, dtype=torch.int64, device=self.parameters[0].device)
 
     def backward(self, loss: Tensor, scale: float = 1.0) -> None:
-        """Add a micro batch's gradients; `scale` is a factor on the loss that they are to be free of again."""
+        """Add a micro batch's gradients, without `scale`, a factor on the loss that is a power of two."""
         gradients: Sequence[Tensor | None] = torch.autograd.grad(loss * scale, self.parameters, allow_unused=True)
         *places, lost = torch.split(self.sums, [*self.sizes, 1])
         for place, gradient in zip(places, gradients, strict=True):
             if gradient is None:
                 continue
-            exact = gradient.flatten().double() / scale
-            lost += ~(exact.abs().amax() <= self.bound)
-            place += (exact / UNIT).round_().to(torch.int64)
+            lost += ~(gradient.abs().amax() <= self.bound * scale)
+            place += (gradient.flatten() * (1 / (UNIT * scale))).round_().to(torch.int64)
 
     def take(self, clip_norm: float | None) -> tuple[list[Tensor], Tensor]:
         """(the step's fp32 gradients, clipped; their norm before), and begin the next step. Collective.

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raymuse.config.errors import UserError
 from raymuse.config.training import MaskedConfig, TrainConfig
+from raymuse.masking import NETWORK
 from raymuse.tracking.run import Run
 from raymuse.training.ema import Ema
 from raymuse.training.engine import Engine, full_weights, global_sum
@@ -76,6 +77,7 @@ class Loop:
         self.last_loss: float | None = None
         self.skipped = self.skipped_in_a_row = 0
         self.micro_batch, self.accumulation = micro_batches(config, engine.world)
+        self.drops = any(isinstance(part, nn.Dropout) and part.p > 0 for part in task.module.modules())
         self.evaluation = evaluation_of(config, task, self.micro_batch)
         self.held_out: float | None = None  # of the weights as they are now, where it was measured
         best_by = ("loss" if self.evaluation is None else "eval_loss") if config.checkpoint.keep_best else None
@@ -142,7 +144,10 @@ class Loop:
         count = self._agree(sum(self.task.count(batch) for batch in batches))
         sums: dict[str, Any] = {"loss": 0.0}
         self.engine.loss_scale = self.scaling.value
-        for batch in batches:
+        for number, batch in enumerate(batches, self.engine.rank * self.accumulation):
+            if self.drops:
+                draw = np.random.SeedSequence([self.config.seed, NETWORK, step, number])
+                torch.manual_seed(int(draw.generate_state(1, np.uint64)[0]))
             loss, extra = self.engine.forward(batch)
             finite = loss.detach() * 0 + 1  # else not a number, so that the gradients of all ranks are none either
             self.engine.backward(loss * finite / count)
@@ -350,4 +355,4 @@ def micro_batches(config: TrainConfig, world: int) -> tuple[int, int]:
 
 def exact_rows(config: TrainConfig) -> int | None:
     """Rows whose gradients are computed together whatever the number of workers; None: that is left to it."""
-    return config.exact_rows if isinstance(config, MaskedConfig) else None
+    return config.exact if isinstance(config, MaskedConfig) else None

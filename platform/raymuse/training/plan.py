@@ -104,7 +104,7 @@ class Plan:
         gathered = 4.0 * min(self.trained + self.still, GATHERED) if stage == 3 else 0.0
         return Memory(
             weights=(count + 4.0 * (self.still - self.text)) / (parts if stage == 3 else 1) + 4.0 * self.text,
-            gradients=4 * count if self.config.exact_rows else count / (parts if stage >= 2 else 1),
+            gradients=4 * count if self.config.exact else count / (parts if stage >= 2 else 1),
             state=0.0 if self.config.zero.offload and stage in (1, 2) else state / (parts if stage >= 1 else 1),
             buffers=(4.0 * BUCKET if stage >= 1 else 0.0) + gathered,
             update=0.0 if self.config.zero.offload and stage in (1, 2) else 2 * count / parts if stage else count,
