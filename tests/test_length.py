@@ -9,9 +9,11 @@ import torch
 
 import tiny
 from ranks import run_ranks
+from raymuse.config.data import DataConfig
 from raymuse.config.flow import FlowConfig
 from raymuse.config.load import load
-from raymuse.config.training import TIMED_STEPS, BaseConfig, OptimizerConfig
+from raymuse.config.training import TIMED_STEPS, BaseConfig, MaskedConfig, OptimizerConfig
+from raymuse.flow import Record, in_time
 from raymuse.storage.checkpoint import newest
 from raymuse.training import loop
 from raymuse.training.build import build_task
@@ -142,3 +144,50 @@ def test_a_recipe_that_says_its_length_has_it(recipe: str) -> None:
     assert isinstance(flow, FlowConfig)
     assert flow.base.stretch is None
     assert flow.superres.stretch is None
+
+
+# --- the minutes of a whole flow
+
+
+def minutes_given(record: Record, name: str, **changes: Any) -> float | None:
+    words = [f"{key}={value}" for key, value in changes.items()]
+    config = load("demo", words, {"flow"})
+    assert isinstance(config, FlowConfig)
+    section = in_time(config, name, record)
+    assert isinstance(section, MaskedConfig | DataConfig)
+    return section.budget.minutes if isinstance(section, MaskedConfig) and section.budget is not None else None
+
+
+QUICK, SLOW = ({"data": 0.05 * 60, "vqgan": minutes * 60, "clip": 0.5 * 60} for minutes in (2.0, 6.0))
+
+
+def test_a_flow_on_a_slow_machine_leaves_its_trainings_less(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick, slow = (Record(tmp_path / "flow.json", dict(seconds)) for seconds in (QUICK, SLOW))
+    assert (minutes_given(quick, "base"), minutes_given(quick, "superres")) == (8.5, 5)
+    assert capsys.readouterr().out == ""
+    base = minutes_given(slow, "base")
+    assert base == pytest.approx((19.5 - 1.5 * 6.55) * 8.5 / 13.5)
+    slow.seconds["base"] = 60 * (base + 1)  # its start and samples come on top
+    assert minutes_given(slow, "superres") == pytest.approx(19.5 - 1.5 * 6.55 - base - 1)
+    assert f"[base] {base:.1f} of its 8.5 minutes" in capsys.readouterr().out
+
+
+def test_what_a_flow_gives_is_decided_once(tmp_path: Path) -> None:
+    record = Record(tmp_path / "flow.json", dict(SLOW))
+    given = minutes_given(record, "base")
+    record.seconds["base"] = 1000.0  # it was interrupted
+    record.save()
+    assert minutes_given(Record.load(record.path), "base") == given
+
+
+def test_a_flow_that_has_no_time_left_gives_next_to_none(tmp_path: Path) -> None:
+    assert minutes_given(Record(tmp_path / "flow.json", {"vqgan": 3600.0}), "base") == 0.1
+
+
+def test_without_minutes_or_budgets_a_flow_gives_what_its_recipe_says(tmp_path: Path) -> None:
+    record = Record(tmp_path / "flow.json", dict(SLOW))
+    assert minutes_given(record, "base", minutes="null") == 8.5
+    assert minutes_given(record, "data") is None
+    assert minutes_given(record, "base", **{"base.budget": "null"}) is None
+    assert minutes_given(record, "superres", **{"base.budget": "null"}) == 5
+    assert "base" not in record.budgets

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +46,19 @@ STAGES: dict[str, Callable[[Any, Run], str]] = {
 }
 ALIAS = "champion"
 NEEDED_BYTES = 2 * 2**30
+BUDGETED = ("base", "superres")
+BESIDE = 0.5
+"""Of the time that stages before the base take: starts and samples of the budgeted trainings, and what follows them."""
 
 
 @dataclass
 class Record:
-    """What the flow remembers between attempts: seconds and MLflow run of every stage, peak memory."""
+    """What the flow remembers between attempts: every stage's seconds, MLflow run and minutes given; peak memory."""
 
     path: Path
     seconds: dict[str, float] = field(default_factory=dict)
     runs: dict[str, str] = field(default_factory=dict)
+    budgets: dict[str, float] = field(default_factory=dict)
     peak_gib: float = 0.0
 
     @classmethod
@@ -61,7 +66,7 @@ class Record:
         return cls(path, **json.loads(path.read_text())) if path.exists() else cls(path)
 
     def save(self) -> None:
-        kept = {"seconds": self.seconds, "runs": self.runs, "peak_gib": self.peak_gib}
+        kept = {"seconds": self.seconds, "runs": self.runs, "budgets": self.budgets, "peak_gib": self.peak_gib}
         Folder(str(self.path.parent)).write(self.path.name, json.dumps(kept, indent=1).encode())
 
 
@@ -93,7 +98,7 @@ def demo(config: FlowConfig, json_path: Path | None) -> None:
 
 def _run_stages(config: FlowConfig, root: Path, record: Record, uri: str, parent: Run) -> None:
     for name, stage in STAGES.items():
-        section: StageConfig = getattr(config, name).within(str(root))
+        section: StageConfig = in_time(config, name, record).within(str(root))
         print(f"[{name}] -> {section.output}", flush=True)
         run = open_run(
             uri, config.name, name, parent=parent, resume=record.runs.get(name), spool=root / "mlflow" / "spool"
@@ -108,6 +113,29 @@ def _run_stages(config: FlowConfig, root: Path, record: Record, uri: str, parent
             if (seconds := time.perf_counter() - began) > 1 or name not in record.seconds:
                 record.seconds[name] = record.seconds.get(name, 0.0) + seconds
             record.save()
+
+
+def in_time(config: FlowConfig, name: str, record: Record) -> StageConfig:
+    """The stage's section; a budget of minutes in it is at most what the flow's leave, decided once.
+
+    What is left when the stages before have taken their time, and those after are expected to, is shared by the
+    trainings in the ratio of their budgets.
+    """
+    section: StageConfig = getattr(config, name)
+    wanted = {stage: one.minutes for stage in BUDGETED if (one := getattr(config, stage).stretch) is not None}
+    if config.minutes is None or name not in wanted:
+        return section
+    if name not in record.budgets:
+        before = sum(record.seconds.get(stage, 0.0) for stage in takewhile(lambda stage: stage != "base", STAGES))
+        left = config.minutes - (sum(record.seconds.values()) + BESIDE * before) / 60
+        to_come = sum(minutes for stage, minutes in wanted.items() if stage not in record.budgets)
+        record.budgets[name] = min(wanted[name], max(left * wanted[name] / to_come, 0.1))
+        if record.budgets[name] < wanted[name]:
+            print(
+                f"[{name}] {record.budgets[name]:.1f} of its {wanted[name]:g} minutes: the flow has {config.minutes:g}"
+            )
+    budget = getattr(config, name).budget.model_copy(update={"minutes": record.budgets[name]})
+    return section.model_copy(update={"budget": budget})
 
 
 @contextlib.contextmanager

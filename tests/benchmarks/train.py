@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ BATCH, LARGE, PICTURES, PAIRS, SIDE = 4, 16, 64, 5, {"256": 256, "512": 512}
 STEPS = 4 if PROCESSOR else 12  # a turn
 GOALS = {"256": 1.3, "512": 2.0}
 OVERHEAD = 1 / 1.1  # of Ray and DeepSpeed: at most 10 %
+EXACT_ROWS = (8, 2)
 PACKAGES = ("torch", "ray", "deepspeed", "diffusers")
 OPTIMIZER = OptimizerConfig(
     lr=3e-4, beta1=0.9, beta2=0.999, weight_decay=0.01, warmup_steps=1, schedule="constant", clip_norm=None
@@ -77,7 +79,7 @@ def main(script: str, wanted: list[str]) -> None:
     for name in wanted or [*SIDE, "large"]:
         root = Path(tempfile.mkdtemp(prefix="bench-"))
         try:
-            rows += [large_row(root)] if name == "large" else rows_of(script, name, root)
+            rows += large_rows(root) if name == "large" else rows_of(script, name, root)
         finally:
             shutil.rmtree(root)
     write("train", rows, keep=bool(wanted))
@@ -101,16 +103,37 @@ def rows_of(script: str, side: str, root: Path) -> list[Row]:
     return [row_of(name, "train_amused", rates, GOALS[side], f"samples/s{OF_WHAT}", PACKAGES, versions), bare]
 
 
-def large_row(root: Path) -> Row:
-    """Ours and the bare loop with larger batches: what DeepSpeed does once a step is the same, the step is not."""
+def large_rows(root: Path) -> list[Row]:
+    """Ours and the bare loop with larger batches: what DeepSpeed does once a step is the same, the step is not.
+
+    And ours with exact sums beside sums as they come.
+    """
     side = "256"
     model, pictures = write_model(root / "model", **SIZES[side]), write_pictures(root / "pictures", SIDE[side])
     config = config_of(root, model, LARGE)
+    kinds = {f"exact, {rows} rows": exactly(config, rows) for rows in EXACT_ROWS}
     starts = {
         "ours": lambda: start_ours(config, model, pictures, SIDE[side]),
         "bare-pytorch": lambda: start_bare(config),
+        **{kind: partial(start_ours, exact, model, pictures, SIDE[side]) for kind, exact in kinds.items()},
     }
-    return bare_row(f"{side}-shaped, batches of {LARGE}", *contest("large", starts, LARGE), LARGE)
+    rates, losses = contest("large", starts, LARGE)
+    name = f"{side}-shaped, batches of {LARGE}"
+    return [bare_row(name, rates, losses, LARGE), *(exact_row(name, kind, rates, losses) for kind in kinds)]
+
+
+def exactly(config: BaseConfig, rows: int) -> BaseConfig:
+    """The same with gradients of so many rows at a time summed exactly."""
+    return config.model_copy(update={"exact_rows": rows, "output": f"{config.output}-{rows}"})
+
+
+def exact_row(name: str, kind: str, rates: dict[str, list[float]], losses: dict[str, dict[int, float]]) -> Row:
+    ours, plain = losses[kind], losses["ours"]
+    apart = max(abs(ours[step] - plain[step]) for step in sorted(ours.keys() & plain.keys()))
+    print(f"losses of equal steps differ by {apart:.1e} at most between {kind} at a time, and sums as they come")
+    assert apart < 1e-3, "exact sums do not train the same"
+    both = {"ours": rates[kind], "sums as they come": rates["ours"]}
+    return row_of(f"{name}, {kind} at a time", "sums as they come", both, 1.0, f"samples/s{OF_WHAT}", PACKAGES)
 
 
 def config_of(root: Path, model: str, batch: int) -> BaseConfig:

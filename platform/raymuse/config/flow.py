@@ -28,6 +28,9 @@ class FlowConfig(Config):
     name: str = Field("demo", description="MLflow experiment and registered model")
     workdir: Address = runtime("runs/demo", "everything the flow writes")
     ray: RayConfig = runtime(RayConfig(), "local cluster")
+    minutes: float | None = runtime(
+        None, "that the flow may take: on a slow machine the trainings' budgets are what it leaves of them", gt=0
+    )
     data: DataConfig
     vqgan: VqganConfig
     clip: ClipConfig
