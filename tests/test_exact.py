@@ -134,17 +134,19 @@ def test_what_cannot_be_summed_exactly_is_refused(changes: dict[str, Any], messa
         tiny.base_config(tmp_path, "tokens", **{"exact_rows": 2, **changes})
 
 
+PLANNED = {**tiny.UVIT, "sample_size": 8, "encoder_hidden_size": 32}
 ELASTIC = {"workers": {"min": 1, "max": 3}}
 
 
 @pytest.mark.parametrize(
     ("changes", "rows"),
     [
-        ({}, 1),  # of 8 two would give three workers 4 each, and 3 are enough
-        ({"batch_size": 64}, 11),  # 66, 33 and 22 rows; of 13 two would have 39
-        ({"batch_size": 64, "workers": {"min": 2, "max": 2}}, 32),
-        ({"batch_size": 64, "workers": {"min": 3, "max": 4}}, 8),
-        ({"batch_size": 64, "micro_batch_size": 5}, 4),  # no more than a worker holds
+        ({}, 4),  # in twos or ones a single worker would take twice as long
+        ({"batch_size": 64}, 11),  # 66, 33 and 22 rows; of 16 three would have 32
+        ({"batch_size": 64, "workers": {"min": 1, "max": 4}}, 8),
+        ({"batch_size": 64, "workers": {"min": 1, "max": 16}}, 2),
+        ({"batch_size": 64, "workers": {"min": 2, "max": 2}}, None),
+        ({"batch_size": 64, "micro_batch_size": 5}, 5),  # no more than a worker holds
         ({"batch_size": 64, "exact_rows": 16}, 16),
         ({"exact_rows": None}, None),
         ({"workers": 2}, None),

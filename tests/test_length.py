@@ -103,6 +103,22 @@ def test_what_was_decided_holds_though_the_machine_is_another(tokens: str, tmp_p
     assert len(trained(config)) == FEWEST + 5
 
 
+def test_a_training_keeps_its_length_though_its_workers_become_a_range(tokens: str, tmp_path: Path) -> None:
+    """Whose sums are exact, and which would have been as long as its config says from the start."""
+    config = config_of(tmp_path, tokens, AMPLE)
+    with pytest.raises(LostError):
+        trained(config, stop_at=TIMED_STEPS + 4)
+    assert len(trained(config.model_copy(update={"exact_rows": 4}))) == MOST - TIMED_STEPS - 4
+
+
+def test_a_training_that_is_as_long_as_its_config_says_stays_so(tokens: str, tmp_path: Path) -> None:
+    config = config_of(tmp_path, tokens, AMPLE, steps=FEWEST + 8, exact_rows=4)
+    with pytest.raises(LostError):
+        trained(config, stop_at=TIMED_STEPS + 4)
+    assert len(trained(config.model_copy(update={"exact_rows": None}))) == 4
+    assert not (Path(config.output) / FILE).exists()
+
+
 def test_two_workers_take_equally_many_steps(tokens: str, tmp_path: Path) -> None:
     config = config_of(tmp_path, tokens, AMPLE, workers=2)
     found = run_ranks(fit_all, 2, tmp_path, [config])
@@ -149,11 +165,14 @@ def test_a_recipe_that_says_its_length_has_it(recipe: str) -> None:
 # --- the minutes of a whole flow
 
 
-def minutes_given(record: Record, name: str, **changes: Any) -> float | None:
-    words = [f"{key}={value}" for key, value in changes.items()]
-    config = load("demo", words, {"flow"})
+def demo(**changes: Any) -> FlowConfig:
+    config = load("demo", [f"{key}={value}" for key, value in changes.items()], {"flow"})
     assert isinstance(config, FlowConfig)
-    section = in_time(config, name, record)
+    return config
+
+
+def minutes_given(record: Record, name: str, **changes: Any) -> float | None:
+    section = in_time(demo(**changes), name, record)
     assert isinstance(section, MaskedConfig | DataConfig)
     return section.budget.minutes if isinstance(section, MaskedConfig) and section.budget is not None else None
 
@@ -163,7 +182,9 @@ QUICK, SLOW = ({"data": 0.05 * 60, "vqgan": minutes * 60, "clip": 0.5 * 60} for 
 
 def test_a_flow_on_a_slow_machine_leaves_its_trainings_less(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quick, slow = (Record(tmp_path / "flow.json", dict(seconds)) for seconds in (QUICK, SLOW))
-    assert (minutes_given(quick, "base"), minutes_given(quick, "superres")) == (8.5, 5)
+    assert minutes_given(quick, "base") == 8.5
+    quick.seconds["base"] = 60 * 9
+    assert minutes_given(quick, "superres") == 5
     assert capsys.readouterr().out == ""
     base = minutes_given(slow, "base")
     assert base == pytest.approx((19.5 - 1.5 * 6.55) * 8.5 / 13.5)
@@ -172,12 +193,14 @@ def test_a_flow_on_a_slow_machine_leaves_its_trainings_less(tmp_path: Path, caps
     assert f"[base] {base:.1f} of its 8.5 minutes" in capsys.readouterr().out
 
 
-def test_what_a_flow_gives_is_decided_once(tmp_path: Path) -> None:
+def test_what_a_flow_gives_does_not_count_its_own_stage_and_may_change(tmp_path: Path) -> None:
     record = Record(tmp_path / "flow.json", dict(SLOW))
     given = minutes_given(record, "base")
     record.seconds["base"] = 1000.0  # it was interrupted
-    record.save()
-    assert minutes_given(Record.load(record.path), "base") == given
+    assert minutes_given(record, "base") == given
+    sections = [in_time(demo(minutes=minutes), "base", record) for minutes in ("19.5", "60", "null")]
+    assert [one.budget.minutes for one in sections if isinstance(one, MaskedConfig) and one.budget] == [given, 8.5, 8.5]
+    assert all(one.identity() == sections[0].identity() for one in sections)  # and so the output is the same one's
 
 
 def test_a_flow_that_has_no_time_left_gives_next_to_none(tmp_path: Path) -> None:
@@ -190,4 +213,3 @@ def test_without_minutes_or_budgets_a_flow_gives_what_its_recipe_says(tmp_path: 
     assert minutes_given(record, "data") is None
     assert minutes_given(record, "base", **{"base.budget": "null"}) is None
     assert minutes_given(record, "superres", **{"base.budget": "null"}) == 5
-    assert "base" not in record.budgets

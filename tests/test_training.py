@@ -101,9 +101,17 @@ def exact_low(root: Path, data: Data, **changes: Any) -> TrainConfig:
     return exact(root, data, **{"precision": "bf16", **changes})
 
 
-def exact_dropped(root: Path, data: Data, **changes: Any) -> TrainConfig:
+def exact_half(root: Path, data: Data, **changes: Any) -> TrainConfig:
+    return exact(root, data, **{"precision": "fp16", **changes})
+
+
+def dropped(root: Path, data: Data, **changes: Any) -> TrainConfig:
     """Features are dropped, other ones at every step."""
-    return exact(root, data, **{"model": {**tiny.UVIT, "hidden_dropout": 0.3, "attention_dropout": 0.2}, **changes})
+    return base(root, data, **{"model": {**tiny.UVIT, "hidden_dropout": 0.3, "attention_dropout": 0.2}, **changes})
+
+
+def exact_dropped(root: Path, data: Data, **changes: Any) -> TrainConfig:
+    return dropped(root, data, **{"exact_rows": 3, **changes})
 
 
 def exact_superres(root: Path, data: Data, **changes: Any) -> TrainConfig:
@@ -138,10 +146,11 @@ EXACT = {
     "exact lion": exact_lion,
     "exact adafactor": exact_adafactor,
     "exact low": exact_low,
+    "exact half": exact_half,
     "exact dropped": exact_dropped,
     "exact superres": exact_superres,
 }
-KINDS = {**TRAININGS, **EXACT, "wide": wide, "muse": muse, "wide superres": wide_superres}
+KINDS = {**TRAININGS, **EXACT, "dropped": dropped, "wide": wide, "muse": muse, "wide superres": wide_superres}
 
 
 class WorkerLostError(Exception):
@@ -178,7 +187,7 @@ def assert_same(ours: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 # --- restarts
 
 
-@pytest.mark.parametrize("name", [*TRAININGS, "exact dropped"])
+@pytest.mark.parametrize("name", [*TRAININGS, "dropped", "exact dropped"])
 def test_a_training_that_lost_its_worker_ends_with_the_same_bits(name: str, data: Data, tmp_path: Path) -> None:
     straight = KINDS[name](tmp_path / "straight", data, checkpoint={"every": 6, "keep": 2})
     broken = KINDS[name](tmp_path / "broken", data, checkpoint={"every": 6, "keep": 2})
@@ -194,6 +203,13 @@ def test_a_training_that_lost_its_worker_ends_with_the_same_bits(name: str, data
     models = [sorted(Path(config.output, "model").rglob("*.safetensors")) for config in (straight, broken)]
     assert [path.read_bytes() for path in models[0]] == [path.read_bytes() for path in models[1]]
     assert len(models[0]) >= 1
+
+
+def test_dropout_differs_from_micro_batch_to_micro_batch(data: Data, tmp_path: Path, monkeypatch: Any) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    fit(dropped(tmp_path, data, steps=3, micro_batch_size=4))
+    assert len(seeds) == len(set(seeds)) == 3 * 2
 
 
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(data: Data, tmp_path: Path) -> None:
@@ -228,7 +244,7 @@ def train_everywhere(root: Path, data: Data, names: list[str], changes: dict[str
 WORLDS = {
     2: ["superres", "vqgan", "gan", "clip", "base@2", "wide@3", "muse@3", "exact@2", "exact muon@1", "exact lion@2"],
     3: ["base", "vqgan", "gan", "clip", "base@2", "exact@1", "exact muon@2", "exact superres@0", "exact adafactor@0"],
-    4: ["wide@1", "exact@2", "exact superres@1", "exact low@2", "exact dropped@1"],
+    4: ["wide@1", "exact@2", "exact superres@1", "exact low@2", "exact half@1", "exact dropped@1"],
 }
 
 

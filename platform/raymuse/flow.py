@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +48,16 @@ NEEDED_BYTES = 2 * 2**30
 BUDGETED = ("base", "superres")
 BESIDE = 0.5
 """Of the time that stages before the base take: starts and samples of the budgeted trainings, and what follows them."""
+LEAST = 0.1  # minutes; the fewest steps take longer
 
 
 @dataclass
 class Record:
-    """What the flow remembers between attempts: every stage's seconds, MLflow run and minutes given; peak memory."""
+    """What the flow remembers between attempts: seconds and MLflow run of every stage, peak memory."""
 
     path: Path
     seconds: dict[str, float] = field(default_factory=dict)
     runs: dict[str, str] = field(default_factory=dict)
-    budgets: dict[str, float] = field(default_factory=dict)
     peak_gib: float = 0.0
 
     @classmethod
@@ -66,7 +65,7 @@ class Record:
         return cls(path, **json.loads(path.read_text())) if path.exists() else cls(path)
 
     def save(self) -> None:
-        kept = {"seconds": self.seconds, "runs": self.runs, "budgets": self.budgets, "peak_gib": self.peak_gib}
+        kept = {"seconds": self.seconds, "runs": self.runs, "peak_gib": self.peak_gib}
         Folder(str(self.path.parent)).write(self.path.name, json.dumps(kept, indent=1).encode())
 
 
@@ -116,7 +115,7 @@ def _run_stages(config: FlowConfig, root: Path, record: Record, uri: str, parent
 
 
 def in_time(config: FlowConfig, name: str, record: Record) -> StageConfig:
-    """The stage's section; a budget of minutes in it is at most what the flow's leave, decided once.
+    """The stage's section; a budget of minutes in it is at most what the flow's leave.
 
     What is left when the stages before have taken their time, and those after are expected to, is shared by the
     trainings in the ratio of their budgets.
@@ -125,16 +124,18 @@ def in_time(config: FlowConfig, name: str, record: Record) -> StageConfig:
     wanted = {stage: one.minutes for stage in BUDGETED if (one := getattr(config, stage).stretch) is not None}
     if config.minutes is None or name not in wanted:
         return section
-    if name not in record.budgets:
-        before = sum(record.seconds.get(stage, 0.0) for stage in takewhile(lambda stage: stage != "base", STAGES))
-        left = config.minutes - (sum(record.seconds.values()) + BESIDE * before) / 60
-        to_come = sum(minutes for stage, minutes in wanted.items() if stage not in record.budgets)
-        record.budgets[name] = min(wanted[name], max(left * wanted[name] / to_come, 0.1))
-        if record.budgets[name] < wanted[name]:
-            print(
-                f"[{name}] {record.budgets[name]:.1f} of its {wanted[name]:g} minutes: the flow has {config.minutes:g}"
-            )
-    budget = getattr(config, name).budget.model_copy(update={"minutes": record.budgets[name]})
+    order = list(STAGES)
+    place = order.index(name)
+
+    def spent(stages: list[str]) -> float:
+        return sum(record.seconds.get(stage, 0.0) for stage in stages) / 60
+
+    left = config.minutes - spent(order[:place]) - BESIDE * spent(order[: order.index(BUDGETED[0])])
+    to_come = sum(minutes for stage, minutes in wanted.items() if order.index(stage) >= place)
+    given = min(wanted[name], max(left * wanted[name] / to_come, LEAST))
+    if given < wanted[name]:
+        print(f"[{name}] {given:.1f} of its {wanted[name]:g} minutes: the flow has {config.minutes:g}", flush=True)
+    budget = getattr(config, name).budget.model_copy(update={"minutes": given})
     return section.model_copy(update={"budget": budget})
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from raymuse.config.base import Address, Config, StageConfig, runtime
 from raymuse.config.nodes import NetworkConfig, ShardCacheConfig
@@ -110,6 +110,8 @@ class TrainConfig(StageConfig):
 
 TIMED_STEPS = 40
 """Steps by which a training with a budget knows its machine."""
+PASS = 1.0
+"""Rows that a pass through a network costs on a CPU beside those that it is given."""
 
 
 class BudgetConfig(Config):
@@ -119,7 +121,7 @@ class BudgetConfig(Config):
     encodes itself, which are laid out for a known number of steps; and with exact sums, to end alike everywhere.
     """
 
-    minutes: float = Field(gt=0, description="that all steps may take; `steps` are taken however long they need")
+    minutes: float = runtime(..., "that all steps may take; `steps` are taken however long they need", gt=0)
     max_steps: int = Field(ge=1, description="enough, however quick the machine is")
 
 
@@ -247,7 +249,7 @@ class MaskedConfig(TrainConfig):
         None, "copies of token shards on each machine's disk; None: a part is read from `input` each time"
     )
     budget: BudgetConfig | None = Field(None, description="more steps than `steps`, where they fit into some minutes")
-    exact_rows: Annotated[int, Field(ge=1)] | Literal["auto"] | None = runtime(
+    exact_rows: int | Literal["auto"] | None = runtime(
         "auto",
         "rows whose gradients are computed together and then summed exactly, so that the number of workers changes no "
         "bit of the weights; auto: where it is a range, on CPUs; null: each worker's share, and sums as they come",
@@ -296,31 +298,39 @@ class MaskedConfig(TrainConfig):
     def exact(self) -> int | None:
         """`exact_rows` as a number: what `auto` stands for where it is that.
 
-        The batch is cut into the fewest equal pieces that leave no number of workers with over an eighth more rows than
-        its share.
+        Pieces of the batch that cost least where they cost most, over the numbers of workers that there may be: as
+        against each worker's share in one pass, where a pass costs `PASS` rows beside its own.
         """
         if self.exact_rows != "auto":
             return self.exact_rows
-        if self.min_workers is None or self.use_gpu or self.stream is not None or not self._holds_whole_gradients:
+        fixed = self.min_workers is None or self.min_workers == self.workers
+        if fixed or self.use_gpu or self.stream is not None or not self._holds_whole_gradients:
             return None
+        assert self.min_workers is not None
         worlds = range(self.min_workers, self.workers + 1)
 
-        def most(rows: int, world: int) -> int:
-            return -(-self.batch_size // (rows * world)) * rows
+        def cost(rows: int, world: int) -> float:
+            share, pieces = -(-self.batch_size // world), -(-self.batch_size // (rows * world))
+            return pieces * (rows + PASS) / (share + PASS)
 
-        pieces = range(-(-self.batch_size // (self.micro_batch_size or self.batch_size)), self.batch_size + 1)
-        sizes = (-(-self.batch_size // count) for count in pieces)
-        return next(rows for rows in sizes if all(8 * most(rows, world) <= 9 * most(1, world) for world in worlds))
+        sizes = range(min(self.batch_size, self.micro_batch_size or self.batch_size), 0, -1)
+        return min(sizes, key=lambda rows: max(cost(rows, world) for world in worlds))
 
     @property
     def _holds_whole_gradients(self) -> bool:
         return self.workers == 0 or (self.zero.stage < 3 and not self.zero.offload)
 
+    @field_validator("exact_rows", mode="before")
+    @classmethod
+    def _some_rows(cls, value: Any) -> Any:
+        if value in (None, "auto") or (type(value) is int and value > 0):
+            return value
+        raise ValueError(f"must be a whole number of at least 1, auto or null (it is {value!r})")
+
     @model_validator(mode="after")
     def _sums_where_it_can(self) -> "MaskedConfig":
-        if self.exact_rows in (None, "auto"):
+        if not isinstance(self.exact_rows, int):
             return self
-        assert isinstance(self.exact_rows, int)
         if not self._holds_whole_gradients:
             raise ValueError("exact_rows: needs zero.stage 0, 1 or 2 and no zero.offload: workers sum whole gradients")
         if self.exact_rows > self.batch_size:

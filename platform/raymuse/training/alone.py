@@ -103,10 +103,11 @@ def config_of(recipe: str, changes: Sequence[str]) -> TrainConfig:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config = load(recipe, [*changes, f"workers={world}", "min_workers=null"], stages)
     assert isinstance(config, TrainConfig)
-    if isinstance(config, MaskedConfig):
+    if isinstance(config, MaskedConfig) and config.exact_rows == "auto":
         asked = load(recipe, changes, stages)
         assert isinstance(asked, MaskedConfig)
-        config = config.model_copy(update={"exact_rows": asked.exact})
+        if asked.exact is not None:
+            config = config.model_copy(update={"exact_rows": asked.exact, "micro_batch_size": None})
     return config
 
 

@@ -89,7 +89,8 @@ def train_here(
     config = _with_number_type(config, torch.device(device).type, say)
     if rows := exact_rows(config):
         if isinstance(config, MaskedConfig) and config.exact_rows == "auto" and rank_and_world()[0] == 0:
-            say(f"exact_rows: {rows} of the batch's {config.batch_size}, since the number of workers may change")
+            beside = "" if config.budget is None else "; and it stays as long as it is, whatever budget says"
+            say(f"exact_rows: {rows} of {config.batch_size}, since the number of workers may change{beside}")
         torch.set_num_threads(max(1, int(config.cpus_per_worker)))  # by which products round; also without Ray
     task = build_task(config, device, pieces)
     engine = build_engine(config, task, device)

@@ -26,16 +26,25 @@ class Length:
 
     def __init__(self, config: TrainConfig, say: Callable[[str], None]) -> None:
         self.budget = config.stretch if isinstance(config, MaskedConfig) else None
+        self.may_be_decided = isinstance(config, MaskedConfig) and config.budget is not None
         self.steps = config.steps
         self.horizon = config.steps if self.budget is None else self.budget.max_steps  # of the schedule
         self.folder = Folder(config.output)
         self.say = say
         self._seconds: list[float] = []
 
-    def resume(self) -> None:
-        """Be as long as was decided, where it was. Collective."""
-        if self.budget is not None:
-            self._be(agreed(self._decided() if rank_and_world()[0] == 0 else None))
+    def resume(self, done: int) -> None:
+        """Be as long as was decided, where it was, though it might not be now; and as the config says where it was not.
+
+        So a training that goes on with other workers keeps its length. Collective.
+
+        Args:
+            done: steps that the training goes on from.
+        """
+        if not self.may_be_decided:
+            return
+        decided = agreed(self._decided() if rank_and_world()[0] == 0 else None)
+        self._be(self.steps if decided is None and done >= TIMED_STEPS else decided)
 
     def took(self, seconds: float, done: int) -> None:
         """A step took that long, and so many are done. Collective where it is the last that is timed."""

@@ -76,6 +76,7 @@ class Loop:
         self.loss_since, self.steps_since = 0.0, 0
         self.last_loss: float | None = None
         self.skipped = self.skipped_in_a_row = 0
+        self.rows = exact_rows(config) or 1  # that the batch is cut between
         self.micro_batch, self.accumulation = micro_batches(config, engine.world)
         self.drops = any(isinstance(part, nn.Dropout) and part.p > 0 for part in task.module.modules())
         self.evaluation = evaluation_of(config, task, self.micro_batch)
@@ -126,8 +127,9 @@ class Loop:
         self.scaling.load(found.state.get("loss_scale") if found is not None else None)
         self.worker_seconds = found.state.get("worker_seconds", 0.0) if found is not None else 0.0
         self.lineage["resumed_from"] = found.step if found is not None else None
-        self.length.resume()
-        return found.step if found is not None else 0
+        done = found.step if found is not None else 0
+        self.length.resume(done)
+        return done
 
     def _stop(self, done: int) -> bool:
         self.saver.finish()
@@ -221,8 +223,7 @@ class Loop:
         return {}
 
     def _batches(self, step: int) -> list[dict[str, Tensor]]:
-        rows = exact_rows(self.config) or 1
-        positions, weights = share(step, self.config.batch_size, self.engine.rank, self.engine.world, rows)
+        positions, weights = share(step, self.config.batch_size, self.engine.rank, self.engine.world, self.rows)
         cuts = range(0, self.micro_batch * self.accumulation, self.micro_batch)
         pad = self.micro_batch * self.accumulation - len(positions)
         positions = np.concatenate([positions, np.repeat(positions[-1:], pad)])
