@@ -57,7 +57,9 @@ class TrainConfig(StageConfig):
 
     steps: int = Field(ge=1)
     batch_size: int = Field(64, ge=1, description="samples a step, over all workers")
-    micro_batch_size: int | None = runtime(None, "samples a worker holds at once; None: its whole share", ge=1)
+    micro_batch_size: int | None = runtime(
+        None, "samples a worker holds at once; None: all of its share, or `exact_rows`", ge=1
+    )
     seed: int = 0
     precision: Precision = Field(
         "fp32",
