@@ -15,7 +15,7 @@ A cluster whose head has no role (a laptop's, one of other people) is used as it
 alone, and keeps work without a GPU away from machines with one where it can.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import ray
@@ -38,6 +38,15 @@ _HEAD = "node:__internal_head__"  # a resource that Ray gives the head alone
 def place(work: Work, gpus: float) -> dict[str, str]:
     """Label selector for a kind of work on the cluster that is joined; empty where its head has no role."""
     return selector(work, gpus) if by_role(ray.nodes()) else {}
+
+
+def encoding_task(function: Callable[..., Any], gpus: float) -> Any:
+    """A remote function that runs where encoders do.
+
+    With a GPU its process ends with it, and gives the GPU's memory back; without, the next one finds its imports there.
+    """
+    options = {"num_gpus": gpus, "max_calls": 1} if gpus else {}
+    return ray.remote(num_cpus=1, label_selector=place("encode", gpus), **options)(function)
 
 
 def by_role(nodes: Iterable[Mapping[str, Any]]) -> bool:

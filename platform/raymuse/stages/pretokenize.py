@@ -8,7 +8,7 @@ chunks through to parts           tokenizing/stream.py
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 import ray
 from PIL import Image
 
-from raymuse.clusters.placement import place
+from raymuse.clusters.placement import encoding_task
 from raymuse.clusters.quiet import quiet_data
 from raymuse.config.errors import TooManyRejects, UserError
 from raymuse.config.pretokenize import PretokenizeConfig
@@ -69,7 +69,7 @@ def pretokenize(config: PretokenizeConfig, run: Run) -> str:
         for scratch in (CHUNKS, HASHES):
             manifest.folder.remove(scratch)
         manifest.finish(**facts, **agreement, counts=_totals(manifest))
-        if run.id is not None and (sheet := ray.get(_look.options(**_as_encoder(config)).remote(config, facts))):
+        if run.id is not None and (sheet := _on_encoder(_look, config, facts)):
             run.picture("tokens as pictures", sheet, 0)
     manifest.release()
     _report(manifest, config, run)
@@ -118,17 +118,16 @@ def _check_room(manifest: Manifest, config: PretokenizeConfig, pending: Mapping[
 def _write_empty(manifest: Manifest, config: PretokenizeConfig, facts: Mapping[str, Any]) -> None:
     """The empty caption, once a data set: what dropped captions become."""
     if manifest.pending([EMPTY]):
-        table = ray.get(_encode_empty.options(**_as_encoder(config)).remote(config))
+        table = _on_encoder(_encode_empty, config)
         data = parquet_bytes(table, tagged(facts))
         manifest.write_part(EMPTY, {f"captions/{EMPTY}.parquet": data}, rows=0, rejects=0, source="")
 
 
-def _as_encoder(config: PretokenizeConfig) -> dict[str, Any]:
-    gpus = config.gpus_per_encoder
-    return {"num_gpus": gpus or None, "label_selector": place("encode", gpus)}
+def _on_encoder(function: Callable[..., Any], config: PretokenizeConfig, *arguments: Any) -> Any:
+    """What it returns where encoders run: the driver needs neither torch nor a GPU."""
+    return ray.get(encoding_task(function, config.gpus_per_encoder).remote(config, *arguments))
 
 
-@ray.remote(num_cpus=1, max_calls=1)  # torch and the encoder leave the memory with the process
 def _encode_empty(config: PretokenizeConfig) -> pa.Table:
     return CaptionEncoder(config, config.device)([""])
 
@@ -138,7 +137,7 @@ def _agreement(config: PretokenizeConfig, plan: Mapping[str, Shard], run: Run) -
     if config.precision == "fp32":
         return {}
     first = list(plan.values())[:TRIED_SHARDS]
-    share = ray.get(_measure.options(**_as_encoder(config)).remote(config, first))
+    share = _on_encoder(_measure, config, first)
     if share is None:
         return {}
     run.metrics({"code_agreement": share}, 0)
@@ -148,7 +147,6 @@ def _agreement(config: PretokenizeConfig, plan: Mapping[str, Shard], run: Run) -
     return {"code_agreement": share}
 
 
-@ray.remote(num_cpus=1, max_calls=1)  # torch and the encoders leave the memory with the process
 def _measure(config: PretokenizeConfig, shards: list[Shard]) -> float | None:
     """None where no shard has a picture that can be used."""
     for shard in shards:
@@ -161,7 +159,6 @@ def _measure(config: PretokenizeConfig, shards: list[Shard]) -> float | None:
 # --- the end
 
 
-@ray.remote(num_cpus=1, max_calls=1)  # torch and the VQGAN leave the memory with the process
 def _look(config: PretokenizeConfig, facts: Mapping[str, Any]) -> Image.Image | None:
     """Some rows of the first part that has any, decoded again; None where there is none."""
     folder = Folder(config.output)

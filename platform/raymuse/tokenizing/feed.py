@@ -16,7 +16,7 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, DataIterator, ExecutionResources, TaskPoolStrategy
 
-from raymuse.clusters.placement import place
+from raymuse.clusters.placement import encoding_task, place
 from raymuse.clusters.quiet import quiet_data
 from raymuse.config.pretokenize import StreamConfig
 from raymuse.config.training import MaskedConfig
@@ -154,6 +154,4 @@ def _look(address: str, stream: StreamConfig, shards: Sequence[Shard]) -> list[F
 
 
 def _empty(stream: StreamConfig) -> pa.Table:
-    gpus = stream.gpus_per_encoder
-    task = ray.remote(num_cpus=1, max_calls=1)(encode_empty)  # the encoder leaves the memory with the process
-    return ray.get(task.options(num_gpus=gpus or None, label_selector=place("encode", gpus)).remote(stream))
+    return ray.get(encoding_task(encode_empty, stream.gpus_per_encoder).remote(stream))
