@@ -24,6 +24,7 @@ import torch
 from ray.train import Checkpoint, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.callbacks import DatasetsCallback
 
 from raymuse.clusters.placement import place
 from raymuse.clusters.watching import watching
@@ -123,7 +124,7 @@ def _group(config: TrainConfig, run: Run, notes: _Notes) -> bool:
 def _trainer(config: TrainConfig, run: Run, notes: _Notes) -> TorchTrainer:
     gpu = {"GPU": 1} if config.use_gpu else {}
     workers = config.workers if config.min_workers is None else (config.min_workers, config.workers)
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _worker,
         train_loop_config={
             "config": config.model_dump(mode="json"),
@@ -152,6 +153,13 @@ def _trainer(config: TrainConfig, run: Run, notes: _Notes) -> TorchTrainer:
     # Ray Train would answer Ctrl-C itself, end the process with 1, and keep its handler after the training.
     trainer._register_sigint_handler = lambda controller: None
     return trainer
+
+
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """Ray Train's, without the process a group that deals Ray Data's data sets out: it is given none."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
 
 
 @contextmanager
