@@ -31,11 +31,9 @@ class Ema:
             return full_weights(self.engine)
 
     def each(self) -> Iterator[tuple[str, Tensor]]:
-        """Every averaged parameter by its name, full, fp32, one at a time; to be gone through. Collective."""
+        """Every averaged parameter by its name, full, fp32; to be gone through, and copied on the way. Collective."""
         with swapped(self.engine, self.average):
-            for name, parameter in self.engine.module.named_parameters():
-                if parameter.requires_grad:
-                    yield name, self.engine.read(name)
+            yield from self.engine.each()
 
     def restore(self, weights: dict[str, Tensor], updates: int) -> None:
         """Set the average from full parameters; the engine's own weights are left as they were. Collective."""

@@ -47,6 +47,12 @@ class Engine(Protocol):
     def read(self, name: str, state: str | None = None) -> Tensor:
         """A full fp32 parameter, or one of its optimizer moments as the optimizer keeps it. Collective."""
 
+    def each(self, state: str | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Every trained parameter by its name, as `read` gives it, or that moment of all that have it, in any order.
+
+        To be gone through, and copied on the way. Collective.
+        """
+
     def write(self, name: str, value: Tensor, state: str | None = None) -> None:
         """Set a full fp32 parameter, or one of its optimizer moments. Collective."""
 
@@ -127,6 +133,9 @@ class PlainEngine:
         value: Tensor = parameter.data if state is None else self.optimizer.state[self._begun(parameter)][state]
         return value
 
+    def each(self, state: str | None = None) -> Iterator[tuple[str, Tensor]]:
+        return one_by_one(self, self.parameters, state)
+
     def write(self, name: str, value: Tensor, state: str | None = None) -> None:
         self.read(name, state).copy_(value)
 
@@ -200,5 +209,10 @@ def swapped(engine: Engine, average: list[Tensor]) -> Iterator[None]:
 
 def full_weights(engine: Engine) -> dict[str, Tensor]:
     """Every trained parameter, full, fp32, on the CPU, on every rank. Collective."""
-    names = [name for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
-    return {name: engine.read(name).detach().float().cpu().clone() for name in names}
+    found = {name: value.detach().float().to("cpu", copy=True) for name, value in engine.each()}
+    return {name: found[name] for name, _ in engine.module.named_parameters() if name in found}
+
+
+def one_by_one(engine: Engine, names: Iterable[str], state: str | None) -> Iterator[tuple[str, Tensor]]:
+    """An engine's `each`, where nothing is gained by reading several at once."""
+    return ((name, engine.read(name, state)) for name in names if state is None or state in engine.moments(name))

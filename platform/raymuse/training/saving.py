@@ -141,15 +141,16 @@ class Saver:
 
     def _share(self) -> dict[str, Tensor]:
         """Copies, on the CPU, of the full tensors that this rank writes: every world-th parameter. Collective."""
+        numbers = {name: number for number, name in enumerate(self._names())}
+        moments = sorted({moment for name in numbers for moment in self.engine.moments(name)})
+        kinds = {"weight": self.engine.each(), **{moment: self.engine.each(moment) for moment in moments}}
+        if self.ema is not None:
+            kinds["ema"] = self.ema.each()
         tensors: dict[str, Tensor] = {}
-        for number, name in enumerate(self._names()):
-            moments = {moment: self.engine.read(name, moment) for moment in self.engine.moments(name)}
-            values = {"weight": self.engine.read(name), **moments}
-            if number % self.engine.world == self.engine.rank:
-                tensors.update({f"{kind}/{name}": _copied(value) for kind, value in values.items()})
-        for number, (name, value) in enumerate(self.ema.each() if self.ema is not None else ()):
-            if number % self.engine.world == self.engine.rank:
-                tensors[f"ema/{name}"] = _copied(value)
+        for kind, values in kinds.items():
+            for name, value in values:
+                if numbers[name] % self.engine.world == self.engine.rank:
+                    tensors[f"{kind}/{name}"] = _copied(value)
         if self.engine.rank == 0:
             tensors.update({f"extra/{name}": _copied(value) for name, value in self.task.extra_state().items()})
         return tensors

@@ -1,16 +1,17 @@
 """DeepSpeed ZeRO behind the engine's interface."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from raymuse.config.training import OptimizerConfig
-from raymuse.training import moments
-from raymuse.training.engine import rank_and_world, unscale
+from raymuse.training import adam8bit, moments
+from raymuse.training.engine import one_by_one, rank_and_world, unscale
 from raymuse.training.exact import ExactSums
 from raymuse.training.muon import Muon, Place, Shards
 from raymuse.training.optimizers import build_optimizer
@@ -21,6 +22,10 @@ _UNUSED = {
     "deepspeed.runtime.zero.muon.muon_optimizer": "MuonWithAuxAdam",
     "deepspeed.runtime.zero.muon.original_muon": "muon_update",
 }
+
+
+GATHERED = 2**24
+"""Numbers that are made whole at a time, to be read."""
 
 
 class DeepSpeedEngine:
@@ -53,6 +58,7 @@ class DeepSpeedEngine:
         self.clip_norm = config.clip_norm
         optimizer = build_optimizer(model, config, fused=pieces is None)
         self._moments = moments.moments(optimizer)
+        self._in_blocks = adam8bit.is_8bit(optimizer)
         self.rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # ZeRO-3 takes a step while it is set up, which must not decay any weight
@@ -65,7 +71,7 @@ class DeepSpeedEngine:
         self.parameters = dict(self.module.named_parameters())
         self._start_moments()
         if isinstance(optimizer, Muon) and zero_stage > 0:
-            optimizer.layout = self._layout()
+            optimizer.layout = Shards(self.rank, self.world, {flat: places for flat, _, places in self._placed()})
         self.exact = None if pieces is None else ExactSums([self.parameters[name] for name in self.names], pieces)
         if self.exact is not None:
             self.optimizer.clip_grad = 0.0  # its norm depends on how many ranks add to it
@@ -139,6 +145,35 @@ class DeepSpeedEngine:
             return _present(safe_get_full_fp32_param(parameter), name)
         return _present(safe_get_full_optimizer_state(parameter, state), f"{name} {state}")
 
+    def each(self, state: str | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Several at a time: a message for each of hundreds would take most of a small checkpoint's time."""
+        if self.zero_stage == 0 or self._in_blocks:
+            yield from one_by_one(self, self.names, state)
+            return
+        names = {self.parameters[name]: name for name in self.names}
+        for flat, parameters, places in self._placed():
+            if state is None or state in self._moments[parameters[0]]:
+                shard = flat.data if state is None else self._inner().state[flat][state]
+                for parameter, value in self._gathered(shard, parameters, places):
+                    yield names[parameter], value
+
+    def _gathered(self, shard: Tensor, parameters: list[Any], places: list[Place]) -> Iterator[tuple[Any, Tensor]]:
+        """The full tensors of which all ranks' shards hold parts, `GATHERED` numbers a message. Collective."""
+        mine = range(self.rank * len(shard), (self.rank + 1) * len(shard))
+        for first, last in _batches([place.shape.numel() for place in places]):
+            batch = places[first:last]
+            whole = torch.zeros(sum(place.shape.numel() for place in batch), device=self.engine.device)
+            done = 0
+            for start, stop in (run for place in batch for run in place.runs):
+                low, high = max(start, mine.start), min(stop, mine.stop)
+                if low < high:
+                    whole[done + low - start :][: high - low] = shard[low - mine.start : high - mine.start]
+                done += stop - start
+            dist.all_reduce(whole)
+            values = torch.split(whole, [place.shape.numel() for place in batch])
+            for parameter, place, value in zip(parameters[first:last], batch, values, strict=True):
+                yield parameter, value.view(place.shape)
+
     def write(self, name: str, value: Tensor, state: str | None = None) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
@@ -206,18 +241,30 @@ class DeepSpeedEngine:
             return list(zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True))
         return list(zip(zero.single_partition_of_fp32_groups, zero.round_robin_bit16_groups, strict=True))
 
-    def _layout(self) -> Shards:
-        """Where each parameter lies: one after another, then cut (stages 1 and 2), or each cut by itself (stage 3)."""
-        flats = self._flat_shards()
-        if self.zero_stage == 3:
-            places = [_cut_apart(parameters, self.world) for _, parameters in flats]
-        else:
-            offsets = self.optimizer.round_robin_bit16_offsets
-            places = [
-                [Place(p.shape, ((start, start + p.numel()),)) for p, start in zip(parameters, starts, strict=True)]
-                for (_, parameters), starts in zip(flats, offsets, strict=True)
-            ]
-        return Shards(self.rank, self.world, {flat: found for (flat, _), found in zip(flats, places, strict=True)})
+    def _placed(self) -> Iterator[tuple[Tensor, list[Any], list[Place]]]:
+        """Each flat tensor of `_flat_shards`, with its parameters and where they lie in all ranks' put together.
+
+        One after another, then cut (stages 1 and 2), or each cut by itself (stage 3).
+        """
+        for number, (flat, parameters) in enumerate(self._flat_shards()):
+            if self.zero_stage == 3:
+                yield flat, parameters, _cut_apart(parameters, self.world)
+            else:
+                starts = self.optimizer.round_robin_bit16_offsets[number]
+                runs = [((start, start + p.numel()),) for p, start in zip(parameters, starts, strict=True)]
+                yield flat, parameters, [Place(p.shape, run) for p, run in zip(parameters, runs, strict=True)]
+
+
+def _batches(sizes: list[int]) -> Iterator[tuple[int, int]]:
+    """[first, last) of runs of tensors of at most `GATHERED` numbers together, or of one."""
+    first, held = 0, 0
+    for number, size in enumerate(sizes):
+        if number > first and held + size > GATHERED:
+            yield first, number
+            first, held = number, 0
+        held += size
+    if sizes:
+        yield first, len(sizes)
 
 
 def _cut_apart(parameters: list[Any], world: int) -> list[Place]:
