@@ -131,9 +131,20 @@ def run_steps(engine: Engine, ema: Ema, first: int, last: int) -> list[tuple[flo
 
 
 def read_state(engine: Engine, ema: Ema) -> State:
+    """All of it, each by itself; read together, some numbers at a time, it is the same."""
     names = list(full_weights(engine))
     tensors = {f"weight/{name}": engine.read(name).clone() for name in names}
     tensors |= {f"{m}/{name}": engine.read(name, m).clone() for name in names for m in engine.moments(name)}
+    seen: set[str] = set()
+    kinds = {key.partition("/")[0] for key in tensors}
+    with pytest.MonkeyPatch.context() as patch:
+        if not isinstance(engine, PlainEngine):
+            patch.setattr("raymuse.training.zero.GATHERED", 20)
+        for kind in sorted(kinds):
+            for name, value in engine.each(None if kind == "weight" else kind):
+                assert torch.equal(value, tensors[f"{kind}/{name}"])
+                seen.add(f"{kind}/{name}")
+    assert seen == tensors.keys()
     return State(tensors, ema.weights(), engine.updates())
 
 

@@ -13,6 +13,7 @@ import tiny
 from raymuse.config.training import MaskedConfig
 from raymuse.training import alone
 from raymuse.training.exact import LARGEST, UNIT, ExactSums
+from raymuse.training.plan import plan_of
 
 PIECES = 7
 
@@ -162,11 +163,44 @@ def test_where_workers_are_a_range_sums_are_exact_by_themselves(
     assert tiny.base_config(tmp_path, "tokens", **{**ELASTIC, **changes}).exact == rows
 
 
-def test_torchrun_sums_a_recipe_for_a_range_as_ray_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        (["workers={min: 2, max: 4}"], 8),
+        (["workers={min: 2, max: 4}", "micro_batch_size=4"], 4),
+        (["workers={min: 2, max: 4}", "exact_rows=null"], None),
+        (["workers={min: 2, max: 4}", "exact_rows=16"], 16),
+        (["workers=2"], None),
+        (["workers=0", "zero.offload=true"], None),  # as torchrun's three workers it may be
+    ],
+)
+def test_torchrun_sums_a_recipe_for_a_range_as_ray_does(
+    changes: list[str], rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    config = alone.config_of(
-        "base-256", ["use_gpu=false", "workers={min: 2, max: 4}", "batch_size=64", "input=a", "output=b"]
-    )
+    config = alone.config_of("base-256", ["use_gpu=false", "batch_size=64", "input=a", "output=b", *changes])
     assert (config.workers, config.min_workers) == (3, None)
     assert isinstance(config, MaskedConfig)
-    assert config.exact_rows == config.exact == 8
+    assert config.exact == rows
+    assert type(config).model_validate(config.model_dump(mode="json")) == config  # as an evaluation reads it
+
+
+@pytest.mark.parametrize("wrong", [0, -1, True, 2.5, "some"])
+def test_rows_are_a_number_auto_or_null(wrong: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="a whole number of at least 1, auto or null"):
+        tiny.base_config(tmp_path, "tokens", exact_rows=wrong)
+
+
+@pytest.mark.parametrize(
+    ("zero", "times"),
+    [({"stage": 3}, [4, 4, 12, 1]), ({"stage": 2}, [4, 4, 12, 1]), ({"stage": 2, "offload": True}, [4, 1, 1, 1])],
+)
+def test_a_plan_counts_the_sums_of_the_stages_that_have_them(
+    zero: dict[str, Any], times: list[int], tmp_path: Path
+) -> None:
+    plain, elastic = (
+        plan_of(tiny.base_config(tmp_path, "tokens", batch_size=64, model=PLANNED, zero=zero, workers=workers))
+        for workers in (3, {"min": 1, "max": 3})
+    )
+    more = [elastic.memory(stage).gradients / plain.memory(stage).gradients for stage in range(4)]
+    assert more == pytest.approx(times)

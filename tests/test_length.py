@@ -111,6 +111,15 @@ def test_a_training_keeps_its_length_though_its_workers_become_a_range(tokens: s
     assert len(trained(config.model_copy(update={"exact_rows": 4}))) == MOST - TIMED_STEPS - 4
 
 
+def test_a_training_that_is_stopped_before_it_is_decided_is_timed_until_it_is(tokens: str, tmp_path: Path) -> None:
+    config = config_of(tmp_path, tokens, AMPLE, budget={"minutes": AMPLE, "max_steps": 2 * MOST}, steps=FEWEST + 20)
+    for lost_at in (20, TIMED_STEPS + 4):
+        with pytest.raises(LostError):
+            trained(config, stop_at=lost_at)
+        assert not (Path(config.output) / FILE).exists()
+    assert len(trained(config)) == 2 * MOST - TIMED_STEPS - 4
+
+
 def test_a_training_that_is_as_long_as_its_config_says_stays_so(tokens: str, tmp_path: Path) -> None:
     config = config_of(tmp_path, tokens, AMPLE, steps=FEWEST + 8, exact_rows=4)
     with pytest.raises(LostError):

@@ -15,6 +15,8 @@ import pytest
 import ray
 import ray.train
 from ray.cluster_utils import Cluster
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
 from safetensors.torch import load_file
 
 import tiny
@@ -24,7 +26,7 @@ from raymuse.config.errors import UserError
 from raymuse.config.nodes import NetworkConfig
 from raymuse.config.training import BaseConfig
 from raymuse.drawing.model_folder import load_base
-from raymuse.stages.train import _group, _Notes, _notice, _TorchWithStop, train
+from raymuse.stages.train import _group, _Notes, _notice, _TorchWithStop, _trainer, train
 from raymuse.storage import checkpoint
 from raymuse.tracking.run import Run
 from raymuse.training.build import train_here
@@ -204,6 +206,16 @@ def test_a_machine_that_is_not_ready_is_asked_again(tmp_path: Path, monkeypatch:
         errors += given
         with pytest.raises(ray.train.ControllerError):
             _group(config, Run.off(), _Notes.of(config))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_no_process_deals_out_data_sets_that_there_are_not(tmp_path: Path) -> None:
+    config = tiny.base_config(tmp_path, "nowhere", workers=1)
+    ours = _trainer(config, Run.off(), _Notes.of(config))
+    kinds = [type(one) for one in ours._create_default_callbacks()]
+    assert [type(one) for one in TorchTrainer._create_default_callbacks(ours) if type(one) not in kinds] == [
+        DatasetsCallback
+    ]
 
 
 def test_a_training_that_does_not_stop_within_its_notice_is_ended() -> None:

@@ -7,7 +7,8 @@ from raymuse.config.training import MaskedConfig, TrainConfig
 
 def flow_plan(config: FlowConfig) -> str:
     """The stages of a flow, what each writes, and how much each trains."""
-    limit = f", within {config.minutes:g} minutes where the fewest steps allow it" if config.minutes else ""
+    may_be_cut = config.minutes and (config.base.stretch or config.superres.stretch)
+    limit = f", within {config.minutes:g} minutes where the fewest steps allow it" if may_be_cut else ""
     lines = [f"flow {config.name} in {config.workdir}{limit}:"]
     for number, (name, model) in enumerate(SECTIONS.items(), start=1):
         section = getattr(config, name).within(config.workdir)

@@ -1,5 +1,6 @@
 """The trainings: VQGAN and CLIP from pictures; base, super-resolution and token critic from token shards."""
 
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -240,6 +241,22 @@ class LoraConfig(Config):
     )
 
 
+@lru_cache
+def _cheapest_rows(batch_size: int, most: int | None, fewest_workers: int, workers: int) -> int:
+    """Pieces of the batch, of at most so many rows, that cost least where they cost most, over the numbers of workers.
+
+    As against each worker's share in one pass, where a pass costs `PASS` rows beside its own.
+    """
+
+    def cost(rows: int, world: int) -> float:
+        share, pieces = -(-batch_size // world), -(-batch_size // (rows * world))
+        return pieces * (rows + PASS) / (share + PASS)
+
+    worlds = range(fewest_workers, workers + 1)
+    sizes = range(min(batch_size, most or batch_size), 0, -1)
+    return min(sizes, key=lambda rows: max(cost(rows, world) for world in worlds))
+
+
 class MaskedConfig(TrainConfig):
     """Training on token shards, or on pictures encoded as it runs, with some ids masked."""
 
@@ -298,25 +315,14 @@ class MaskedConfig(TrainConfig):
 
     @property
     def exact(self) -> int | None:
-        """`exact_rows` as a number: what `auto` stands for where it is that.
-
-        Pieces of the batch that cost least where they cost most, over the numbers of workers that there may be: as
-        against each worker's share in one pass, where a pass costs `PASS` rows beside its own.
-        """
+        """`exact_rows` as a number: what `auto` stands for where it is that."""
         if self.exact_rows != "auto":
             return self.exact_rows
         fixed = self.min_workers is None or self.min_workers == self.workers
         if fixed or self.use_gpu or self.stream is not None or not self._holds_whole_gradients:
             return None
         assert self.min_workers is not None
-        worlds = range(self.min_workers, self.workers + 1)
-
-        def cost(rows: int, world: int) -> float:
-            share, pieces = -(-self.batch_size // world), -(-self.batch_size // (rows * world))
-            return pieces * (rows + PASS) / (share + PASS)
-
-        sizes = range(min(self.batch_size, self.micro_batch_size or self.batch_size), 0, -1)
-        return min(sizes, key=lambda rows: max(cost(rows, world) for world in worlds))
+        return _cheapest_rows(self.batch_size, self.micro_batch_size, self.min_workers, self.workers)
 
     @property
     def _holds_whole_gradients(self) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from raymuse.config.errors import UserError
+from raymuse.config.errors import ConfigError, UserError
 from raymuse.config.load import load
 from raymuse.config.stages import STAGES
 from raymuse.config.training import MaskedConfig, TrainConfig
@@ -104,7 +104,10 @@ def config_of(recipe: str, changes: Sequence[str]) -> TrainConfig:
     config = load(recipe, [*changes, f"workers={world}", "min_workers=null"], stages)
     assert isinstance(config, TrainConfig)
     if isinstance(config, MaskedConfig) and config.exact_rows == "auto":
-        asked = load(recipe, changes, stages)
+        try:
+            asked = load(recipe, changes, stages)
+        except ConfigError:  # it is right for these workers alone, and so for no range of them
+            return config
         assert isinstance(asked, MaskedConfig)
         if asked.exact is not None:
             config = config.model_copy(update={"exact_rows": asked.exact, "micro_batch_size": None})

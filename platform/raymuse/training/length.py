@@ -33,18 +33,16 @@ class Length:
         self.say = say
         self._seconds: list[float] = []
 
-    def resume(self, done: int) -> None:
-        """Be as long as was decided, where it was, though it might not be now; and as the config says where it was not.
-
-        So a training that goes on with other workers keeps its length. Collective.
+    def resume(self, horizon: int | None) -> None:
+        """Be as long as was decided, where it was, though it might not be now. Collective.
 
         Args:
-            done: steps that the training goes on from.
+            horizon: of the checkpoint that the training goes on from: its config's steps where it was not to be longer.
         """
         if not self.may_be_decided:
             return
         decided = agreed(self._decided() if rank_and_world()[0] == 0 else None)
-        self._be(self.steps if decided is None and done >= TIMED_STEPS else decided)
+        self._be(self.steps if decided is None and horizon == self.steps else decided)
 
     def took(self, seconds: float, done: int) -> None:
         """A step took that long, and so many are done. Collective where it is the last that is timed."""

@@ -127,9 +127,8 @@ class Loop:
         self.scaling.load(found.state.get("loss_scale") if found is not None else None)
         self.worker_seconds = found.state.get("worker_seconds", 0.0) if found is not None else 0.0
         self.lineage["resumed_from"] = found.step if found is not None else None
-        done = found.step if found is not None else 0
-        self.length.resume(done)
-        return done
+        self.length.resume(found.state.get("horizon") if found is not None else None)
+        return found.step if found is not None else 0
 
     def _stop(self, done: int) -> bool:
         self.saver.finish()
@@ -286,6 +285,7 @@ class Loop:
         total = float(global_sum(torch.tensor([self.loss_since], dtype=torch.float64)))
         mean = total / self.steps_since if self.steps_since else None
         state: dict[str, Any] = {"skipped": self.skipped, "loss": mean, "steps": self.steps_since}
+        state["horizon"] = self.length.horizon
         if self.held_out is not None:
             state["eval_loss"] = self.held_out
         state |= {"lineage": self.lineage, "worker_seconds": self.worker_seconds}

@@ -99,16 +99,18 @@ class Plan:
     def memory(self, stage: int) -> Memory:
         """At that ZeRO stage, or with plain data parallelism (0)."""
         count, parts = 4.0 * self.trained, max(1, self.config.workers)
-        there = self.config.model_copy(update={"zero": self.config.zero.model_copy(update={"stage": stage})})
+        offload = self.config.zero.offload and stage in (1, 2)
+        zero = self.config.zero.model_copy(update={"stage": stage, "offload": offload})
+        exact = stage < 3 and self.config.model_copy(update={"zero": zero}).exact
         average = count if self.config.ema_decay else 0.0
         state = self.moments + average + (count if stage in (1, 2) else 0.0)
         gathered = 4.0 * min(self.trained + self.still, GATHERED) if stage == 3 else 0.0
         return Memory(
             weights=(count + 4.0 * (self.still - self.text)) / (parts if stage == 3 else 1) + 4.0 * self.text,
-            gradients=4 * count if there.exact else count / (parts if stage >= 2 else 1),
-            state=0.0 if self.config.zero.offload and stage in (1, 2) else state / (parts if stage >= 1 else 1),
+            gradients=4 * count if exact else count / (parts if stage >= 2 else 1),
+            state=0.0 if offload else state / (parts if stage >= 1 else 1),
             buffers=(4.0 * BUCKET if stage >= 1 else 0.0) + gathered,
-            update=0.0 if self.config.zero.offload and stage in (1, 2) else 2 * count / parts if stage else count,
+            update=0.0 if offload else 2 * count / parts if stage else count,
         )
 
     @property

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from raymuse.config.training import OptimizerConfig
-from raymuse.training import adam8bit, moments
+from raymuse.training import moments
 from raymuse.training.engine import one_by_one, rank_and_world, unscale
 from raymuse.training.exact import ExactSums
 from raymuse.training.muon import Muon, Place, Shards
@@ -58,7 +58,6 @@ class DeepSpeedEngine:
         self.clip_norm = config.clip_norm
         optimizer = build_optimizer(model, config, fused=pieces is None)
         self._moments = moments.moments(optimizer)
-        self._in_blocks = adam8bit.is_8bit(optimizer)
         self.rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # ZeRO-3 takes a step while it is set up, which must not decay any weight
@@ -147,7 +146,7 @@ class DeepSpeedEngine:
 
     def each(self, state: str | None = None) -> Iterator[tuple[str, Tensor]]:
         """Several at a time: a message for each of hundreds would take most of a small checkpoint's time."""
-        if self.zero_stage == 0 or self._in_blocks:
+        if self.zero_stage == 0:
             yield from one_by_one(self, self.names, state)
             return
         names = {self.parameters[name]: name for name in self.names}
