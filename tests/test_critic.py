@@ -131,8 +131,13 @@ def test_a_restart_and_the_world_change_nothing(data: Data, tmp_path: Path) -> N
     assert all(torch.equal(value, resumed[name]) for name, value in tensors.items())
     assert not any("/base." in name for name in tensors)
     both = config(tmp_path / "two", data.tokens, data.model, workers=2, zero={"stage": 2})
-    trained: list[Trained] = run_ranks(fit_all, 2, tmp_path, [both])[0]
+    _, wanted_bits = fit(config(tmp_path / "one exact", data.tokens, data.model, exact_rows=3))
+    exact = config(tmp_path / "exact", data.tokens, data.model, workers=2, zero={"stage": 2}, exact_rows=3)
+    trained: list[Trained] = run_ranks(fit_all, 2, tmp_path, [both, exact])[0]
     assert trained[0][0] == pytest.approx(losses, abs=1e-5)
+    bits = trained[1][1]
+    assert bits.keys() == wanted_bits.keys()
+    assert [name for name, value in wanted_bits.items() if not torch.equal(bits[name], value)] == []
 
 
 # --- sampling

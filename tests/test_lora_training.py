@@ -24,7 +24,7 @@ from raymuse.models.uvit import UVit
 from raymuse.pipeline import Pipeline
 from raymuse.training.build import build_task
 from raymuse.training.masked import MaskedTask
-from trainings import Trained, fit, fit_all, losses_of
+from trainings import fit, fit_all, losses_of
 
 TEXT = ("q_proj", "v_proj")
 
@@ -120,7 +120,12 @@ def test_the_world_changes_no_loss(data: Data, tmp_path: Path) -> None:
         base(tmp_path / str(zero), data, TEXT, steps=4, checkpoint={"every": 4}, workers=2, zero={"stage": zero})
         for zero in (2, 3)
     ]
-    trained: list[Trained] = run_ranks(fit_all, 2, tmp_path, configs)[0]
+    exact = {"steps": 4, "checkpoint": {"every": 4}, "exact_rows": 3}
+    _, wanted_bits = fit(base(tmp_path / "one exact", data, TEXT, **exact))
+    configs.append(base(tmp_path / "exact", data, TEXT, workers=2, zero={"stage": 2}, **exact))
+    *trained, (_, bits) = run_ranks(fit_all, 2, tmp_path, configs)[0]
+    assert bits.keys() == wanted_bits.keys()
+    assert [name for name, value in wanted_bits.items() if not torch.equal(bits[name], value)] == []
     assert len(trained) == 2
     for losses, tensors in trained:
         assert losses == pytest.approx(wanted, abs=1e-5)
